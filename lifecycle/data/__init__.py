@@ -1,0 +1,1 @@
+"""Reading, validating, templating, masking and packing of text and conversations."""

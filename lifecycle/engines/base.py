@@ -1,0 +1,159 @@
+"""What every inference engine speaks: token ids in, token ids out.
+
+Templates, tokenisers and stop strings live above it. One engine serves evaluation, gates,
+benchmarks and HTTP.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class FinishReason(StrEnum):
+    """Why a request ended."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    CANCELLED = "cancelled"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the next token is chosen; validated when a request is submitted."""
+
+    max_tokens: int = 128
+    """Most new tokens; the engine also ends a request at its context length."""
+    temperature: float = 0.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 keeps all."""
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    """Over prompt and output, as in CTRL (Keskar et al. 2019)."""
+    seed: int | None = None
+    """The same seed gives the same tokens whatever else is in the batch."""
+    stop_token_ids: frozenset[int] = frozenset()
+    """End the request besides the model's own end-of-sequence ids; not part of the output."""
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    """Report the chosen token's log-probability and that many alternatives."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One prompt to continue."""
+
+    id: str
+    prompt: Sequence[int]
+    params: SamplingParams = field(default_factory=SamplingParams)
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One new token of a request, or its end. The last event of a request has `finish_reason`.
+
+    `token_id` is None on an end that brings no token (stop token, cancellation, error).
+    """
+
+    request_id: str
+    token_id: int | None = None
+    logprob: float | None = None
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+    finish_reason: FinishReason | None = None
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """All that one prompt gave."""
+
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    logprobs: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """How much an engine may hold at once."""
+
+    max_num_seqs: int = 8
+    """Slots: requests that run together."""
+    max_model_len: int | None = None
+    """Context per slot, in tokens; None takes the model's own, up to 2,048."""
+    threads: int | None = None
+    """Threads inside an operator; None takes one per usable core."""
+    prefill_chunk: int = 128
+    """Prompt tokens of one request computed in one step."""
+
+
+class Engine(ABC):
+    """Continuous batching over fixed slots. Not thread-safe: one thread owns it."""
+
+    vocab_size: int
+    max_model_len: int
+    max_num_seqs: int
+    eos_token_ids: frozenset[int]
+
+    @classmethod
+    @abstractmethod
+    def open(cls, path: Path, options: EngineOptions | None = None) -> Self:
+        """Open a model folder.
+
+        Raises:
+            EngineError: the folder is not one that this engine can run.
+        """
+
+    @abstractmethod
+    def submit(self, request: Request) -> None:
+        """Queue a request.
+
+        Raises:
+            RequestError: it can never be served (empty or too long prompt, bad parameter,
+                token id out of range, id in use).
+        """
+
+    @abstractmethod
+    def cancel(self, request_id: str) -> None:
+        """End a request; its slot is free from the next step on. Unknown ids are ignored."""
+
+    @abstractmethod
+    def step(self) -> list[Event]:
+        """Run the model once over all that can advance; at most one token per request."""
+
+    @property
+    @abstractmethod
+    def num_running(self) -> int:
+        """Requests that hold a slot."""
+
+    @property
+    @abstractmethod
+    def num_waiting(self) -> int:
+        """Requests that wait for a slot."""
+
+    @abstractmethod
+    def logits(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
+        """The logits after each of `token_ids`, [len(token_ids), vocab_size]; needs an idle
+        engine."""
+
+    @abstractmethod
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams],
+        on_done: Callable[[int, int], None] | None = None,
+    ) -> list[Generation]:
+        """Continue all prompts, batched; `on_done(finished, total)` after each one."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Free the model and its caches."""

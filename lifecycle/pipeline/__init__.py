@@ -1,0 +1,1 @@
+"""The one abstraction: stages, artifacts, the store, recipes and the runner."""

@@ -1,0 +1,171 @@
+"""Plug-ins: built-ins and other packages' come through the same entry-point groups."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import sys
+from collections.abc import Iterable, Mapping
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar, cast
+
+from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, ValidationInfo
+from pydantic import ModelWrapValidatorHandler, model_serializer, model_validator
+
+from lifecycle.errors import MissingExtraError, PluginError
+from lifecycle.pipeline.suggest import did_you_mean
+
+STAGES = "lifecycle.stages"
+ADAPTERS = "lifecycle.adapters"
+TARGETS = "lifecycle.targets"
+ENGINES = "lifecycle.engines"
+FORMATS = "lifecycle.formats"
+GROUPS = (STAGES, ADAPTERS, TARGETS, ENGINES, FORMATS)
+
+T = TypeVar("T")
+
+
+@cache
+def _entries(group: str) -> dict[str, EntryPoint]:
+    found: dict[str, EntryPoint] = {}
+    for entry in entry_points(group=group):
+        other = found.get(entry.name)
+        if other is not None and other.value != entry.value:
+            raise PluginError(
+                f"two packages offer {group} '{entry.name}': {other.value} and {entry.value}; "
+                "uninstall one of them"
+            )
+        found[entry.name] = entry
+    return found
+
+
+def names(group: str) -> list[str]:
+    """The names of a group's plug-ins, sorted; nothing is imported."""
+    return sorted(_entries(group))
+
+
+def is_file_use(use: str) -> bool:
+    """Whether `use` names a class in a file: `./file.py:Class`."""
+    return ".py:" in use
+
+
+def load(group: str, use: str, base: type[T], roots: Iterable[Path] = ()) -> type[T]:
+    """The class that `use` names in a group, or in a file looked for below `roots`.
+
+    Raises:
+        PluginError: unknown name, failing import, or a class that is no `base`.
+        MissingExtraError: its packages are not installed.
+    """
+    if is_file_use(use):
+        found: object = _load_file(use, roots)
+    else:
+        entry = _entries(group).get(use)
+        if entry is None:
+            known = names(group)
+            what = group.removeprefix("lifecycle.").removesuffix("s")
+            raise PluginError(
+                f"unknown {what} '{use}'{did_you_mean(use, known)} (known: {', '.join(known)})"
+            )
+        try:
+            found = entry.load()
+        except ModuleNotFoundError as error:
+            if error.name and error.name.split(".")[0] in _EXTRA_OF:
+                raise MissingExtraError(f"'{use}'", _EXTRA_OF[error.name.split(".")[0]]) from error
+            raise PluginError(f"{group} '{use}' cannot be imported: {error}") from error
+        except (ImportError, AttributeError) as error:
+            raise PluginError(f"{group} '{use}' cannot be imported: {error}") from error
+    if not (isinstance(found, type) and issubclass(found, base)):
+        raise PluginError(f"'{use}' is no {base.__name__}: {found!r}")
+    return cast("type[T]", found)
+
+
+_EXTRA_OF = {
+    "torch": "train",
+    "transformers": "train",
+    "peft": "train",
+    "accelerate": "train",
+    "onnx": "export",
+    "onnx_ir": "export",
+    "fastapi": "serve",
+    "uvicorn": "serve",
+    "pyarrow": "data",
+    "huggingface_hub": "train",
+}
+
+
+def _load_file(use: str, roots: Iterable[Path]) -> object:
+    name, _, attribute = use.rpartition(":")
+    candidates = [(root / name).resolve() for root in (*roots, Path.cwd())]
+    path = next((c for c in candidates if c.is_file()), None)
+    if path is None:
+        raise PluginError(f"'{use}': no such file: {candidates[0]}")
+    module_name = "_lifecycle_" + hashlib.sha256(str(path).encode()).hexdigest()[:16]
+    module = sys.modules.get(module_name)
+    if module is None:
+        spec = importlib.util.spec_from_file_location(module_name, path)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[module_name] = module
+        try:
+            spec.loader.exec_module(module)
+        except BaseException as error:
+            del sys.modules[module_name]
+            if isinstance(error, Exception):
+                raise PluginError(f"'{use}' cannot be imported: {error}") from error
+            raise
+    if not hasattr(module, attribute):
+        raise PluginError(f"{path} has no '{attribute}'{did_you_mean(attribute, vars(module))}")
+    return getattr(module, attribute)
+
+
+def source_hash(cls: type) -> str | None:
+    """SHA-256 of the file that a `./file.py:Class` came from; None for installed classes."""
+    if not cls.__module__.startswith("_lifecycle_"):
+        return None
+    file = sys.modules[cls.__module__].__file__
+    assert file is not None
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
+
+
+class Plugin(BaseModel):
+    """Settings whose class is picked by `use`: the base of adapters and targets.
+
+    A field typed with a subclass that sets `group` takes `{use: name, …}` or just `name`.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=()
+    )
+
+    group: ClassVar[str]
+    """The entry-point group of the family."""
+    use: str = ""
+    """The plug-in's name in its group, or `./file.py:Class`."""
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _pick(cls, value: Any, handler: ModelWrapValidatorHandler[Any], info: ValidationInfo) -> Any:
+        if isinstance(value, str):
+            value = {"use": value}
+        if not isinstance(value, Mapping):
+            return handler(value)
+        settings = dict(cast("Mapping[str, Any]", value))
+        use = settings.get("use", "")
+        if not use or "use" in cls.__dict__.get("__annotations__", {}):
+            return handler(settings)
+        roots: Iterable[Path] = (info.context or {}).get("roots", ())
+        try:
+            picked = load(cls.group, str(use), cls, roots)
+        except (PluginError, MissingExtraError) as error:
+            raise ValueError(str(error)) from error
+        if picked is cls:
+            return handler(settings)
+        return picked.model_validate(settings, context=info.context)
+
+    @model_serializer(mode="wrap")
+    def _whole(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """All fields of the picked class, whatever class the field was declared with."""
+        values = {name: getattr(self, name) for name in type(self).model_fields}
+        return values | {"use": self.use}

@@ -1,0 +1,1 @@
+"""FastAPI application over an engine, with the OpenAI wire format."""
