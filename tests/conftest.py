@@ -70,7 +70,9 @@ def run_stage(tmp_path: Path) -> RunStage:
     return run
 
 
-def as_artifact(kind: type[Artifact], path: Path, metrics: dict[str, Any] | None = None) -> Artifact:
+def as_artifact(
+    kind: type[Artifact], path: Path, metrics: dict[str, Any] | None = None
+) -> Artifact:
     """Any folder, seen as an artifact of a kind."""
     files = hash_tree(path)
     manifest = {

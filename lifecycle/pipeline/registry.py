@@ -11,8 +11,15 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, cast
 
-from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, ValidationInfo
-from pydantic import ModelWrapValidatorHandler, model_serializer, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    ModelWrapValidatorHandler,
+    SerializerFunctionWrapHandler,
+    ValidationInfo,
+    model_serializer,
+    model_validator,
+)
 
 from lifecycle.errors import MissingExtraError, PluginError
 from lifecycle.pipeline.suggest import did_you_mean
@@ -78,7 +85,7 @@ def load(group: str, use: str, base: type[T], roots: Iterable[Path] = ()) -> typ
             raise PluginError(f"{group} '{use}' cannot be imported: {error}") from error
     if not (isinstance(found, type) and issubclass(found, base)):
         raise PluginError(f"'{use}' is no {base.__name__}: {found!r}")
-    return cast("type[T]", found)
+    return found
 
 
 _EXTRA_OF = {
@@ -129,6 +136,12 @@ def source_hash(cls: type) -> str | None:
     return hashlib.sha256(Path(file).read_bytes()).hexdigest()
 
 
+def roots_of(info: ValidationInfo) -> tuple[Path, ...]:
+    """The folders below which a recipe's relative paths are looked for."""
+    context = cast("dict[str, Any]", info.context or {})
+    return tuple(context.get("roots", ()))
+
+
 class Plugin(BaseModel):
     """Settings whose class is picked by `use`: the base of adapters and targets.
 
@@ -146,16 +159,18 @@ class Plugin(BaseModel):
 
     @model_validator(mode="wrap")
     @classmethod
-    def _pick(cls, value: Any, handler: ModelWrapValidatorHandler[Any], info: ValidationInfo) -> Any:
+    def _pick(
+        cls, value: Any, handler: ModelWrapValidatorHandler[Any], info: ValidationInfo
+    ) -> Any:
         if isinstance(value, str):
             value = {"use": value}
         if not isinstance(value, Mapping):
             return handler(value)
         settings = dict(cast("Mapping[str, Any]", value))
         use = settings.get("use", "")
-        if not use or "use" in cls.__dict__.get("__annotations__", {}):
+        if not use:
             return handler(settings)
-        roots: Iterable[Path] = (info.context or {}).get("roots", ())
+        roots = roots_of(info)
         try:
             picked = load(cls.group, str(use), cls, roots)
         except (PluginError, MissingExtraError) as error:

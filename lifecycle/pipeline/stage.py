@@ -7,15 +7,33 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Generic, Protocol, TypeVar, Union, cast, get_args, get_origin
+from typing import (
+    Annotated,
+    Any,
+    ClassVar,
+    Generic,
+    Protocol,
+    TypeVar,
+    Union,
+    cast,
+    get_args,
+    get_origin,
+)
 
-from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler, ValidationInfo
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    ValidationInfo,
+)
 from pydantic.functional_validators import AfterValidator
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, core_schema
 
 from lifecycle.pipeline.artifact import MANIFEST, Artifact, Metrics
 from lifecycle.pipeline.files import link_tree
+from lifecycle.pipeline.registry import roots_of
 from lifecycle.pipeline.suggest import did_you_mean
 
 K = TypeVar("K", bound=Artifact)
@@ -55,7 +73,7 @@ _SOURCE = Marker("source")
 def _resolve(path: Path, info: ValidationInfo) -> Path:
     """The path itself if absolute, else the first that exists beside the recipe or below the
     current directory."""
-    roots: list[Path] = list((info.context or {}).get("roots", ())) or [Path.cwd()]
+    roots = roots_of(info) or (Path.cwd(),)
     candidates = list(dict.fromkeys((root / path.expanduser()).resolve() for root in roots))
     for candidate in candidates:
         if candidate.exists():
