@@ -1,0 +1,219 @@
+"""The one text layer of training, evaluation and serving: conversations to tokens and back.
+
+It needs neither torch nor transformers, and gives the token ids that transformers'
+`AutoTokenizer` gives.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self, cast
+
+from tokenizers import Tokenizer
+
+from lifecycle.data.stream import StreamDecoder
+from lifecycle.data.supervision import Encoded, rendered_turns, supervised_tokens
+from lifecycle.data.template import ChatTemplate, Message
+from lifecycle.errors import CheckpointError, DataError
+
+TOKENIZER = "tokenizer.json"
+CONFIG = "tokenizer_config.json"
+TEMPLATE = "chat_template.jinja"
+FILES = (TOKENIZER, CONFIG, TEMPLATE)
+"""The files of a tokeniser, of which only the first must be there."""
+
+_NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token")
+_PROBE = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})
+
+
+class ChatTokenizer:
+    """A tokeniser with its chat template and its end-of-sequence ids."""
+
+    def __init__(
+        self, tokenizer: Tokenizer, config: dict[str, Any], template: str | None, eos: set[int]
+    ) -> None:
+        self._tokenizer = tokenizer
+        self.special_tokens = _special_tokens(config)
+        """The named special tokens: `bos_token`, `eos_token`, …"""
+        self._template = None if template is None else ChatTemplate(template, self.special_tokens)
+        self._configured_eos = eos
+        added = tokenizer.get_added_tokens_decoder()
+        self._special_ids = frozenset(id for id, token in added.items() if token.special)
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Read the tokeniser of a model folder.
+
+        Raises:
+            CheckpointError: there is none, or a file of it is damaged.
+        """
+        path = folder / TOKENIZER
+        if not path.is_file():
+            raise CheckpointError(
+                f"{folder} has no {TOKENIZER}; save the model with a fast tokeniser "
+                "(tokenizer.save_pretrained of transformers writes the file)"
+            )
+        try:
+            tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
+        except Exception as error:  # the library raises plain Exception
+            raise CheckpointError(f"{path} is no tokeniser: {error}") from error
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        config = _read_json(folder / CONFIG)
+        eos = _eos_ids(folder)
+        return cls(tokenizer, config, _chat_template(folder, config), eos)
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens, added ones included; a model may have more rows than that."""
+        return self._tokenizer.get_vocab_size(with_added_tokens=True)
+
+    @property
+    def bos_token_id(self) -> int | None:
+        """The beginning-of-sequence token."""
+        return self._named_id("bos_token")
+
+    @property
+    def eos_token_id(self) -> int | None:
+        """The tokeniser's own end-of-sequence token: what stands between documents."""
+        return self._named_id("eos_token")
+
+    @property
+    def pad_token_id(self) -> int | None:
+        """The padding token."""
+        return self._named_id("pad_token")
+
+    @cached_property
+    def eos_token_ids(self) -> frozenset[int]:
+        """All tokens that end an answer: those of `generation_config.json`, `config.json` and
+        the tokeniser, and the one with which the chat template ends an assistant's turn."""
+        named = self.eos_token_id
+        known = self._configured_eos | (set() if named is None else {named})
+        try:
+            ids, supervised = self._encode_supervised(_PROBE, self._special_ids | known)
+        except DataError:
+            return frozenset(known)
+        trained = [id for id, flag in zip(ids, supervised, strict=True) if flag]
+        return frozenset({*known, trained[-1]})
+
+    @property
+    def chat_template(self) -> str | None:
+        """The template's text, or None for a tokeniser without one."""
+        return None if self._template is None else self._template.source
+
+    @property
+    def template_digest(self) -> str | None:
+        """SHA-256 of the chat template; training and serving must agree on it."""
+        return None if self._template is None else self._template.digest
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """The token ids of a text, with what the tokeniser puts around it (such as `<s>`)."""
+        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """The text of token ids; ids that are no tokens give nothing."""
+        return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    def stream(self, skip_special_tokens: bool = True) -> StreamDecoder:
+        """A decoder for the tokens of one answer as they come."""
+        skip = self._special_ids if skip_special_tokens else frozenset[int]()
+        return StreamDecoder(self._tokenizer, skip)
+
+    def render(
+        self, messages: Sequence[Message], add_generation_prompt: bool = False, **variables: Any
+    ) -> str:
+        """The conversation as the template writes it; `variables` are further inputs of the
+        template, such as `tools`.
+
+        Raises:
+            DataError: there is no template, or it refuses the messages.
+        """
+        return self._chat.render(messages, add_generation_prompt, **variables)
+
+    def encode_chat(
+        self, messages: Sequence[Message], add_generation_prompt: bool = True, **variables: Any
+    ) -> list[int]:
+        """The tokens of a conversation, by default ready for the assistant's next message.
+
+        Raises:
+            DataError: as `render`.
+        """
+        text = self.render(messages, add_generation_prompt, **variables)
+        return self.encode(text, add_special_tokens=False)
+
+    def encode_supervised(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
+        """The tokens of a whole conversation, and whether each is trained: what the assistant
+        writes in its messages that are not `train: false`, each with its end-of-turn token.
+
+        Raises:
+            DataError: the template refuses the messages, renders them differently in training
+                than in serving, or never ends a turn.
+        """
+        return self._encode_supervised(messages, self._special_ids | self.eos_token_ids)
+
+    def _encode_supervised(
+        self, messages: Sequence[Message], stops: frozenset[int]
+    ) -> tuple[list[int], list[bool]]:
+        text, turns = rendered_turns(self._chat, messages)
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        encoded = Encoded(encoding.ids, cast("list[tuple[int, int]]", encoding.offsets))
+        return encoded.ids, supervised_tokens(encoded, turns, stops)
+
+    @property
+    def _chat(self) -> ChatTemplate:
+        if self._template is None:
+            raise DataError(
+                "the tokeniser has no chat template; put a chat_template.jinja beside its "
+                "tokenizer.json, or use plain text instead of messages"
+            )
+        return self._template
+
+    def _named_id(self, name: str) -> int | None:
+        token = self.special_tokens.get(name)
+        return None if token is None else self._tokenizer.token_to_id(token)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path} is damaged: it holds no JSON object")
+    return cast("dict[str, Any]", found)
+
+
+def _token_text(value: Any) -> str | None:
+    """A token in a configuration is a string, or an object with its `content`."""
+    if isinstance(value, dict):
+        value = cast("dict[str, Any]", value).get("content")
+    return value if isinstance(value, str) else None
+
+
+def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
+    found = {name: _token_text(config.get(name)) for name in _NAMED}
+    return {name: token for name, token in found.items() if token is not None}
+
+
+def _eos_ids(folder: Path) -> set[int]:
+    found: set[int] = set()
+    for name in ("generation_config.json", "config.json"):
+        value = _read_json(folder / name).get("eos_token_id")
+        found.update([value] if isinstance(value, int) else value or [])
+    return found
+
+
+def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
+    path = folder / TEMPLATE
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    template = config.get("chat_template")
+    if isinstance(template, list):
+        named = cast("list[dict[str, str]]", template)
+        template = {entry["name"]: entry["template"] for entry in named}.get("default")
+    return cast("str | None", template)

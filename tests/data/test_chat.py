@@ -1,0 +1,275 @@
+"""The text layer against transformers: same ids, same rendering; and what is supervised."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer
+
+from lifecycle.data.chat import ChatTokenizer
+from lifecycle.data.template import ChatTemplate
+from lifecycle.errors import CheckpointError, DataError
+
+FOLDERS = ("stories260K/hf", "minimind_tokenizer")
+TEXTS = (
+    "",
+    " ",
+    "Once upon a time",
+    "  two  spaces\n\nand\ttabs ",
+    "你好吗 😀 é e\u0301",
+    "<s>user\nhi</s>\n<s>assistant\n",
+    "x" * 300,
+)
+CHAT = [
+    {"role": "user", "content": "What is the capital of France? "},
+    {"role": "assistant", "content": "Paris."},
+    {"role": "user", "content": "And of Italy?\nIn a word."},
+    {"role": "assistant", "content": "It is:\nRome 😀"},
+]
+# Their end-of-turn tokens, as special tokens of one tokeniser that serves all templates.
+ENDS = (
+    *("<|im_start|>", "<|im_end|>", "<|end|>", "<|return|>", "<|channel|>", "<|message|>"),
+    *("<|start|>", "<|user|>", "<|assistant|>", "<end_of_turn>", "<start_of_turn>", "<|eot_id|>"),
+    *("<|start_header_id|>", "<|end_header_id|>", "[INST]", "[/INST]", "<|end_of_text|>"),
+    *("<|start_of_role|>", "<|end_of_role|>", "<｜User｜>", "<｜Assistant｜>"),
+    "<｜end▁of▁sentence｜>",
+)
+
+
+@pytest.fixture(params=FOLDERS)
+def folder(request: pytest.FixtureRequest, data_dir: Path) -> Path:
+    return data_dir / request.param
+
+
+@pytest.fixture
+def universal(data_dir: Path, tmp_path: Path) -> Path:
+    """A real tokeniser that knows the special tokens of all templates."""
+    tokenizer = Tokenizer.from_file(str(data_dir / "minimind_tokenizer/tokenizer.json"))
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in ENDS])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    config = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    return tmp_path
+
+
+def reference(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def with_template(folder: Path, template: str) -> ChatTokenizer:
+    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    return ChatTokenizer.load(folder)
+
+
+def test_same_ids_and_text_as_transformers(folder: Path) -> None:
+    ours, theirs = ChatTokenizer.load(folder), reference(folder)
+    for text in TEXTS:
+        for special in (True, False):
+            ids = ours.encode(text, add_special_tokens=special)
+            assert ids == theirs.encode(text, add_special_tokens=special)
+            for skip in (True, False):
+                assert ours.decode(ids, skip) == theirs.decode(ids, skip_special_tokens=skip)
+    assert ours.vocab_size == len(theirs)
+    assert (ours.bos_token_id, ours.eos_token_id) == (theirs.bos_token_id, theirs.eos_token_id)
+    assert theirs.eos_token_id in ours.eos_token_ids
+
+
+@pytest.mark.parametrize("flags", [(True, False), (True, True), (False, False)])
+def test_the_tokenizer_file_decides_what_is_added_as_in_transformers(
+    data_dir: Path, tmp_path: Path, flags: tuple[bool, bool]
+) -> None:
+    shutil.copy(data_dir / "stories260K/hf/tokenizer.json", tmp_path)
+    config = {"bos_token": "<s>", "eos_token": "</s>", "tokenizer_class": "TokenizersBackend"}
+    added = {"add_bos_token": flags[0], "add_eos_token": flags[1]}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | added))
+    assert ChatTokenizer.load(tmp_path).encode("hi") == reference(tmp_path).encode("hi")
+
+
+def test_renders_every_template_as_transformers(universal: Path, data_dir: Path) -> None:
+    theirs = reference(universal)
+    templates = sorted((data_dir / "chat_templates").glob("*.jinja"))
+    needs_tools = {"NousResearch-Hermes-3-Llama-3.1-8B-tool_use.jinja"}
+    assert len(templates) == 13
+    for path in (path for path in templates if path.name not in needs_tools):
+        source = path.read_text(encoding="utf-8")
+        ours = with_template(universal, source)
+        for messages, prompt in ((CHAT, False), (CHAT[:3], True), (CHAT[:1], True)):
+            expected = theirs.apply_chat_template(
+                messages, chat_template=source, tokenize=False, add_generation_prompt=prompt
+            )
+            assert ours.render(messages, prompt) == expected, path.name
+            assert ours.encode_chat(messages, prompt) == theirs.encode(
+                expected, add_special_tokens=False
+            )
+
+
+def test_variables_reach_the_template_but_replace_nothing(universal: Path, data_dir: Path) -> None:
+    source = (data_dir / "chat_templates/Qwen-Qwen3-0.6B.jinja").read_text(encoding="utf-8")
+    chat = with_template(universal, source)
+    tools = [{"type": "function", "function": {"name": "f", "description": "é <b>"}}]
+    expected = reference(universal).apply_chat_template(
+        CHAT[:1], chat_template=source, tools=tools, tokenize=False, enable_thinking=False
+    )
+    assert chat.render(CHAT[:1], tools=tools, enable_thinking=False, eos_token="!") == expected
+
+
+def supervised_texts(chat: ChatTokenizer, messages: list[dict[str, Any]]) -> list[str]:
+    """The supervised runs of tokens, as text."""
+    ids, supervised = chat.encode_supervised(messages)
+    assert ids == chat.encode_chat(messages, add_generation_prompt=False)
+    runs: list[list[int]] = []
+    for index, (token, flag) in enumerate(zip(ids, supervised, strict=True)):
+        if flag and (index == 0 or not supervised[index - 1]):
+            runs.append([])
+        if flag:
+            runs[-1].append(token)
+    return [chat.decode(run, skip_special_tokens=False) for run in runs]
+
+
+# How the last turn begins and ends; earlier ones may be without reasoning.
+TURNS = {
+    "HuggingFaceTB-SmolLM3-3B": ("", "<|im_end|>"),
+    "Qwen-Qwen2.5-7B-Instruct": ("", "<|im_end|>"),
+    "Qwen-Qwen3-0.6B": ("<think>\n\n</think>\n\n", "<|im_end|>"),
+    "Qwen3-Coder": ("", "<|im_end|>"),
+    "google-gemma-2-2b-it": ("", "<end_of_turn>"),
+    "ibm-granite-granite-3.3-2B-Instruct": ("", "<|end_of_text|>"),
+    "meta-llama-Llama-3.1-8B-Instruct": ("", "<|eot_id|>"),
+    "meta-llama-Llama-3.2-3B-Instruct": ("", "<|eot_id|>"),
+    "microsoft-Phi-3.5-mini-instruct": ("", "<|end|>"),
+    "mistralai-Mistral-Nemo-Instruct-2407": ("", "</s>"),
+    "openai-gpt-oss-120b": ("<|channel|>final<|message|>", "<|return|>"),
+}
+
+
+@pytest.mark.parametrize("name", TURNS)
+def test_supervises_the_answer_and_its_end(universal: Path, data_dir: Path, name: str) -> None:
+    source = (data_dir / f"chat_templates/{name}.jinja").read_text(encoding="utf-8")
+    chat = with_template(universal, source)
+    head, end = TURNS[name]
+    first, last = supervised_texts(chat, CHAT)
+    assert last.lstrip() == f"{head}It is:\nRome 😀{end}"
+    assert first.endswith(("Paris." + end, "Paris.<|end|>"))
+    skipped = [dict(CHAT[0]), {**CHAT[1], "train": False}, *CHAT[2:]]
+    assert supervised_texts(chat, skipped) == [last]
+    assert universal_id(chat, end) in chat.eos_token_ids
+
+
+def universal_id(chat: ChatTokenizer, token: str) -> int:
+    (id_,) = chat.encode(token, add_special_tokens=False)
+    return id_
+
+
+def test_refuses_a_template_that_is_served_otherwise(universal: Path, data_dir: Path) -> None:
+    name = "deepseek-ai-DeepSeek-R1-Distill-Qwen-32B.jinja"
+    chat = with_template(universal, (data_dir / "chat_templates" / name).read_text("utf-8"))
+    with pytest.raises(DataError, match="another text than it is served"):
+        chat.encode_supervised(CHAT)
+
+
+def test_generation_blocks_say_what_is_supervised(universal: Path) -> None:
+    chat = with_template(
+        universal,
+        "{% for m in messages %}{% if m.role == 'assistant' %}A:{% generation %}"
+        "{{ m.content + eos_token }}{% endgeneration %}\n"
+        "{% else %}U:{{ m.content }}\n{% endif %}{% endfor %}",
+    )
+    assert supervised_texts(chat, CHAT) == ["Paris.</s>", "It is:\nRome 😀</s>"]
+    assert chat.render(CHAT[:2]) == "U:What is the capital of France? \nA:Paris.</s>"
+
+
+def test_refuses_a_template_without_an_end_of_turn(universal: Path) -> None:
+    chat = with_template(
+        universal, "{% for m in messages %}{{ m.role }}:{{ m.content }}\n{% endfor %}"
+    )
+    with pytest.raises(DataError, match="never learn to stop"):
+        chat.encode_supervised([CHAT[0], {"role": "assistant", "content": "user:"}])
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{{ raise_exception('no system role') }}", "no system role"),
+        ("{{ messages[9].content.strip() }}", "refused the messages"),
+        ("{% for m in %}", "line 1 of the chat template"),
+        ("{{ messages.__class__.__mro__ }}{{ ''.__class__() }}", "refused the messages"),
+        ("{{ messages.append(1) }}", "refused the messages"),
+        ("{% for i in range(99999) %}{{ 'x' * 999 }}{% endfor %}", "wrote more than"),
+        (" " * 300_000, "more than 262,144 are refused"),
+    ],
+)
+def test_a_bad_template_is_a_data_error(template: str, reason: str) -> None:
+    with pytest.raises(DataError, match=reason):
+        ChatTemplate(template, {}).render(CHAT)
+
+
+def test_without_a_template_only_text_works(data_dir: Path) -> None:
+    chat = ChatTokenizer.load(data_dir / "stories260K/hf")
+    assert chat.chat_template is None and chat.template_digest is None
+    with pytest.raises(DataError, match="no chat template"):
+        chat.encode_chat(CHAT)
+
+
+def test_inline_template_file_wins_and_eos_ids_are_joined(universal: Path) -> None:
+    config = json.loads((universal / "tokenizer_config.json").read_text())
+    config["chat_template"] = [{"name": "default", "template": "inline"}]
+    config["eos_token"] = {"__type": "AddedToken", "content": "</s>"}
+    (universal / "tokenizer_config.json").write_text(json.dumps(config))
+    (universal / "generation_config.json").write_text('{"eos_token_id": [5, 6]}')
+    (universal / "config.json").write_text('{"eos_token_id": 7}')
+    assert ChatTokenizer.load(universal).render(CHAT) == "inline"
+    chat = with_template(universal, "file")
+    assert chat.render(CHAT) == "file"
+    assert chat.eos_token_ids == {2, 5, 6, 7}
+
+
+def test_a_damaged_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"has no tokenizer\.json"):
+        ChatTokenizer.load(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="is no tokeniser"):
+        ChatTokenizer.load(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def loaded(data_dir: Path) -> list[ChatTokenizer]:
+    return [ChatTokenizer.load(data_dir / name) for name in FOLDERS]
+
+
+@given(data=st.data(), which=st.integers(0, len(FOLDERS) - 1), skip=st.booleans())
+@settings(max_examples=300, deadline=None)
+def test_streamed_pieces_are_the_decoded_text(
+    loaded: list[ChatTokenizer], data: st.DataObject, which: int, skip: bool
+) -> None:
+    chat = loaded[which]
+    texts = st.text(max_size=20).map(lambda text: chat.encode(text))
+    noise = st.lists(st.integers(0, chat.vocab_size + 3), max_size=30)
+    low = st.lists(st.integers(0, 300), max_size=30)
+    parts = data.draw(st.lists(texts | noise | low, max_size=4))
+    ids = [token for part in parts for token in part]
+    stream = chat.stream(skip)
+    pieces = [stream.push(token) for token in ids]
+    assert not any(piece.endswith("\ufffd") for piece in pieces)
+    assert "".join([*pieces, stream.finish()]) == chat.decode(ids, skip)
+
+
+def test_text_is_streamed_as_soon_as_it_is_certain(loaded: list[ChatTokenizer]) -> None:
+    for chat in loaded:
+        ids = chat.encode("Once upon a time 😀 there", add_special_tokens=False)
+        stream = chat.stream()
+        lengths = [0]
+        for token in ids:
+            lengths.append(lengths[-1] + len(stream.push(token)))
+        text = chat.decode(ids)
+        assert lengths[-1] == len(text)
+        assert sum(now > before for before, now in pairwise(lengths)) >= 6
