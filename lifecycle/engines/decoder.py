@@ -52,6 +52,11 @@ class DecoderInfo:
     kv_dtype: str = "float32"
     sliding_window: int | None = None
     target: str = "cpu"
+    """The hardware that the graph was made for."""
+    providers: tuple[str, ...] = ("CPUExecutionProvider",)
+    """ONNX Runtime's execution providers of that hardware, the preferred one first."""
+    schemes: tuple[str, ...] = ()
+    """The quantisations that the hardware runs well."""
 
     def save(self, folder: Path) -> None:
         """Write `decoder.json`."""
@@ -81,5 +86,6 @@ class DecoderInfo:
         known = {field.name for field in fields(cls)}
         if missing := {"architecture", "scheme", "vocab_size"} - values.keys():
             raise EngineError(f"{path} is damaged: {sorted(missing)[0]} is missing")
-        values["eos_token_ids"] = tuple(values.get("eos_token_ids") or ())
+        for name in {"eos_token_ids", "providers", "schemes"} & values.keys():
+            values[name] = tuple(values[name] or ())
         return cls(**{name: value for name, value in values.items() if name in known})

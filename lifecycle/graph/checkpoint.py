@@ -1,0 +1,166 @@
+"""Reading safetensors block by block, as float32, without torch and without holding a model."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from io import FileIO
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lifecycle.errors import CheckpointError
+from lifecycle.pipeline.suggest import did_you_mean
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+BLOCK = 1 << 22
+"""Elements per block: 16 MB of float32, small beside a model and large enough for full speed."""
+
+_STORED = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """Where the bytes of a tensor lie."""
+
+    file: Path
+    offset: int
+    dtype: str
+    """`F32`, `F16` or `BF16`."""
+    shape: tuple[int, ...]
+
+
+class Checkpoint:
+    """The weights of a Hugging Face folder: one safetensors file, or shards with an index."""
+
+    def __init__(self, folder: Path) -> None:
+        """Read the headers, not the weights.
+
+        Raises:
+            CheckpointError: weights that are missing, incomplete or only in pickled form.
+        """
+        self.folder = folder
+        self.tensors: dict[str, StoredTensor] = {}
+        for file in _weight_files(folder):
+            self.tensors |= _read_header(file)
+        self.unread = set(self.tensors)
+        """Names that nobody has asked for."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor."""
+        return self._find(name).shape
+
+    def blocks(self, name: str) -> Iterator[NDArray[np.float32]]:
+        """The values of a tensor in order, flat, `BLOCK` at a time. A block is overwritten by
+        the next one.
+
+        Raises:
+            CheckpointError: the tensor is missing, has another type or is not finite.
+        """
+        tensor = self._find(name)
+        self.unread.discard(name)
+        stored, values = np.empty(BLOCK, _STORED[tensor.dtype]), np.empty(BLOCK, np.float32)
+        # Plain reads, not a memory map: touched pages of a map count as memory of the process.
+        with tensor.file.open("rb", buffering=0) as file:
+            file.seek(tensor.offset)
+            for start in range(0, prod(tensor.shape), BLOCK):
+                count = min(BLOCK, prod(tensor.shape) - start)
+                _read_exactly(file, stored[:count], tensor.file)
+                block = _widen(stored[:count], values[:count])
+                if not np.isfinite(block).all():
+                    raise CheckpointError(
+                        f"{tensor.file}: {name} holds values that are not finite; "
+                        "training has diverged or the file is damaged"
+                    )
+                yield block
+
+    def _find(self, name: str) -> StoredTensor:
+        tensor = self.tensors.get(name)
+        if tensor is None:
+            raise CheckpointError(
+                f"{self.folder}: no tensor '{name}' in its weights"
+                f"{did_you_mean(name, self.tensors)}"
+            )
+        if tensor.dtype not in _STORED:
+            raise CheckpointError(
+                f"{tensor.file}: {name} is stored as {tensor.dtype}; "
+                f"only {', '.join(_STORED)} can be exported"
+            )
+        return tensor
+
+
+def _widen(stored: NDArray[Any], values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """`stored` as float32: itself, or converted into `values`."""
+    if stored.dtype == np.float32:
+        return stored
+    if stored.dtype == np.uint16:
+        # bfloat16 is the upper half of a float32.
+        bits = values.view(np.uint32)
+        bits[:] = stored
+        np.left_shift(bits, 16, out=bits)
+    else:
+        values[:] = stored
+    return values
+
+
+def _read_exactly(stream: FileIO, block: NDArray[Any], file: Path) -> None:
+    left = block.data.cast("B")
+    while left:
+        count = stream.readinto(left)
+        if not count:
+            raise CheckpointError(f"{file} ends too early; copy it again")
+        left = left[count:]
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index = folder / INDEX
+    if index.is_file():
+        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        files = [folder / name for name in shards]
+        for file in files:
+            if file.parent != folder:
+                raise CheckpointError(f"{index}: shard '{file}' lies outside the folder")
+            if not file.is_file():
+                raise CheckpointError(f"{file} is missing, though {INDEX} names it")
+        return files
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    if pickled := sorted([*folder.glob("*.bin"), *folder.glob("*.pt")]):
+        raise CheckpointError(
+            f"{pickled[0]} is a pickle, which can run any code when it is read; "
+            "save the model as safetensors"
+        )
+    raise CheckpointError(f"{folder} has no weights: neither {SINGLE} nor {INDEX}")
+
+
+def _read_header(file: Path) -> dict[str, StoredTensor]:
+    """The tensors of a safetensors file (format: huggingface.co/docs/safetensors)."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        try:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            if length > size - 8:
+                raise ValueError("its header is cut off")
+            header = json.loads(stream.read(length))
+            header.pop("__metadata__", None)
+            found = {
+                name: StoredTensor(
+                    file,
+                    8 + length + entry["data_offsets"][0],
+                    entry["dtype"],
+                    tuple(entry["shape"]),
+                )
+                for name, entry in header.items()
+            }
+            end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        except (struct.error, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{file} is no safetensors file: {error}") from None
+    if 8 + length + end > size:
+        raise CheckpointError(f"{file} is cut off: {size} bytes of {8 + length + end}")
+    return found

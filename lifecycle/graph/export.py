@@ -1,0 +1,91 @@
+"""A Hugging Face decoder to an ONNX folder, tensor by tensor."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lifecycle.engines.decoder import GRAPH, WEIGHTS, DecoderInfo
+from lifecycle.errors import CheckpointError
+from lifecycle.graph.architectures import read_spec
+from lifecycle.graph.builder import build_decoder
+from lifecycle.graph.checkpoint import Checkpoint
+from lifecycle.graph.nodes import save_model
+from lifecycle.graph.spec import DecoderSpec
+from lifecycle.graph.targets import Target
+from lifecycle.graph.weights import WeightFile
+
+
+def export_decoder(
+    source: Path,
+    out: Path,
+    target: Target,
+    on_write: Callable[[int], None] | None = None,
+) -> DecoderInfo:
+    """Write `model.onnx`, `model.onnx.data` and `decoder.json` of the model in `source`.
+
+    Weights are float32. Memory stays at a few blocks of `checkpoint.BLOCK` elements, whatever
+    the size of the model. `on_write(bytes)` follows the size of the weights.
+
+    Raises:
+        UnsupportedArchitectureError: the graph builder does not know the architecture.
+        CheckpointError: the folder is incomplete, damaged or asks for the unsupported.
+    """
+    config = read_json(source / "config.json")
+    spec = read_spec(config)
+    checkpoint = Checkpoint(source)
+    with WeightFile(out / WEIGHTS, on_write) as weights:
+        graph = build_decoder(spec, checkpoint, weights, target)
+    _require_all_read(checkpoint, spec)
+    save_model(graph, out / GRAPH)
+    info = _describe(spec, config, source, target)
+    info.save(out)
+    return info
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of a checkpoint."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path} is no JSON: {error}") from None
+
+
+def _require_all_read(checkpoint: Checkpoint, spec: DecoderSpec) -> None:
+    """A tensor without a place in the graph means another model than the spec describes."""
+    known = {"lm_head.weight"} if spec.tied_embeddings else set[str]()
+    left = {name for name in checkpoint.unread - known if not name.endswith("rotary_emb.inv_freq")}
+    if left:
+        raise CheckpointError(
+            f"{checkpoint.folder}: tensor '{min(left)}' has no place in a {spec.architecture} "
+            f"graph ({len(left)} such); config.json does not describe these weights"
+        )
+
+
+def _describe(
+    spec: DecoderSpec, config: dict[str, Any], source: Path, target: Target
+) -> DecoderInfo:
+    generation = source / "generation_config.json"
+    ends = read_json(generation).get("eos_token_id") if generation.is_file() else None
+    ends = config.get("eos_token_id") if ends is None else ends
+    return DecoderInfo(
+        architecture=spec.architecture,
+        scheme="fp32",
+        vocab_size=spec.vocab_size,
+        hidden_size=spec.hidden_size,
+        num_layers=spec.num_layers,
+        num_kv_heads=spec.num_kv_heads,
+        head_size=spec.head_size,
+        max_position_embeddings=spec.max_position_embeddings,
+        bos_token_id=config.get("bos_token_id"),
+        eos_token_ids=tuple(ends) if isinstance(ends, list) else (() if ends is None else (ends,)),
+        kv_dtype=target.kv_dtype,
+        sliding_window=spec.sliding_window,
+        target=target.use,
+        providers=target.providers,
+        schemes=target.schemes,
+    )

@@ -1,0 +1,92 @@
+"""A few verbs over onnx-ir, so that a builder reads like the model it writes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+OPSET = 23
+"""The first with `RMSNormalization`."""
+IR_VERSION = 11
+"""The one that came with that opset."""
+MICROSOFT = "com.microsoft"
+
+CONTRIB_OPS = frozenset(
+    {
+        "GatherBlockQuantized",
+        "GroupQueryAttention",
+        "MatMulIntegerToFloat",
+        "MatMulNBits",
+        "QuickGelu",
+        "RotaryEmbedding",
+        "SkipSimplifiedLayerNormalization",
+    }
+)
+"""Operators that are taken from ONNX Runtime's own domain."""
+
+
+class GraphNodes:
+    """A graph under construction, in the order of its nodes."""
+
+    def __init__(self) -> None:
+        self.graph = ir.Graph(
+            [], [], nodes=[], name="decoder", opset_imports={"": OPSET, MICROSOFT: 1}
+        )
+
+    def input(self, name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> ir.Value:
+        """An input of the graph; dimensions with names are free."""
+        value = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
+        self.graph.inputs.append(value)
+        return value
+
+    def output(
+        self, value: ir.Value, name: str, dtype: ir.DataType, shape: Sequence[int | str]
+    ) -> None:
+        """Make a value an output of the graph."""
+        value.name, value.type, value.shape = name, ir.TensorType(dtype), ir.Shape(shape)
+        self.graph.outputs.append(value)
+
+    def initializer(self, value: ir.Value) -> ir.Value:
+        """Make a value with a constant tensor known to the graph; twice is fine."""
+        assert value.name is not None
+        return self.graph.initializers.setdefault(value.name, value)
+
+    def integers(self, name: str, *numbers: int) -> ir.Value:
+        """A constant int64 vector, such as a shape; stored in the graph itself."""
+        tensor = ir.tensor(np.array(numbers, np.int64), name=name)
+        shape, kind = ir.Shape([len(numbers)]), ir.TensorType(ir.DataType.INT64)
+        return self.initializer(ir.Value(name=name, shape=shape, type=kind, const_value=tensor))
+
+    def node(self, op: str, name: str, *inputs: ir.Value | None, **attributes: Any) -> ir.Value:
+        """A node with one output, named as the node is."""
+        return self.nodes(op, name, inputs, (name,), **attributes)[0]
+
+    def nodes(
+        self,
+        op: str,
+        name: str,
+        inputs: Sequence[ir.Value | None],
+        outputs: Sequence[str],
+        **attributes: Any,
+    ) -> Sequence[ir.Value]:
+        """A node with several outputs; an output named "" is left out."""
+        node = ir.node(
+            op,
+            inputs,
+            attributes,
+            domain=MICROSOFT if op in CONTRIB_OPS else "",
+            outputs=[ir.Value(name=output) for output in outputs],
+            name=name,
+        )
+        self.graph.append(node)
+        return node.outputs
+
+
+def save_model(graph: ir.Graph, path: Path) -> None:
+    """Write the graph; its external tensors must lie in files beside `path`."""
+    model = ir.Model(graph, ir_version=IR_VERSION, producer_name="lifecycle")
+    ir.save(model, path)

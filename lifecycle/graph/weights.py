@@ -1,0 +1,104 @@
+"""Writing the external data of a graph: one file, tensor after tensor, block by block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
+from math import prod
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from lifecycle.errors import CheckpointError
+from lifecycle.graph.checkpoint import Checkpoint
+
+ALIGNMENT = 64
+"""Bytes. A cache line and the widest vector register; a runtime maps any offset."""
+
+
+class WeightFile:
+    """Appends tensors to one file; a tensor is never held whole."""
+
+    def __init__(self, path: Path, on_write: Callable[[int], None] | None = None) -> None:
+        """`on_write(bytes)` is called after every block with the size of the file so far."""
+        self.path = path
+        self._on_write = on_write or (lambda _: None)
+        self._file = path.open("xb")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._file.close()
+
+    def add(
+        self,
+        name: str,
+        dtype: ir.DataType,
+        shape: tuple[int, ...],
+        blocks: Iterable[NDArray[Any]],
+    ) -> ir.Value:
+        """Write a tensor whose values come in order, in blocks of any size.
+
+        Raises:
+            ValueError: the blocks hold more or fewer bytes than `shape` asks for.
+        """
+        start = self._file.tell()
+        start += -start % ALIGNMENT
+        self._file.seek(start)
+        for block in blocks:
+            self._file.write(np.ascontiguousarray(block).data.cast("B"))
+            self._on_write(self._file.tell())
+        length = self._file.tell() - start
+        expected = prod(shape) * dtype.bitwidth // 8
+        if length != expected:
+            raise ValueError(f"{name}: {length} bytes written, {shape} needs {expected}")
+        tensor = ir.ExternalTensor(
+            self.path.name,
+            start,
+            length,
+            dtype,
+            shape=ir.Shape(shape),
+            name=name,
+            base_dir=self.path.parent,
+        )
+        return ir.Value(
+            name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype), const_value=tensor
+        )
+
+    def add_array(self, name: str, values: NDArray[Any]) -> ir.Value:
+        """Write a tensor that is small enough to be in memory."""
+        dtype = ir.DataType.from_numpy(values.dtype)
+        return self.add(name, dtype, values.shape, [values])
+
+
+def copy_tensor(
+    checkpoint: Checkpoint,
+    sources: Sequence[str],
+    file: WeightFile,
+    name: str,
+    shape: tuple[int, ...],
+) -> ir.Value:
+    """Copy tensors, joined along their first axis, into one of `shape`.
+
+    Raises:
+        CheckpointError: a source is missing, or they do not add up to `shape`.
+    """
+    shapes = [checkpoint.shape(source) for source in sources]
+    rows = sum(found[0] for found in shapes)
+    if any((rows, *found[1:]) != shape for found in shapes):
+        found = ", ".join(f"{s} {list(checkpoint.shape(s))}" for s in sources)
+        raise CheckpointError(
+            f"{checkpoint.folder}: {found}: config.json asks for {list(shape)} in all"
+        )
+    blocks = chain.from_iterable(checkpoint.blocks(source) for source in sources)
+    return file.add(name, ir.DataType.FLOAT, shape, blocks)

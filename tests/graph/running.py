@@ -1,0 +1,79 @@
+"""The least that runs a decoder graph: the inputs of the contract, fed by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from lifecycle.engines.decoder import GRAPH, DecoderInfo
+
+
+class GraphRunner:
+    """`slots` sequences of up to `capacity` tokens over one exported folder."""
+
+    def __init__(self, folder: Path, slots: int = 1, capacity: int = 64) -> None:
+        info = DecoderInfo.load(folder)
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = 2
+        self.session = ort.InferenceSession(
+            folder / GRAPH, options, providers=["CPUExecutionProvider"]
+        )
+        shape = (slots, info.num_kv_heads, capacity, info.head_size)
+        self.layers = info.num_layers
+        self.cache = [np.zeros(shape, np.float32) for _ in range(2 * info.num_layers)]
+        self.lengths = [0] * slots
+        self.takes_positions = "position_ids" in {i.name for i in self.session.get_inputs()}
+
+    def step(self, new: Mapping[int, Sequence[int]]) -> dict[int, NDArray[np.float32]]:
+        """Feed `new` tokens by slot; the logits after each of them, [len, vocab], by slot."""
+        slots = range(len(self.lengths))
+        counts = [len(new.get(b, ())) for b in slots]
+        starts = np.cumsum([0, *counts])
+        widest = max(counts)
+        columns = np.arange(widest)
+        valid = columns < np.array(counts)[:, None]
+        pad = np.where(valid, starts[:-1, None] + columns, 0)
+        positions = [self.lengths[b] + j for b in slots for j in range(counts[b])]
+        ids = [token for b in slots for token in new.get(b, ())]
+        self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
+        feeds: dict[str, NDArray[np.generic]] = {
+            "input_ids": np.array([ids], np.int64),
+            "pad_index": pad.astype(np.int64),
+            "unpad_index": np.flatnonzero(valid)[None].astype(np.int64),
+            "logit_index": np.arange(len(ids), dtype=np.int64),
+            "seqlens_k": np.maximum(np.array(self.lengths) - 1, 0).astype(np.int32),
+            "query_seqlens": np.array(counts, np.int32),
+            "total_sequence_length": np.array([self.cache[0].shape[2]], np.int32),
+        }
+        if self.takes_positions:
+            feeds["position_ids"] = np.array([positions], np.int64)
+        logits = self._run(feeds)
+        return {b: logits[starts[b] : starts[b + 1]] for b in slots if counts[b]}
+
+    def _run(self, feeds: Mapping[str, NDArray[np.generic]]) -> NDArray[np.float32]:
+        binding = self.session.io_binding()
+        binding.bind_output("logits")
+        for name, value in feeds.items():
+            binding.bind_cpu_input(name, value)
+        for i in range(2 * self.layers):
+            part = f"{i // 2}.{('key', 'value')[i % 2]}"
+            memory = ort.OrtValue.ortvalue_from_numpy(self.cache[i])
+            binding.bind_ortvalue_input(f"past_key_values.{part}", memory)
+            binding.bind_ortvalue_output(f"present.{part}", memory)
+        self.session.run_with_iobinding(binding)
+        return binding.copy_outputs_to_cpu()[0][0]
+
+    def prefill(self, ids: Sequence[int]) -> NDArray[np.float32]:
+        """The logits after each of `ids`, in one step of slot 0."""
+        return self.step({0: ids})[0]
+
+    def greedy(self, prompt: Sequence[int], count: int) -> list[int]:
+        """The `count` most likely tokens after `prompt`, one at a time."""
+        found = [int(self.prefill(prompt)[-1].argmax())]
+        while len(found) < count:
+            found.append(int(self.prefill(found[-1:])[-1].argmax()))
+        return found
