@@ -7,6 +7,7 @@ recipe or an argument that cannot work, 130 for an interruption.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 
 class LifecycleError(Exception):
@@ -68,7 +69,11 @@ class StageError(LifecycleError):
 
 
 class GateError(LifecycleError):
-    """An evaluation whose measured value is outside its bound."""
+    """An evaluation whose measured value is outside its bound; `metrics` holds all it measured."""
+
+    def __init__(self, message: str, metrics: dict[str, Any] | None = None) -> None:
+        self.metrics = metrics or {}
+        super().__init__(message)
 
 
 class StoreError(LifecycleError):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from lifecycle.errors import CorruptArtifactError
+from lifecycle.pipeline.files import sha256
 
 MANIFEST = "artifact.json"
 FORMAT = 1
@@ -37,7 +38,7 @@ def canonical_json(value: object) -> bytes:
 
 def digest_of(value: object) -> str:
     """SHA-256 of the canonical JSON of `value`, in hexadecimal."""
-    return hashlib.sha256(canonical_json(value)).hexdigest()
+    return sha256(canonical_json(value))
 
 
 def hash_file(path: Path) -> str:

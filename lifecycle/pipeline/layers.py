@@ -42,13 +42,13 @@ class Layers:
     def override(self, text: str) -> None:
         """Apply `stage.field=value`."""
         target, equals, value = text.partition("=")
-        keys = (*target.split("."),)
+        keys = target.split(".")
         if not equals or not all(keys):
             raise RecipeError(
                 f"'{text}' is no override; write stage.field=value, such as tuned.epochs=3"
             )
         stages: dict[str, Any] = self.data.setdefault("stages", {})
-        if keys == ("name",):
+        if keys == ["name"]:
             self.data["name"] = value
             return
         if len(keys) < 2 or keys[0] not in stages:
@@ -74,7 +74,7 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _assign(node: Any, keys: tuple[str, ...], value: Any, text: str) -> None:
+def _assign(node: Any, keys: Sequence[str], value: Any, text: str) -> None:
     """Set a value deep inside; a plug-in's short form (`adapter: lora`) becomes a mapping."""
     for i, key in enumerate(keys[:-1]):
         child = _child(node, key, text)

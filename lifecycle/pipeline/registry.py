@@ -78,8 +78,8 @@ def load(group: str, use: str, base: type[T], roots: Iterable[Path] = ()) -> typ
         try:
             found = entry.load()
         except ModuleNotFoundError as error:
-            if error.name and error.name.split(".")[0] in _EXTRA_OF:
-                raise MissingExtraError(f"'{use}'", _EXTRA_OF[error.name.split(".")[0]]) from error
+            if error.name and error.name.split(".")[0] in EXTRA_OF:
+                raise MissingExtraError(f"'{use}'", EXTRA_OF[error.name.split(".")[0]]) from error
             raise PluginError(f"{group} '{use}' cannot be imported: {error}") from error
         except (ImportError, AttributeError) as error:
             raise PluginError(f"{group} '{use}' cannot be imported: {error}") from error
@@ -88,7 +88,7 @@ def load(group: str, use: str, base: type[T], roots: Iterable[Path] = ()) -> typ
     return found
 
 
-_EXTRA_OF = {
+EXTRA_OF = {
     "torch": "train",
     "transformers": "train",
     "peft": "train",

@@ -1,0 +1,1 @@
+"""The command line, one module a command; `lifecycle.cli` is the table of them."""

@@ -1,0 +1,80 @@
+"""`lifecycle stages`: what a recipe can be made of."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from pydantic.fields import FieldInfo
+
+from lifecycle.commands.output import Parser, emit, say, table
+from lifecycle.pipeline import registry
+from lifecycle.pipeline.stage import Stage, field_markers, ref_kinds
+
+
+def main(argv: list[str]) -> int:
+    """List all stages, or the settings of one."""
+    parser = Parser(prog="lifecycle stages", description="The stages that recipes are made of.")
+    parser.add_argument("name", nargs="?", help="show the settings of this stage")
+    parser.add_json()
+    args = parser.parse_args(argv)
+    if args.name is None:
+        found = {name: _load(name) for name in registry.names(registry.STAGES)}
+        if args.json:
+            emit({"stages": {name: _about(cls) for name, cls in found.items()}})
+        else:
+            rows = [(name, cls.produces.kind, _first_line(cls)) for name, cls in found.items()]
+            table(("stage", "makes", "what it does"), rows)
+        return 0
+    cls = _load(args.name)
+    if args.json:
+        emit({"name": args.name, **_about(cls), "settings": describe(cls)})
+        return 0
+    say(f"{args.name} (makes a {cls.produces.kind})\n\n{inspect.getdoc(cls)}")
+    rows = [
+        (s["name"], s["type"], "required" if s["required"] else _default(s["default"]), s["doc"])
+        for s in describe(cls)
+    ]
+    table(("setting", "type", "default", "meaning"), rows)
+    return 0
+
+
+def _load(name: str) -> type[Stage]:
+    return registry.load(registry.STAGES, name, Stage)
+
+
+def _about(cls: type[Stage]) -> dict[str, Any]:
+    return {"makes": cls.produces.kind, "version": cls.version, "doc": inspect.getdoc(cls)}
+
+
+def _first_line(cls: type[Stage]) -> str:
+    return (inspect.getdoc(cls) or "").split("\n\n")[0].replace("\n", " ")
+
+
+def _default(value: Any) -> str:
+    return "" if value is None else str(value)
+
+
+def describe(cls: type[Stage]) -> list[dict[str, Any]]:
+    """The settings of a stage: name, type, default, documentation."""
+    return [_describe_field(cls, name, info) for name, info in cls.model_fields.items()]
+
+
+def _describe_field(cls: type[Stage], name: str, info: FieldInfo) -> dict[str, Any]:
+    kinds = ref_kinds(cls, name)
+    if kinds:
+        kind = "name of a " + " or ".join(k.kind for k in kinds)
+    else:
+        kind = inspect.formatannotation(info.annotation).replace("typing.", "")
+        kind = kind.replace("pathlib._local.", "").replace("pathlib.", "")
+    default = None if info.is_required() else info.get_default(call_default_factory=True)
+    if hasattr(default, "model_dump"):
+        default = default.model_dump(mode="json")
+    return {
+        "name": name,
+        "type": kind,
+        "required": info.is_required(),
+        "default": default,
+        "doc": (info.description or "").replace("\n", " "),
+        "in_key": "runtime" not in field_markers(cls, name),
+    }

@@ -1,0 +1,331 @@
+"""Running a recipe: what is cached, what must run and why, and running it."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import shlex
+import signal
+import time
+import traceback
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, cast
+
+from lifecycle.errors import (
+    CorruptArtifactError,
+    InterruptedRun,
+    LifecycleError,
+    StageError,
+)
+from lifecycle.pipeline import files, registry, runs
+from lifecycle.pipeline.artifact import Artifact, Metrics, hash_file, hash_tree
+from lifecycle.pipeline.progress import Display, StageProgress, Stop, brief
+from lifecycle.pipeline.recipe import Entry, Recipe
+from lifecycle.pipeline.runs import Run, StageRun
+from lifecycle.pipeline.stage import Context, field_markers, ref_kinds
+from lifecycle.pipeline.store import NO_SPACE, Action, Record, Store, disk_errors
+
+GRACE_SECONDS = 10
+"""How long a stage has, after the first signal, to reach a safe point."""
+
+
+def action_of(entry: Entry, inputs: Mapping[str, str]) -> Action:
+    """What a stage will compute from inputs with the given digests."""
+    stage, cls = entry.stage, type(entry.stage)
+    settings = stage.model_dump(mode="json")
+    source = dict(stage.fingerprint())
+    for name in cls.model_fields:
+        roles = field_markers(cls, name)
+        if ref_kinds(cls, name) or "runtime" in roles:
+            settings.pop(name)
+        elif "source" in roles:
+            settings.pop(name)
+            value = getattr(stage, name)
+            if value is not None:
+                source[name] = _fingerprint(value)
+    if (code := registry.source_hash(cls)) is not None:
+        source["code"] = code
+    use = entry.use.rpartition(":")[2] if registry.is_file_use(entry.use) else entry.use
+    return Action(use, cls.version, settings, inputs, source)
+
+
+def _fingerprint(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_fingerprint(item) for item in cast("list[Path]", value)]
+    path = cast(Path, value)
+    if path.is_dir():
+        return {entry.path: entry.sha256 for entry in hash_tree(path)}
+    return {path.name: hash_file(path)}
+
+
+@dataclass(frozen=True)
+class Planned:
+    """Whether a stage is cached, and if not, why."""
+
+    status: str
+    because: list[str]
+
+
+def plan(recipe: Recipe, store: Store, until: str | None = None) -> dict[str, Planned]:
+    """What `run` would do now; nothing is computed and nothing is written."""
+    before = [r for r in runs.newest_first(store) if r.recipe == recipe.name]
+    found: dict[str, Planned] = {}
+    digests: dict[str, str] = {}
+    for entry in recipe.until(until):
+        pending = [n for n in entry.inputs.values() if found[n].status == "run"]
+        if pending:
+            because = [f"input {n} will be made again" for n in dict.fromkeys(pending)]
+            found[entry.name] = Planned("run", because)
+            continue
+        action = action_of(entry, {f: digests[n] for f, n in entry.inputs.items()})
+        record = store.record(action.key)
+        problem = _damage(store, record, entry) if record else None
+        if record is not None and problem is None:
+            digests[entry.name] = record.digest
+            found[entry.name] = Planned("cached", [])
+        else:
+            because = [problem] if problem else _changes(store, before, entry, action)
+            found[entry.name] = Planned("run", because)
+    return found
+
+
+def _damage(store: Store, record: Record, entry: Entry) -> str | None:
+    try:
+        store.artifact(record.digest, type(entry.stage).produces)
+    except CorruptArtifactError as error:
+        return str(error)
+    return None
+
+
+def _changes(store: Store, before: list[Run], entry: Entry, action: Action) -> list[str]:
+    """Which setting or input is not what it was when the stage last succeeded."""
+    states = (run.stages.get(entry.name) for run in before)
+    last = next((s for s in states if s and s.status in ("done", "cached")), None)
+    record = store.record(last.key) if last and last.key else None
+    if record is None:
+        return ["it has not been made yet"]
+    old, new = asdict(record.action), asdict(action)
+    changes: list[str] = []
+    for part, word in (("settings", ""), ("inputs", "input "), ("source", "source ")):
+        for name in sorted({*old[part], *new[part]}):
+            was, now = old[part].get(name), new[part].get(name)
+            if was != now:
+                shown = f": {_short(was)} -> {_short(now)}" if part == "settings" else " changed"
+                changes.append(f"{word}{name}{shown}")
+    if old["use"] != new["use"] or old["version"] != new["version"]:
+        changes.append(f"stage {old['use']} v{old['version']} -> {new['use']} v{new['version']}")
+    return changes or ["its result is no longer in the store"]
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+class Runner:
+    """Runs recipes on one store."""
+
+    def __init__(self, store: Store, display: Display) -> None:
+        self.store, self.display = store, display
+        self.stop = Stop()
+
+    def run(
+        self,
+        recipe: Recipe,
+        overrides: Iterable[str] = (),
+        until: str | None = None,
+        force: Iterable[str] = (),
+    ) -> tuple[Run, LifecycleError | None]:
+        """Run what is not cached, in order, up to the first failure.
+
+        Returns:
+            The record of the run, and the error that ended it if it failed.
+        """
+        entries = recipe.until(until)
+        forced = {recipe.require(name).name for name in force}
+        run = Run(
+            runs.new_id(), recipe.name, recipe.source, list(overrides), "running", time.time(),
+            os.getpid(), {e.name: self._blank(e) for e in entries},
+        )  # fmt: skip
+        folder = runs.folder(self.store, run.run)
+        with self.store.in_use(), disk_errors(self.store.root):
+            folder.mkdir(parents=True)
+            text = json.dumps(recipe.resolved(), indent=1)
+            files.write_atomic(folder / "recipe.json", text.encode())
+            runs.save(self.store, run)
+            error = self._run_all(run, entries, forced, folder)
+            run.status, run.ended = ("failed" if error else "ok"), time.time()
+            if isinstance(error, InterruptedRun):
+                run.status = "interrupted"
+            runs.save(self.store, run)
+        return run, error
+
+    def _blank(self, entry: Entry) -> StageRun:
+        kind = type(entry.stage).produces.kind
+        return StageRun(entry.use, kind=kind, inputs=dict(entry.inputs))
+
+    def _run_all(
+        self, run: Run, entries: list[Entry], forced: set[str], folder: Path
+    ) -> LifecycleError | None:
+        made: dict[str, Artifact] = {}
+        with self._signals():
+            for entry in entries:
+                state = run.stages[entry.name]
+                try:
+                    made[entry.name] = self._stage(entry, made, state, entry.name in forced, folder)
+                except (LifecycleError, KeyboardInterrupt) as caught:
+                    error = _interrupted(caught)
+                    state.status = "failed"
+                    state.error = str(error)
+                    state.metrics = finite(getattr(error, "metrics", {}))
+                    self.display.ended(entry.name, entry.use, "failed", state.seconds, "")
+                    return error
+                runs.save(self.store, run)
+        return None
+
+    def _stage(
+        self, entry: Entry, made: Mapping[str, Artifact], state: StageRun, force: bool, folder: Path
+    ) -> Artifact:
+        """Take the stage's artifact from the store, or make it."""
+        if self.stop.requested:
+            raise InterruptedRun("interrupted")
+        kind = type(entry.stage).produces
+        action = action_of(entry, {f: made[n].digest for f, n in entry.inputs.items()})
+        state.key = key = action.key
+        progress = StageProgress(
+            entry.name, entry.use, self.display, folder / f"{entry.name}.jsonl", self.stop
+        )
+        with self.store.lock(key, lambda: progress.log("waiting for another run to make it")):
+            record = None if force else self._sound(key, kind, progress)
+            state.status = "cached" if record else "done"
+            if record is None:
+                self.display.started(entry.name, entry.use)
+                begin = time.monotonic()
+                try:
+                    record = self._make(entry, action, made, progress)
+                finally:
+                    state.seconds = round(time.monotonic() - begin, 3)
+            artifact = self.store.artifact(record.digest, kind)
+        state.digest, state.path, state.metrics = record.digest, str(artifact.path), record.metrics
+        text = brief(record.metrics)
+        self.display.ended(entry.name, entry.use, state.status, state.seconds, text)
+        return artifact
+
+    def _sound(self, key: str, kind: type[Artifact], progress: StageProgress) -> Record | None:
+        """The record of a key if its artifact is intact; a damaged one is removed."""
+        record = self.store.record(key)
+        if record is not None:
+            try:
+                self.store.artifact(record.digest, kind)
+            except CorruptArtifactError as error:
+                progress.log(f"{error}; making it again")
+                self.store.discard(record.digest)
+                return None
+        return record
+
+    def _make(
+        self, entry: Entry, action: Action, made: Mapping[str, Artifact], progress: StageProgress
+    ) -> Record:
+        out = self.store.new_output(action.key)
+        try:
+            inputs = {field: made[name] for field, name in entry.inputs.items()}
+            by_name = {name: made[name] for name in entry.inputs.values()}
+            scratch = self.store.scratch(action.key)
+            ctx = Context(entry.name, inputs, out, scratch, progress, by_name)
+            begin = time.monotonic()
+            with disk_errors(self.store.root), _named(entry, progress):
+                metrics = finite(entry.stage.run(ctx))
+            seconds = round(time.monotonic() - begin, 3)
+            kind = type(entry.stage).produces
+            return self.store.commit(action, out, kind, metrics, seconds, lineage(inputs.values()))
+        finally:
+            files.remove_tree(out)
+
+    @contextmanager
+    def _signals(self) -> Generator[None]:
+        """The first Ctrl-C or SIGTERM asks the stage to stop at its next safe point; the second,
+        or ten seconds without one, stops at once."""
+
+        def ask(number: int, frame: FrameType | None) -> None:
+            if self.stop.requested:
+                raise KeyboardInterrupt
+            self.stop.requested = True
+            self.display.log("", "stopping at the next safe point; once more to stop at once")
+            signal.setitimer(signal.ITIMER_REAL, GRACE_SECONDS)
+
+        def now(number: int, frame: FrameType | None) -> None:
+            raise KeyboardInterrupt
+
+        wanted = {signal.SIGINT: ask, signal.SIGTERM: ask, signal.SIGALRM: now}
+        before = {number: signal.signal(number, handler) for number, handler in wanted.items()}
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+@contextmanager
+def _named(entry: Entry, progress: StageProgress) -> Generator[None]:
+    """Any failure of a stage as one error; what is not ours keeps its traceback with the run."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise InterruptedRun("interrupted") from None
+    except LifecycleError:
+        raise
+    except OSError as error:
+        if error.errno in NO_SPACE:
+            raise
+        raise StageError(f"{type(error).__name__}: {error}") from error
+    except MemoryError as error:
+        raise StageError(f"{entry.use} ran out of memory") from error
+    except Exception as error:
+        if "No space left on device" in str(error):
+            raise OSError(errno.ENOSPC, str(error)) from error
+        progress.log(traceback.format_exc())
+        raise StageError(f"{type(error).__name__}: {error}") from error
+
+
+def lineage(inputs: Iterable[Artifact]) -> list[dict[str, Any]]:
+    """Every ancestor of an artifact with these inputs, each once, the oldest first."""
+    found: dict[str, dict[str, Any]] = {}
+    for artifact in inputs:
+        made = dict(artifact.made_by)
+        for ancestor in made.pop("lineage", []):
+            found.setdefault(ancestor["digest"], ancestor)
+        own = {"digest": artifact.digest, "kind": artifact.kind}
+        found.setdefault(artifact.digest, {**own, **made})
+    return list(found.values())
+
+
+def _interrupted(error: LifecycleError | KeyboardInterrupt) -> LifecycleError:
+    return error if isinstance(error, LifecycleError) else InterruptedRun("interrupted")
+
+
+def finite(value: Metrics) -> Metrics:
+    """Metrics that JSON can hold: NaN and infinity become null."""
+
+    def clean(item: Any) -> Any:
+        if isinstance(item, float) and not math.isfinite(item):
+            return None
+        if isinstance(item, Mapping):
+            pairs = cast("Mapping[str, Any]", item)
+            return {str(key): clean(part) for key, part in pairs.items()}
+        if isinstance(item, (list, tuple)):
+            return [clean(part) for part in cast("list[Any]", item)]
+        return item
+
+    return {name: clean(item) for name, item in value.items()}
+
+
+def continuation(recipe: Recipe, overrides: Iterable[str], options: Iterable[str] = ()) -> str:
+    """The command that goes on where a failed run stopped."""
+    return shlex.join(["lifecycle", "run", recipe.source, *overrides, *options])

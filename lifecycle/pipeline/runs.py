@@ -1,0 +1,154 @@
+"""The record of every run: what was asked, what each stage did, and where its result lies."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from lifecycle.errors import RecipeError, StoreError
+from lifecycle.pipeline import files
+from lifecycle.pipeline.artifact import Metrics
+from lifecycle.pipeline.store import Store
+from lifecycle.pipeline.suggest import did_you_mean
+
+Status = Literal["cached", "done", "failed", "skipped"]
+
+
+@dataclass
+class StageRun:
+    """What a run did for one stage."""
+
+    use: str
+    status: Status = "skipped"
+    seconds: float = 0.0
+    digest: str | None = None
+    path: str | None = None
+    metrics: Metrics = field(default_factory=dict[str, Any])
+    key: str | None = None
+    kind: str = ""
+    inputs: dict[str, str] = field(default_factory=dict[str, str])
+    """Names of the inputs by field."""
+    error: str | None = None
+
+
+@dataclass
+class Run:
+    """One run of a recipe."""
+
+    run: str
+    recipe: str
+    source: str
+    overrides: list[str]
+    status: str
+    started: float
+    pid: int
+    stages: dict[str, StageRun]
+    ended: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """As written to `run.json`."""
+        return {"format": 1, **asdict(self)}
+
+    def result(self) -> dict[str, Any]:
+        """What `lifecycle run --json` prints."""
+        shown = ("use", "status", "seconds", "digest", "path", "metrics", "error")
+        stages = {
+            name: {k: v for k, v in asdict(stage).items() if k in shown and (k != "error" or v)}
+            for name, stage in self.stages.items()
+        }
+        return {"run": self.run, "recipe": self.recipe, "status": self.status, "stages": stages}
+
+
+def new_id() -> str:
+    """A name that sorts by time: `20261123-170501-3f2a`."""
+    return f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+
+
+def folder(store: Store, run_id: str) -> Path:
+    """Where a run keeps its record, metrics and logs."""
+    return store.root / "runs" / run_id
+
+
+def save(store: Store, run: Run) -> None:
+    """Write `run.json`, whole or not at all."""
+    text = json.dumps(run.to_json(), indent=1, allow_nan=False)
+    files.write_atomic(folder(store, run.run) / "run.json", text.encode())
+
+
+def _read(path: Path) -> Run | None:
+    try:
+        value = json.loads(path.read_bytes())
+        value.pop("format")
+        stages = {name: StageRun(**stage) for name, stage in value.pop("stages").items()}
+        run = Run(**value, stages=stages)
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
+        return None
+    if run.status == "running" and not _alive(run.pid):
+        run.status = "killed"
+    return run
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def newest_first(store: Store) -> Iterator[Run]:
+    """All runs of a store."""
+    for path in sorted((store.root / "runs").iterdir(), reverse=True):
+        run = _read(path / "run.json")
+        if run is not None:
+            yield run
+
+
+def find(store: Store, name: str) -> Run:
+    """The run with this id or unique beginning of one, or the newest of the recipe so named.
+
+    Raises:
+        RecipeError: there is none, or several.
+    """
+    runs = list(newest_first(store))
+    matches = [run for run in runs if run.run == name] or [r for r in runs if r.recipe == name][:1]
+    matches = matches or [run for run in runs if run.run.startswith(name)]
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
+        found = ", ".join(run.run for run in matches[:5])
+        raise RecipeError(f"'{name}' begins the names of several runs: {found}")
+    known = {run.recipe for run in runs} | {run.run for run in runs}
+    raise RecipeError(f"no run or recipe '{name}' in {store.root}{did_you_mean(name, known)}")
+
+
+def find_bundle(name: str, store: Path | None = None) -> Path:
+    """The bundle that the last successful run of that name made.
+
+    Args:
+        name: the id of a run, or the name of a recipe.
+        store: the store's folder; None takes the default place.
+
+    Raises:
+        RecipeError: no such run.
+        StoreError: it made no bundle, or the bundle is gone.
+    """
+    opened = Store.open(store)
+    good = [r for r in newest_first(opened) if r.status == "ok" and name in (r.recipe, r.run)]
+    run = good[0] if good else find(opened, name)
+    if run.status != "ok":
+        raise StoreError(f"run {run.run} of '{run.recipe}' is {run.status}: it has no bundle")
+    paths = [s.path for s in run.stages.values() if s.kind == "bundle" and s.path]
+    if not paths:
+        raise StoreError(f"run {run.run} of '{run.recipe}' made no bundle")
+    if not Path(paths[-1]).is_dir():
+        raise StoreError(f"{paths[-1]} is gone; make it again with: lifecycle run {run.source}")
+    return Path(paths[-1])
