@@ -1,0 +1,58 @@
+"""Lays the rows of a step out as the inputs of a decoder graph (see `decoder`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lifecycle.engines.backend import Row
+
+_MIN_WIDTH = 2
+"""GroupQueryAttention has a kernel of its own for steps in which every row has one token; its
+sums run in another order than those of the general kernel. A request would decode through the
+one or the other depending on whether a neighbour prefills, and its tokens could differ from
+those it gets alone. With rows laid out at least two wide the general kernel always runs, and
+its results do not depend on the width."""
+
+Inputs = dict[str, NDArray[np.int64] | NDArray[np.int32]]
+
+
+def pack(rows: Sequence[Row], capacity: int) -> Inputs:
+    """The integer inputs of one step; row b of the graph is slot b, idle where `rows` has none.
+
+    `capacity` is how many tokens the cache of a slot holds.
+    """
+    num_slots = max(row.slot for row in rows) + 1
+    width = max(_MIN_WIDTH, *(len(row.tokens) for row in rows))
+    total = sum(len(row.tokens) for row in rows)
+    input_ids = np.empty((1, total), dtype=np.int64)
+    position_ids = np.empty((1, total), dtype=np.int64)
+    pad_index = np.zeros((num_slots, width), dtype=np.int64)
+    unpad_index = np.empty((1, total), dtype=np.int64)
+    seqlens_k = np.zeros(num_slots, dtype=np.int32)
+    query_seqlens = np.zeros(num_slots, dtype=np.int32)
+    logit_index: list[int] = []
+    begin = 0
+    for row in rows:
+        count = len(row.tokens)
+        end = begin + count
+        input_ids[0, begin:end] = row.tokens
+        position_ids[0, begin:end] = np.arange(row.start, row.start + count)
+        pad_index[row.slot, :count] = np.arange(begin, end)
+        unpad_index[0, begin:end] = np.arange(row.slot * width, row.slot * width + count)
+        seqlens_k[row.slot] = row.start + count - 1
+        query_seqlens[row.slot] = count
+        logit_index.extend(range(end - row.num_logits, end))
+        begin = end
+    return {
+        "input_ids": input_ids,
+        "position_ids": position_ids,
+        "pad_index": pad_index,
+        "unpad_index": unpad_index,
+        "logit_index": np.array(logit_index, dtype=np.int64),
+        "seqlens_k": seqlens_k,
+        "query_seqlens": query_seqlens,
+        "total_sequence_length": np.array([capacity], dtype=np.int32),
+    }

@@ -1,0 +1,101 @@
+"""The ONNX Runtime engine: runs an exported decoder with neither torch nor transformers."""
+
+# onnxruntime ships no type information; what comes from it is unknown to the type checker.
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
+# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from lifecycle.engines.backend import Row
+from lifecycle.engines.base import EngineOptions
+from lifecycle.engines.batched import BatchedEngine
+from lifecycle.engines.decoder import GRAPH, DecoderInfo
+from lifecycle.engines.layout import pack
+from lifecycle.engines.limits import context_length
+from lifecycle.engines.ort_session import cache_names, check_signature, open_session, present_name
+from lifecycle.errors import EngineError
+
+
+class OnnxEngine(BatchedEngine):
+    """Continuous batching on ONNX Runtime's CPU execution provider."""
+
+    @classmethod
+    def open(cls, path: Path, options: EngineOptions | None = None) -> Self:
+        options = options or EngineOptions()
+        info = DecoderInfo.load(path)
+        max_model_len = context_length(options, info.max_position_embeddings)
+        session = open_session(path / GRAPH, options.threads)
+        check_signature(session, info, path / GRAPH)
+        backend = OrtBackend(session, info, options.max_num_seqs, max_model_len)
+        return cls(
+            backend,
+            options=options,
+            vocab_size=info.vocab_size,
+            max_model_len=max_model_len,
+            eos_token_ids=frozenset(info.eos_token_ids),
+        )
+
+
+class OrtBackend:
+    """A decoder graph with its cache; keys and values are updated in place.
+
+    Slot b is row b of every cache tensor. A step computes rows 0 to the highest slot in use,
+    which is a view of the cache, not a copy.
+    """
+
+    def __init__(
+        self, session: ort.InferenceSession, info: DecoderInfo, num_slots: int, capacity: int
+    ) -> None:
+        self._session = session
+        self._capacity = capacity
+        self._vocab_size = info.vocab_size
+        self._step_inputs = {i.name for i in session.get_inputs()} - set(cache_names(info))
+        shape = (num_slots, info.num_kv_heads, capacity, info.head_size)
+        # The system gives memory to zeros when they are first written, so a slot costs what
+        # its texts have filled, not its capacity.
+        self._cache = {name: np.zeros(shape, np.float32) for name in cache_names(info)}
+        self._bindings: dict[int, ort.IOBinding] = {}
+        self._logits = np.empty((num_slots, info.vocab_size), np.float32)
+
+    def forward(self, rows: Sequence[Row]) -> NDArray[np.float32]:
+        inputs = pack(rows, self._capacity)
+        binding = self._binding(len(inputs["query_seqlens"]))
+        for name in self._step_inputs:
+            binding.bind_cpu_input(name, inputs[name])
+        logits = self._logits_buffer(len(inputs["logit_index"]))
+        shape = (1, *logits.shape)
+        binding.bind_output("logits", "cpu", 0, np.float32, shape, logits.ctypes.data)
+        try:
+            self._session.run_with_iobinding(binding)
+        except Exception as error:
+            raise EngineError(f"ONNX Runtime failed: {error}") from error
+        return logits
+
+    def close(self) -> None:
+        self._bindings.clear()
+        self._cache.clear()
+        del self._session
+
+    def _binding(self, num_rows: int) -> ort.IOBinding:
+        """The cache of the first `num_rows` slots, bound as past and as present."""
+        if num_rows not in self._bindings:
+            binding = ort.IOBinding(self._session)
+            for name, cache in self._cache.items():
+                value = ort.OrtValue.ortvalue_from_numpy(cache[:num_rows])
+                binding.bind_ortvalue_input(name, value)
+                binding.bind_ortvalue_output(present_name(name), value)
+            self._bindings[num_rows] = binding
+        return self._bindings[num_rows]
+
+    def _logits_buffer(self, count: int) -> NDArray[np.float32]:
+        if count > len(self._logits):
+            self._logits = np.empty((count, self._vocab_size), np.float32)
+        return self._logits[:count]

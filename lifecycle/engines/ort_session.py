@@ -1,0 +1,85 @@
+"""Opens a decoder graph in ONNX Runtime and compares it with what `decoder.json` says."""
+
+# onnxruntime ships no type information; what comes from it is unknown to the type checker.
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
+# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import onnxruntime as ort
+
+from lifecycle.engines.decoder import DecoderInfo
+from lifecycle.engines.onnx_file import check_external_data
+from lifecycle.errors import EngineError
+
+STEP_INPUTS = frozenset(
+    {
+        "input_ids",
+        "pad_index",
+        "unpad_index",
+        "logit_index",
+        "seqlens_k",
+        "query_seqlens",
+        "total_sequence_length",
+    }
+)
+"""The inputs of every decoder graph besides its cache; `position_ids` is there where the
+attention does not rotate by itself."""
+
+
+def open_session(graph: Path, threads: int | None = None) -> ort.InferenceSession:
+    """Load a graph for the CPU; `threads` None takes one per core that the process may use.
+
+    Raises:
+        EngineError: the file is missing, damaged or takes weights from outside its folder.
+    """
+    check_external_data(graph)
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    try:
+        return ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise EngineError(f"{graph} cannot be opened: {error}") from error
+
+
+def check_signature(session: ort.InferenceSession, info: DecoderInfo, graph: Path) -> None:
+    """Compare the inputs and outputs of a graph with its description.
+
+    Raises:
+        EngineError: names the first tensor that is missing, unknown or of another shape.
+    """
+    if info.kv_dtype != "float32":
+        raise EngineError(f"{graph} has a {info.kv_dtype} cache; this engine runs float32 ones")
+    cache = cache_names(info)
+    inputs = {tensor.name: tensor.shape for tensor in session.get_inputs()}
+    outputs = {tensor.name: tensor.shape for tensor in session.get_outputs()}
+    wrong = {*STEP_INPUTS, *cache} ^ (inputs.keys() - {"position_ids"})
+    wrong |= {"logits", *map(present_name, cache)} ^ outputs.keys()
+    wrong |= {
+        name
+        for name in inputs.keys() & set(cache)
+        if inputs[name][1::2] != [info.num_kv_heads, info.head_size]
+    }
+    if outputs.get("logits", [info.vocab_size])[-1] != info.vocab_size:
+        wrong.add("logits")
+    if wrong:
+        raise EngineError(
+            f"{graph} does not match decoder.json: see its tensor '{min(wrong)}'; "
+            "export the model again"
+        )
+
+
+def cache_names(info: DecoderInfo) -> list[str]:
+    """The inputs that hold keys and values."""
+    layers = range(info.num_layers)
+    return [f"past_key_values.{i}.{part}" for i in layers for part in ("key", "value")]
+
+
+def present_name(past: str) -> str:
+    """The output that belongs to an input of the cache."""
+    return past.replace("past_key_values", "present", 1)
