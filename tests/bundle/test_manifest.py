@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lifecycle.bundle import MANIFEST, verify_bundle, write_manifest
+from lifecycle.bundle.manifest import MANIFEST, verify_bundle, write_manifest
 from lifecycle.errors import CorruptArtifactError, StoreError
 from lifecycle.pipeline.artifact import digest_of
 

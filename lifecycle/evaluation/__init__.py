@@ -1,0 +1,1 @@
+"""Measuring a model, alone or beside a reference, and judging the measures against bounds."""

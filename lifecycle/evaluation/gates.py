@@ -1,0 +1,131 @@
+"""Gates: which metrics exist, the bounds they are held to, and the verdicts."""
+
+from __future__ import annotations
+
+import math
+import operator
+import re
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Literal
+
+from lifecycle.errors import GateError
+from lifecycle.pipeline.suggest import did_you_mean
+
+Measure = Literal["perplexity", "accuracy", "agreement"]
+"""What an evaluation can be asked to do; each gives one metric or several."""
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One number of a report: the measure that gives it, and whether it needs a reference."""
+
+    measure: Measure
+    needs_reference: bool
+
+
+METRICS: Mapping[str, Metric] = {
+    "perplexity": Metric("perplexity", needs_reference=False),
+    "perplexity_ratio": Metric("perplexity", needs_reference=True),
+    "accuracy": Metric("accuracy", needs_reference=False),
+    "accuracy_drop": Metric("accuracy", needs_reference=True),
+    "top1_agreement": Metric("agreement", needs_reference=True),
+    "kl": Metric("agreement", needs_reference=True),
+    "logit_max_diff": Metric("agreement", needs_reference=True),
+}
+
+_OPERATORS: Mapping[str, Callable[[float, float], bool]] = {
+    "<=": operator.le,
+    "<": operator.lt,
+    ">=": operator.ge,
+    ">": operator.gt,
+}
+_BOUND = re.compile(
+    r"\s*(?P<operator><=|>=|<|>)\s*"
+    r"(?P<number>[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,2})?)\s*(?P<percent>%?)\s*",
+    re.ASCII,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """What a metric must be: `<= 1.02`, `>= 55 %`."""
+
+    operator: str
+    limit: float
+
+    @classmethod
+    def parse(cls, text: str) -> Bound:
+        """Read an operator (`<=`, `<`, `>=`, `>`) and a number; `55 %` is 0.55.
+
+        Raises:
+            ValueError: the text is not of that form.
+        """
+        found = _BOUND.fullmatch(text)
+        if found is None:
+            raise ValueError(f"'{text}' is no bound; write one like '<= 1.02' or '>= 55 %'")
+        # Decimal, because 0.1 % as floats is 0.1 / 100, which is not the float 0.001.
+        number = Decimal(found["number"]) / (100 if found["percent"] else 1)
+        return cls(found["operator"], float(number))
+
+    def holds(self, measured: float) -> bool:
+        """Whether `measured` is inside the bound; NaN and infinity never are."""
+        return math.isfinite(measured) and _OPERATORS[self.operator](measured, self.limit)
+
+    def __str__(self) -> str:
+        return f"{self.operator} {self.limit!r}"
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """A metric held to its bound; the bound is as the recipe spells it."""
+
+    metric: str
+    bound: str
+    measured: float
+    passed: bool
+
+
+def check_gates(
+    gates: Mapping[str, str], measures: Collection[str], *, has_reference: bool
+) -> None:
+    """Check gates before anything runs.
+
+    Raises:
+        ValueError: an unknown metric, a metric that `measures` do not give, a metric that needs
+            a reference where there is none, or a bound that cannot be read.
+    """
+    for name, bound in gates.items():
+        metric = METRICS.get(name)
+        if metric is None:
+            known = ", ".join(METRICS)
+            raise ValueError(f"unknown metric '{name}'{did_you_mean(name, METRICS)} ({known})")
+        if metric.needs_reference and not has_reference:
+            raise ValueError(f"'{name}' compares two models: set 'reference'")
+        if metric.measure not in measures:
+            raise ValueError(f"'{name}' is not measured: add '{metric.measure}' to 'metrics'")
+        try:
+            Bound.parse(bound)
+        except ValueError as error:
+            raise ValueError(f"'{name}': {error}") from error
+
+
+def judge(metrics: Mapping[str, float], gates: Mapping[str, str]) -> list[Verdict]:
+    """Hold every gated metric to its bound, in the order of the recipe."""
+    return [
+        Verdict(name, bound, metrics[name], Bound.parse(bound).holds(metrics[name]))
+        for name, bound in gates.items()
+    ]
+
+
+def require_passed(verdicts: Collection[Verdict]) -> None:
+    """Stop unless every verdict is good.
+
+    Raises:
+        GateError: names every failed gate, its measured value beside its bound.
+    """
+    failed = [v for v in verdicts if not v.passed]
+    if failed:
+        lines = "; ".join(f"{v.metric} is {v.measured!r}, bound {v.bound}" for v in failed)
+        raise GateError(f"gates failed ({len(failed)} of {len(verdicts)}): {lines}")
