@@ -1,0 +1,61 @@
+"""The FastAPI application over a service."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
+
+from lifecycle import __version__
+from serving.auth import ApiKeys, RequireKey
+from serving.handlers import add_handlers
+from serving.middleware import LimitBody, RequestContext
+from serving.routes import chat, completions, health, models
+from serving.service import Service
+from serving.settings import ServerSettings
+
+
+def create_app(service: Service, settings: ServerSettings | None = None) -> FastAPI:
+    """An application that answers with one service; its start and end are the service's."""
+    settings = settings or ServerSettings()
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        service.worker.start()
+        yield
+        await service.worker.close()
+
+    app = FastAPI(
+        title="lifecycle",
+        version=__version__,
+        lifespan=lifespan,
+        # The interactive pages would load scripts from elsewhere.
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
+    app.state.service, app.state.settings = service, settings
+    for module in (health, models, chat, completions):
+        app.include_router(module.router)
+    add_handlers(app)
+    _add_middleware(app, settings)
+    return app
+
+
+def _add_middleware(app: FastAPI, settings: ServerSettings) -> None:
+    """From the innermost to the outermost."""
+    app.add_middleware(LimitBody, max_bytes=settings.max_body_bytes, timeout=settings.body_timeout)
+    if keys := ApiKeys(settings.api_keys):
+        app.add_middleware(RequireKey, keys=keys)
+    if settings.allowed_origins:
+        # Outside the keys: a browser asks without a key whether it may ask with one.
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.allowed_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["Authorization", "Content-Type"],
+            expose_headers=["x-request-id"],
+        )
+    app.add_middleware(RequestContext)

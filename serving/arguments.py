@@ -1,0 +1,116 @@
+"""The command-line arguments of `lifecycle serve` and `lifecycle chat`."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+
+KEY_VARIABLE = "LIFECYCLE_API_KEY"
+
+
+def serve_parser() -> argparse.ArgumentParser:
+    """Arguments of `lifecycle serve`."""
+    parser = argparse.ArgumentParser(
+        prog="lifecycle serve", description="Serve a bundle over HTTP with the OpenAI API."
+    )
+    _add_model(parser)
+    parser.add_argument("--served-model-name", metavar="NAME", help="what clients call the model")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
+    parser.add_argument("--port", type=count, default=8000, help="0 takes a free one (%(default)s)")
+    _add_keys(parser)
+    parser.add_argument(
+        "--allowed-origin",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="web origin whose pages may call the server; may be given several times",
+    )
+    parser.add_argument(
+        "--max-num-seqs",
+        type=positive_integer,
+        default=8,
+        metavar="N",
+        help="requests that run together (%(default)s)",
+    )
+    parser.add_argument(
+        "--max-queue",
+        type=count,
+        metavar="N",
+        help="requests that may wait; more are refused at once (four times --max-num-seqs)",
+    )
+    parser.add_argument(
+        "--shutdown-timeout",
+        type=quantity,
+        default=30.0,
+        metavar="SECONDS",
+        help="how long running requests may take to end after SIGTERM (%(default)s)",
+    )
+    return parser
+
+
+def chat_parser() -> argparse.ArgumentParser:
+    """Arguments of `lifecycle chat`."""
+    parser = argparse.ArgumentParser(
+        prog="lifecycle chat", description="Talk to a bundle in the terminal."
+    )
+    _add_model(parser)
+    parser.add_argument("--system", metavar="TEXT", help="system message of the conversation")
+    parser.add_argument("--temperature", type=quantity, help="0 is greedy (the bundle's default)")
+    parser.add_argument(
+        "--max-tokens", type=positive_integer, metavar="N", help="longest answer, in tokens"
+    )
+    parser.add_argument("--seed", type=int, help="the same seed gives the same answers")
+    parser.set_defaults(served_model_name=None, max_num_seqs=1, max_queue=0)
+    return parser
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "bundle", help="bundle folder, or the name of a run or recipe whose last bundle is taken"
+    )
+    parser.add_argument("--store", type=Path, metavar="DIR", help="store to look the name up in")
+    parser.add_argument("--engine", default="onnxruntime", help="what runs it (%(default)s)")
+    parser.add_argument(
+        "--max-model-len", type=positive_integer, metavar="TOKENS", help="context of one request"
+    )
+    parser.add_argument(
+        "--threads",
+        type=positive_integer,
+        metavar="N",
+        help="threads inside an operator (all cores)",
+    )
+
+
+def _add_keys(parser: argparse.ArgumentParser) -> None:
+    keys = parser.add_mutually_exclusive_group()
+    keys.add_argument(
+        "--api-key",
+        metavar="KEY",
+        help="key that clients must send; other users of the machine can see it in the list of "
+        f"processes, so --api-key-file or the variable {KEY_VARIABLE} is safer",
+    )
+    keys.add_argument(
+        "--api-key-file", type=Path, metavar="FILE", help="file of accepted keys, one a line"
+    )
+
+
+def count(text: str) -> int:
+    """An integer of 0 or more."""
+    if (value := int(text)) < 0:
+        raise ValueError
+    return value
+
+
+def positive_integer(text: str) -> int:
+    """An integer of 1 or more."""
+    if (value := int(text)) < 1:
+        raise ValueError
+    return value
+
+
+def quantity(text: str) -> float:
+    """A finite number of 0 or more."""
+    if not 0 <= (value := float(text)) < math.inf:
+        raise ValueError
+    return value

@@ -1,0 +1,117 @@
+"""`lifecycle serve` and `lifecycle chat`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+from ipaddress import ip_address
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lifecycle.errors import MissingExtraError, RecipeError
+from serving.arguments import KEY_VARIABLE, chat_parser, serve_parser
+
+if TYPE_CHECKING:
+    from serving.service import Service
+
+log = logging.getLogger("serving")
+
+
+def serve(argv: Sequence[str]) -> int:
+    """Serve a bundle over HTTP until told to stop; prints one line when ready.
+
+    Raises:
+        LifecycleError: the arguments cannot work, or the model or the port cannot be had.
+    """
+    args = serve_parser().parse_args(argv)
+    if not (find_spec("fastapi") and find_spec("uvicorn")):
+        raise MissingExtraError("'lifecycle serve'", "serve")
+    from serving.server import bind, run, url
+    from serving.settings import ServerSettings
+
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(levelname)s: %(message)s")
+    keys = _api_keys(args)
+    if not keys and not _is_loopback(args.host):
+        log.warning("no API key: whoever can reach %s can use this server", args.host)
+    settings = ServerSettings(api_keys=keys, allowed_origins=tuple(args.allowed_origin))
+    listener = bind(args.host, args.port)
+    service = _open(args)
+
+    def on_ready() -> None:
+        state = "" if service.card.gated else " (ungated: no evaluation has passed this model)"
+        sys.stdout.write(f"Serving {service.card.name} on {url(listener)}{state}\n")
+        sys.stdout.flush()
+
+    run(service, settings, listener, shutdown_timeout=args.shutdown_timeout, on_ready=on_ready)
+    return 0
+
+
+def chat(argv: Sequence[str]) -> int:
+    """Talk to a bundle in the terminal, or answer the lines of standard input.
+
+    Raises:
+        LifecycleError: the arguments cannot work, or the model cannot be opened.
+    """
+    args = chat_parser().parse_args(argv)
+    from serving.terminal import ChatOptions, talk
+
+    options = ChatOptions(args.system, args.temperature, args.max_tokens, args.seed)
+    return talk(_open(args), options)
+
+
+def _open(args: argparse.Namespace) -> Service:
+    from lifecycle.engines.base import EngineOptions
+    from serving.service import open_service
+
+    return open_service(
+        _find_bundle(args.bundle, args.store),
+        engine=args.engine,
+        options=EngineOptions(
+            max_num_seqs=args.max_num_seqs, max_model_len=args.max_model_len, threads=args.threads
+        ),
+        name=args.served_model_name,
+        max_queue=args.max_queue,
+    )
+
+
+def _find_bundle(name: str, store: Path | None) -> Path:
+    if Path(name).is_dir():
+        return Path(name)
+    from lifecycle.pipeline.runs import find_bundle
+
+    return find_bundle(name, store)
+
+
+def _api_keys(args: argparse.Namespace) -> tuple[str, ...]:
+    """The keys that the arguments name, else that of the environment."""
+    if args.api_key is not None:
+        found, source = [args.api_key], "--api-key"
+    elif args.api_key_file is not None:
+        found, source = _read_keys(args.api_key_file), str(args.api_key_file)
+    elif KEY_VARIABLE in os.environ:
+        found, source = [os.environ[KEY_VARIABLE]], KEY_VARIABLE
+    else:
+        return ()
+    keys = tuple(key.strip() for key in found if key.strip())
+    if not keys:
+        # An empty key, say of an unset variable, must not open the server to everybody.
+        raise RecipeError(f"{source} holds no API key: give one, or leave it out")
+    return keys
+
+
+def _read_keys(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"--api-key-file {path} cannot be read: {error}") from None
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

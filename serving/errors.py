@@ -1,0 +1,98 @@
+"""What a client is told when a request fails: OpenAI's error body, and nothing internal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+RETRY_AFTER = {"Retry-After": "1"}
+NEVER_RETRY = {"x-should-retry": "false"}
+"""The official clients retry some failures by themselves; this header tells them not to."""
+
+
+class ApiError(Exception):
+    """A failed request, as the client is to see it."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        type: str = "invalid_request_error",
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message = status, message
+        self.type, self.param, self.code = type, param, code
+        self.headers = dict(headers or {})
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """The JSON body: all four fields, whatever the error."""
+        return {
+            "error": {
+                "message": self.message,
+                "type": self.type,
+                "param": self.param,
+                "code": self.code,
+            }
+        }
+
+
+def bad_request(message: str, *, param: str | None = None, code: str | None = None) -> ApiError:
+    """400: the request is wrong, and sending it again will not help."""
+    return ApiError(400, message, param=param, code=code)
+
+
+def context_length_exceeded(message: str, param: str) -> ApiError:
+    """400: prompt and answer do not fit into the context."""
+    return ApiError(400, message, param=param, code="context_length_exceeded", headers=NEVER_RETRY)
+
+
+def invalid_api_key() -> ApiError:
+    """401: no key, or a wrong one."""
+    return ApiError(
+        401,
+        "missing or wrong API key; send it as 'Authorization: Bearer KEY'",
+        code="invalid_api_key",
+        headers={"WWW-Authenticate": "Bearer"},
+    )
+
+
+def model_not_found(name: str, served: str) -> ApiError:
+    """404: the request names a model that is not served here."""
+    return ApiError(
+        404,
+        f"the model '{name}' does not exist; this server has '{served}'",
+        param="model",
+        code="model_not_found",
+    )
+
+
+def queue_full() -> ApiError:
+    """503: as many requests wait as may wait."""
+    return _unavailable("the server is busy and its queue is full; try again", "queue_full")
+
+
+def draining() -> ApiError:
+    """503: the server finishes what runs and takes nothing new."""
+    return _unavailable("the server is shutting down", "draining")
+
+
+def engine_stopped() -> ApiError:
+    """503: the engine died; the log says why."""
+    return _unavailable("the engine has stopped; the server must be restarted", "engine_stopped")
+
+
+def internal_error(request_id: str | None = None) -> ApiError:
+    """500: a failure of ours. Its text stays in the log: it may name paths or addresses."""
+    where = f"; its log has the details under {request_id}" if request_id else ""
+    return ApiError(
+        500, f"the server failed to answer{where}", type="server_error", code="internal_error"
+    )
+
+
+def _unavailable(message: str, code: str) -> ApiError:
+    return ApiError(503, message, type="server_error", code=code, headers=RETRY_AFTER)

@@ -1,0 +1,160 @@
+"""How an answer is written: chat completions and text completions, whole and in chunks."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from serving.generation import Answer, Delta, Token
+from serving.service import ModelCard
+from serving.text import TokenTexts
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Format(ABC):
+    """The wire format of one response; all its chunks share one id."""
+
+    id: str
+    card: ModelCard
+    token_text: TokenTexts
+    prompt_tokens: int
+    num_choices: int
+    include_usage: bool
+    logprobs: bool
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    object: ClassVar[str]
+    chunk_object: ClassVar[str]
+
+    def whole(self, answers: Sequence[Answer], completion_tokens: int) -> Json:
+        """The response that is no stream."""
+        choices = [self.choice(answer) for answer in answers]
+        return self._head(self.object) | {
+            "choices": choices,
+            "usage": self._usage(completion_tokens),
+        }
+
+    def chunk(self, choices: Sequence[Json]) -> Json:
+        """One chunk of a stream."""
+        chunk = self._head(self.chunk_object) | {"choices": list(choices)}
+        return chunk | {"usage": None} if self.include_usage else chunk
+
+    def usage_chunk(self, completion_tokens: int) -> Json:
+        """The last chunk of a stream that counts tokens."""
+        return self.chunk([]) | {"usage": self._usage(completion_tokens)}
+
+    @abstractmethod
+    def opening(self) -> list[Json]:
+        """The choices of the chunks that come before any token."""
+
+    @abstractmethod
+    def choice(self, answer: Answer) -> Json:
+        """A whole answer."""
+
+    @abstractmethod
+    def delta(self, delta: Delta) -> Json:
+        """A piece of an answer."""
+
+    def _head(self, kind: str) -> Json:
+        head = {"id": self.id, "object": kind, "created": self.created, "model": self.card.name}
+        if self.card.fingerprint is not None:
+            head["system_fingerprint"] = self.card.fingerprint
+        return head
+
+    def _usage(self, completion_tokens: int) -> Json:
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": completion_tokens,
+            "total_tokens": self.prompt_tokens + completion_tokens,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class ChatFormat(Format):
+    """`chat.completion` and `chat.completion.chunk`."""
+
+    object: ClassVar[str] = "chat.completion"
+    chunk_object: ClassVar[str] = "chat.completion.chunk"
+
+    def opening(self) -> list[Json]:
+        delta = {"role": "assistant", "content": ""}
+        return [self._piece(index, delta, (), None) for index in range(self.num_choices)]
+
+    def choice(self, answer: Answer) -> Json:
+        return {
+            "index": answer.index,
+            "message": {"role": "assistant", "content": answer.text, "refusal": None},
+            "logprobs": self._logprobs(answer.tokens),
+            "finish_reason": answer.finish_reason,
+        }
+
+    def delta(self, delta: Delta) -> Json:
+        content = {"content": delta.text} if delta.text else {}
+        return self._piece(delta.index, content, delta.tokens, delta.finish_reason)
+
+    def _piece(
+        self, index: int, delta: Json, tokens: Sequence[Token], finish_reason: str | None
+    ) -> Json:
+        return {
+            "index": index,
+            "delta": delta,
+            "logprobs": self._logprobs(tokens) if tokens else None,
+            "finish_reason": finish_reason,
+        }
+
+    def _logprobs(self, tokens: Sequence[Token]) -> Json | None:
+        if not self.logprobs:
+            return None
+        return {"content": [self._token(token) for token in tokens], "refusal": None}
+
+    def _token(self, token: Token) -> Json:
+        top = [self._entry(id, logprob) for id, logprob in token.top]
+        return self._entry(token.id, token.logprob) | {"top_logprobs": top}
+
+    def _entry(self, token_id: int, logprob: float) -> Json:
+        text = self.token_text(token_id)
+        # A token that is a part of a character has no text, and so no bytes, of its own.
+        raw = None if "\ufffd" in text else list(text.encode())
+        return {"token": text, "logprob": logprob, "bytes": raw}
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionFormat(Format):
+    """`text_completion`, whose chunks look like its whole."""
+
+    echoes: Mapping[int, str] = field(default_factory=dict[int, str])
+    """What is repeated before each answer, by its index."""
+
+    object: ClassVar[str] = "text_completion"
+    chunk_object: ClassVar[str] = "text_completion"
+
+    def opening(self) -> list[Json]:
+        return [self._choice(index, text, (), None) for index, text in self.echoes.items()]
+
+    def choice(self, answer: Answer) -> Json:
+        text = self.echoes.get(answer.index, "") + answer.text
+        return self._choice(answer.index, text, answer.tokens, answer.finish_reason)
+
+    def delta(self, delta: Delta) -> Json:
+        return self._choice(delta.index, delta.text, delta.tokens, delta.finish_reason)
+
+    def _choice(
+        self, index: int, text: str, tokens: Sequence[Token], finish_reason: str | None
+    ) -> Json:
+        logprobs = self._logprobs(tokens) if self.logprobs else None
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
+
+    def _logprobs(self, tokens: Sequence[Token]) -> Json:
+        return {
+            "tokens": [self.token_text(token.id) for token in tokens],
+            "token_logprobs": [token.logprob for token in tokens],
+            "top_logprobs": [
+                {self.token_text(id): logprob for id, logprob in token.top} for token in tokens
+            ],
+            "text_offset": [token.offset for token in tokens],
+        }

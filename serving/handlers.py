@@ -1,0 +1,60 @@
+"""Every failure in OpenAI's form: validation, unknown routes, our own errors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from serving.errors import ApiError, bad_request
+from serving.http import error_response
+
+
+def add_handlers(app: FastAPI) -> None:
+    """Have an application answer all its errors in OpenAI's form."""
+    app.add_exception_handler(ApiError, _api_error)
+    app.add_exception_handler(RequestValidationError, _validation_error)
+    app.add_exception_handler(HTTPException, _http_error)
+
+
+async def _api_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, ApiError)
+    return error_response(error)
+
+
+async def _validation_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    return error_response(_first_problem(error.errors()))
+
+
+async def _http_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    messages = {
+        404: f"there is no {request.method} {request.url.path}",
+        405: f"{request.url.path} does not take {request.method}",
+    }
+    message = messages.get(error.status_code, str(error.detail))
+    return error_response(ApiError(error.status_code, message, headers=error.headers))
+
+
+def _first_problem(problems: Sequence[Any]) -> ApiError:
+    problem = problems[0]
+    context = problem.get("ctx", {})
+    if problem["type"] == "json_invalid":
+        place = problem["loc"][-1]
+        return bad_request(f"the body is no valid JSON: {context['error']} at character {place}")
+    param = _path((*problem["loc"], *([context["param"]] if "param" in context else [])))
+    where = f"{param}: " if param else "the body: "
+    return bad_request(where + problem["msg"], param=param)
+
+
+def _path(location: Sequence[str | int]) -> str | None:
+    """`("body", "messages", 0, "role")` as `messages[0].role`."""
+    path = ""
+    for part in location[1:]:
+        path += f"[{part}]" if isinstance(part, int) else f".{part}"
+    return path.removeprefix(".") or None

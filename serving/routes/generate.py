@@ -1,0 +1,80 @@
+"""What the two routes that generate have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from fastapi import Request
+from fastapi.responses import JSONResponse
+from starlette.responses import Response
+
+from lifecycle.engines.base import SamplingParams
+from serving.errors import model_not_found
+from serving.formats import Format
+from serving.generation import Generation
+from serving.http import unless_disconnected
+from serving.schemas import GenerationBody
+from serving.service import Service
+from serving.settings import ServerSettings
+from serving.sse import EventStream
+
+Prompt = tuple[Sequence[int], SamplingParams]
+
+
+def service_of(request: Request) -> Service:
+    """The service of the application that a request came to."""
+    return request.app.state.service
+
+
+def admit(service: Service, body: GenerationBody, num_prompts: int) -> None:
+    """Turn a request away before it costs anything.
+
+    Raises:
+        ApiError: another model, or no room for its answers.
+    """
+    if body.model != service.card.name:
+        raise model_not_found(body.model, service.card.name)
+    service.worker.admit(num_prompts * body.n)
+
+
+def sampling(service: Service, body: GenerationBody, logprobs: int | None) -> SamplingParams:
+    """How a request samples, its gaps filled with the model's defaults."""
+    given = body.model_dump(
+        include={"temperature", "top_p", "top_k", "min_p", "repetition_penalty"}, exclude_none=True
+    )
+    defaults = service.defaults
+    values = {
+        "temperature": defaults.temperature,
+        "top_p": defaults.top_p,
+        "top_k": defaults.top_k,
+        "min_p": defaults.min_p,
+        "repetition_penalty": defaults.repetition_penalty,
+    } | given
+    values["top_k"] = max(values["top_k"], 0)
+    return SamplingParams(
+        **values,
+        seed=body.seed,
+        stop_token_ids=frozenset(body.stop_token_ids),
+        ignore_eos=body.ignore_eos,
+        logprobs=logprobs,
+    )
+
+
+def choices(prompt: Sequence[int], params: SamplingParams, n: int) -> list[Prompt]:
+    """A prompt once for each of its `n` answers; with a seed, each answer has its own."""
+    if params.seed is None:
+        return [(prompt, params)] * n
+    return [(prompt, replace(params, seed=params.seed + index)) for index in range(n)]
+
+
+async def respond(request: Request, generation: Generation, form: Format, stream: bool) -> Response:
+    """The answers as a stream, or all at once."""
+    if stream:
+        settings: ServerSettings = request.app.state.settings
+        return EventStream(generation, form, settings.keep_alive)
+    try:
+        answers = await unless_disconnected(request.receive, generation.collect())
+    finally:
+        generation.close()
+    return JSONResponse(form.whole(answers, generation.completion_tokens))

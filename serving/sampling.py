@@ -1,0 +1,53 @@
+"""How a bundle wants to be sampled where a request does not say."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self, cast
+
+from lifecycle.errors import CheckpointError
+
+FILE = "generation_config.json"
+
+_NUMBERS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+
+
+@dataclass(frozen=True, slots=True)
+class Defaults:
+    """Sampling defaults; without a bundle's own they are those of the OpenAI API."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    max_tokens: int | None = None
+    """Of a chat answer; None leaves it what is left of the context."""
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Read `generation_config.json`, where there is one; `do_sample: false` is greedy.
+
+        Raises:
+            CheckpointError: the file is damaged.
+        """
+        path = folder / FILE
+        if not path.is_file():
+            return cls()
+        try:
+            found: object = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise CheckpointError(f"{path} is damaged: {error}") from error
+        if not isinstance(found, Mapping):
+            raise CheckpointError(f"{path} is damaged: it holds no JSON object")
+        config = cast("Mapping[str, Any]", found)
+        values = {name: config[name] for name in _NUMBERS if config.get(name) is not None}
+        for name, value in values.items():
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise CheckpointError(f"{path}: {name} is {value!r}; it must be a number")
+        if config.get("do_sample") is False:
+            values["temperature"] = 0.0
+        return cls(**values, max_tokens=config.get("max_new_tokens"))

@@ -1,0 +1,251 @@
+"""Request bodies of the OpenAI API, checked strictly.
+
+A field that the API knows and this server does not is refused, unless its value asks for
+nothing: silently leaving out a tool or a penalty would give a wrong answer. Fields that cannot
+change an answer (`user`, `metadata`, …) are taken and ignored. A field that nobody knows is
+refused with the nearest known name. `null` means the default, as in the API.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, cast
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from lifecycle.pipeline.suggest import did_you_mean
+
+MAX_CHOICES = 128
+MAX_STOPS = 16
+MAX_STOP_LENGTH = 256
+
+_INT64 = 2**63
+
+
+def _only(*neutral: object) -> AfterValidator:
+    """A field of the API that this server does not have: only values that ask for nothing."""
+
+    def check(value: object) -> object:
+        if value not in neutral:
+            raise PydanticCustomError(
+                "unsupported", "this server does not support it; leave it out"
+            )
+        return value
+
+    return AfterValidator(check)
+
+
+def _as_list(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+def _content(value: object) -> object:
+    """A message's content as one string; parts of text are joined by line breaks."""
+    if not isinstance(value, list):
+        return value
+    texts: list[str] = []
+    for part in cast("list[object]", value):
+        match part:
+            case {"type": "text", "text": str(text)}:
+                texts.append(text)
+            case _:
+                raise PydanticCustomError("content", "only parts of type 'text' are supported")
+    return "\n".join(texts)
+
+
+def _prompts(value: object) -> object:
+    """A prompt in any of its four forms as a list of strings or of lists of token ids."""
+    match value:
+        case str():
+            return [value]
+        case [*items] if items and all(isinstance(item, str) for item in items):
+            return items
+        case [*items] if items and all(type(item) is int for item in items):
+            return [items]
+        case [*items] if items and all(_is_tokens(item) for item in items):
+            return items
+        case _:
+            raise PydanticCustomError(
+                "prompt",
+                "must be a string, a list of strings, a list of token ids or a list of such lists",
+            )
+
+
+def _is_tokens(value: object) -> bool:
+    return isinstance(value, list) and all(
+        type(item) is int for item in cast("list[object]", value)
+    )
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(
+        strict=True, extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=()
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_and_given(cls, data: object) -> object:
+        """Refuse unknown fields with the near match, and drop those that are null."""
+        if not isinstance(data, Mapping):
+            return data
+        fields = cast("Mapping[str, object]", data)
+        for name in fields:
+            if name not in cls.model_fields:
+                raise PydanticCustomError(
+                    "unknown_field",
+                    "unknown field{hint}",
+                    {"param": name, "hint": did_you_mean(name, cls.model_fields)},
+                )
+        return {name: value for name, value in fields.items() if value is not None}
+
+
+class StreamOptions(_Body):
+    """`stream_options`."""
+
+    include_usage: bool = False
+    include_obfuscation: Any = None
+
+
+class ResponseFormat(_Body):
+    """`response_format`."""
+
+    type: Literal["text"]
+
+
+class GenerationBody(_Body):
+    """What both routes that generate take."""
+
+    model: str
+    max_tokens: int | None = Field(default=None, ge=1)
+    temperature: float | None = Field(default=None, ge=0, le=2)
+    top_p: float | None = Field(default=None, ge=0, le=1)
+    n: int = Field(default=1, ge=1, le=MAX_CHOICES)
+    seed: int | None = Field(default=None, ge=-_INT64, lt=_INT64)
+    stop: Annotated[
+        list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]],
+        BeforeValidator(_as_list),
+        Field(max_length=MAX_STOPS),
+    ] = []
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+
+    top_k: int | None = Field(default=None, ge=-1)
+    """0 and -1 keep all tokens."""
+    min_p: float | None = Field(default=None, ge=0, le=1)
+    repetition_penalty: float | None = Field(default=None, ge=0.01, le=100)
+    ignore_eos: bool = False
+    stop_token_ids: list[int] = Field(default=[], max_length=64)
+
+    frequency_penalty: Annotated[Any, _only(0)] = 0
+    presence_penalty: Annotated[Any, _only(0)] = 0
+    logit_bias: Annotated[Any, _only({})] = {}
+
+    user: Any = None
+
+    @field_validator("stream_options")
+    @classmethod
+    def _only_in_a_stream(
+        cls, value: StreamOptions | None, info: ValidationInfo
+    ) -> StreamOptions | None:
+        if value is not None and not info.data.get("stream"):
+            raise PydanticCustomError("stream_options", 'only allowed with "stream": true')
+        return value
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether a stream ends with a chunk that counts the tokens."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+
+class ChatMessage(_Body):
+    """One message of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[str, BeforeValidator(_content)]
+    name: str | None = None
+
+    tool_calls: Annotated[Any, _only([])] = []
+    function_call: Annotated[Any, _only()] = None
+    audio: Annotated[Any, _only()] = None
+    refusal: Any = None
+    annotations: Any = None
+
+    @property
+    def as_template_input(self) -> dict[str, str]:
+        """The message as chat templates read it; they know `developer` as `system`."""
+        role = "system" if self.role == "developer" else self.role
+        message = {"role": role, "content": self.content}
+        return message if self.name is None else message | {"name": self.name}
+
+
+class ChatBody(GenerationBody):
+    """`POST /v1/chat/completions`."""
+
+    messages: list[ChatMessage] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+    logprobs: bool = False
+    top_logprobs: int = Field(default=0, ge=0, le=20)
+    response_format: ResponseFormat | None = None
+
+    tools: Annotated[Any, _only([])] = []
+    tool_choice: Annotated[Any, _only("none", "auto")] = "none"
+    functions: Annotated[Any, _only([])] = []
+    function_call: Annotated[Any, _only("none", "auto")] = "none"
+    modalities: Annotated[Any, _only(["text"])] = ["text"]
+    audio: Annotated[Any, _only()] = None
+    prediction: Annotated[Any, _only()] = None
+    web_search_options: Annotated[Any, _only()] = None
+    reasoning_effort: Annotated[Any, _only("none")] = "none"
+    verbosity: Annotated[Any, _only("medium")] = "medium"
+    moderation: Annotated[Any, _only()] = None
+    store: Annotated[Any, _only(False)] = False
+
+    parallel_tool_calls: Any = None
+    metadata: Any = None
+    service_tier: Any = None
+    safety_identifier: Any = None
+    prompt_cache_key: Any = None
+    prompt_cache_retention: Any = None
+    prompt_cache_options: Any = None
+
+    @field_validator("max_completion_tokens")
+    @classmethod
+    def _one_limit(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value is not None and info.data.get("max_tokens") is not None:
+            raise PydanticCustomError("limits", "not together with max_tokens, its older name")
+        return value
+
+    @field_validator("top_logprobs")
+    @classmethod
+    def _needs_logprobs(cls, value: int, info: ValidationInfo) -> int:
+        if value and not info.data.get("logprobs"):
+            raise PydanticCustomError("top_logprobs", 'only allowed with "logprobs": true')
+        return value
+
+
+class CompletionBody(GenerationBody):
+    """`POST /v1/completions`."""
+
+    prompt: Annotated[list[str] | list[list[int]], BeforeValidator(_prompts)]
+    logprobs: int | None = Field(default=None, ge=0, le=5)
+    echo: bool = False
+
+    suffix: Annotated[Any, _only("")] = ""
+    best_of: Annotated[Any, _only(1)] = 1
+
+    @field_validator("echo")
+    @classmethod
+    def _echo_without_logprobs(cls, value: bool, info: ValidationInfo) -> bool:
+        if value and info.data.get("logprobs") is not None:
+            raise PydanticCustomError("echo", "not together with logprobs")
+        return value

@@ -1,0 +1,167 @@
+"""A model that answers: engine, text layer and sampling defaults behind one door."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lifecycle.bundle.manifest import MANIFEST, verify_bundle
+from lifecycle.data.chat import ChatTokenizer
+from lifecycle.engines import decoder
+from lifecycle.engines.base import Engine, EngineOptions, Request, SamplingParams
+from lifecycle.errors import DataError, EngineError
+from lifecycle.pipeline import registry
+from serving import errors
+from serving.generation import Generation
+from serving.sampling import Defaults
+from serving.text import AnswerText, TokenTexts
+from serving.worker import EngineWorker
+
+QUEUE_PER_SLOT = 4
+"""Requests that may wait for each that can run, unless `max_queue` says otherwise."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCard:
+    """What is served, as the API shows it."""
+
+    name: str
+    gated: bool
+    """Whether the model has passed the gates of an evaluation."""
+    fingerprint: str | None
+    """Changes whenever the model does; None for a folder that is no bundle."""
+    created: int
+    """Unix time, in seconds, since when it is served."""
+
+
+class Service:
+    """One model, ready to generate. Made by `open_service`; lives in one event loop."""
+
+    def __init__(
+        self,
+        card: ModelCard,
+        engine: Engine,
+        tokenizer: ChatTokenizer,
+        defaults: Defaults,
+        max_queue: int,
+    ) -> None:
+        self.card = card
+        self.tokenizer = tokenizer
+        self.token_text = TokenTexts(tokenizer)
+        self.defaults = defaults
+        self.max_model_len = engine.max_model_len
+        self.worker = EngineWorker(engine, max_queue)
+
+    async def chat_tokens(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """The prompt for the assistant's next message.
+
+        Raises:
+            ApiError: there is no chat template, or it refuses the messages.
+        """
+        if self.tokenizer.chat_template is None:
+            raise errors.bad_request(
+                f"'{self.card.name}' has no chat template; use /v1/completions", param="messages"
+            )
+        try:
+            # Tokenising a long text takes a while; the event loop must not wait for it.
+            return await asyncio.to_thread(self.tokenizer.encode_chat, messages)
+        except DataError as error:
+            raise errors.bad_request(str(error), param="messages") from error
+
+    async def prompt_tokens(self, prompt: str | list[int]) -> list[int]:
+        """The token ids of a plain prompt."""
+        if isinstance(prompt, list):
+            return prompt
+        return await asyncio.to_thread(self.tokenizer.encode, prompt)
+
+    def room(
+        self, prompt: Sequence[int], asked: int | None, default: int | None, param: str
+    ) -> int:
+        """How many tokens may follow a prompt: those asked for; else the default, or what is
+        left of the context if that is less.
+
+        Raises:
+            ApiError: the context is exceeded.
+        """
+        left = self.max_model_len - len(prompt)
+        if max(asked or 1, 1) > left:
+            raise errors.context_length_exceeded(
+                f"the prompt has {len(prompt)} tokens and the answer may have {asked or 1} or "
+                f"more; together they exceed the context of {self.max_model_len} tokens",
+                param,
+            )
+        return asked or min(left, default or left)
+
+    async def generate(
+        self,
+        request_id: str,
+        prompts: Sequence[tuple[Sequence[int], SamplingParams]],
+        stops: Sequence[str] = (),
+    ) -> Generation:
+        """Begin to answer prompts, one answer each; the result must be read or closed.
+
+        Raises:
+            ApiError: the engine is busy, stopped, or refuses a prompt.
+        """
+        own_stops = self.tokenizer.eos_token_ids
+        requests: list[Request] = []
+        for index, (prompt, params) in enumerate(prompts):
+            if not params.ignore_eos:
+                params = replace(params, stop_token_ids=params.stop_token_ids | own_stops)
+            requests.append(Request(f"{request_id}-{index}", prompt, params))
+        texts = [AnswerText(self.tokenizer.stream(), stops) for _ in requests]
+        return Generation(await self.worker.submit(requests), requests, texts)
+
+
+def open_service(
+    path: Path,
+    *,
+    engine: str = "onnxruntime",
+    options: EngineOptions | None = None,
+    name: str | None = None,
+    max_queue: int | None = None,
+) -> Service:
+    """Open a model folder, check it and run it once, so that the first request is fast.
+
+    Args:
+        path: a bundle, or a model folder that the engine can run.
+        name: what the API calls the model; None takes the bundle's name or the folder's.
+        max_queue: requests that may wait for a slot; None takes four for each slot.
+
+    Raises:
+        LifecycleError: the folder cannot be served.
+    """
+    card = _card(path, name)
+    if engine == "onnxruntime" and not (path / decoder.FILE).is_file():
+        if (path / "config.json").is_file():
+            raise EngineError(
+                f"{path} is a PyTorch model: export and bundle it with a recipe, "
+                "or serve it as it is with --engine pytorch"
+            )
+        raise EngineError(f"{path} is no bundle: it has neither {MANIFEST} nor {decoder.FILE}")
+    tokenizer = ChatTokenizer.load(path)
+    defaults = Defaults.load(path)
+    opened = registry.load(registry.ENGINES, engine, Engine).open(path, options)
+    _warm_up(opened)
+    waiting = QUEUE_PER_SLOT * opened.max_num_seqs if max_queue is None else max_queue
+    return Service(card, opened, tokenizer, defaults, waiting)
+
+
+def _card(path: Path, name: str | None) -> ModelCard:
+    created = int(time.time())
+    if not (path / MANIFEST).is_file():
+        return ModelCard(name or path.resolve().name, False, None, created)
+    manifest = verify_bundle(path)
+    digest = str(manifest["digest"])
+    shown = name or manifest.get("name") or path.resolve().name
+    return ModelCard(str(shown), bool(manifest.get("gated")), f"fp_{digest[:12]}", created)
+
+
+def _warm_up(engine: Engine) -> None:
+    length = min(8, engine.max_model_len - 2)
+    prompts = [[0] * max(length, 1)] * engine.max_num_seqs
+    engine.generate(prompts, SamplingParams(max_tokens=2, ignore_eos=True))

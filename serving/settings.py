@@ -1,0 +1,20 @@
+"""How the server treats its clients."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class ServerSettings:
+    """Settings of the HTTP side; those of the engine are `EngineOptions`."""
+
+    api_keys: tuple[str, ...] = ()
+    """Keys that clients may use; none lets everybody in."""
+    allowed_origins: tuple[str, ...] = ()
+    """Web origins whose pages may call the server from a browser (CORS)."""
+    max_body_bytes: int = 4 * 1024 * 1024
+    body_timeout: float = 30.0
+    """Seconds in which the whole body of a request must have come."""
+    keep_alive: float = 15.0
+    """Seconds of silence after which a stream gets a comment, so that no proxy ends it."""

@@ -1,0 +1,137 @@
+"""A chat in the terminal, over the same service as the HTTP routes and without a socket."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from itertools import count
+
+from lifecycle.engines.base import SamplingParams
+from serving.errors import ApiError
+from serving.service import Service
+
+HELP = "/reset starts a new conversation, /exit ends it"
+
+
+@dataclass(frozen=True, slots=True)
+class ChatOptions:
+    """How the model is to answer; None leaves it to the bundle."""
+
+    system: str | None = None
+    temperature: float | None = None
+    max_tokens: int | None = None
+    seed: int | None = None
+
+
+def talk(service: Service, options: ChatOptions) -> int:
+    """Answer line by line until `/exit` or the end of the input; the exit code."""
+    try:
+        return asyncio.run(_talk(service, options))
+    except KeyboardInterrupt:
+        return 130
+
+
+async def _talk(service: Service, options: ChatOptions) -> int:
+    conversation = _Conversation(service, options)
+    service.worker.start()
+    try:
+        _say_hello(service)
+        while True:
+            line = await asyncio.to_thread(_read_line)
+            if line is None or line == "/exit":
+                return 0
+            if line == "/reset":
+                conversation.reset()
+            elif line:
+                await _answer(conversation, line)
+    finally:
+        await service.worker.close()
+
+
+async def _answer(conversation: _Conversation, line: str) -> None:
+    """Print the answer as it comes; a refused message is no reason to leave."""
+    try:
+        async for text in conversation.answer(line):
+            print(text, end="", flush=True)  # noqa: T201
+        print(flush=True)  # noqa: T201
+    except ApiError as error:
+        _note(f"error: {error.message}")
+
+
+def _say_hello(service: Service) -> None:
+    if service.tokenizer.chat_template is None:
+        _note(f"{service.card.name} has no chat template: each line is continued as plain text")
+    if not service.card.gated:
+        _note(f"{service.card.name} is ungated: no evaluation has passed it")
+    if sys.stdin.isatty():
+        _note(HELP)
+
+
+def _read_line() -> str | None:
+    """The next line without its break; None at the end of the input."""
+    try:
+        return input("> " if sys.stdin.isatty() else "").strip()
+    except EOFError:
+        return None
+
+
+def _note(text: str) -> None:
+    """Standard output is for answers only."""
+    print(text, file=sys.stderr, flush=True)  # noqa: T201
+
+
+@dataclass(slots=True)
+class _Conversation:
+    service: Service
+    options: ChatOptions
+    messages: list[dict[str, str]] = field(default_factory=list[dict[str, str]])
+    turns: count[int] = field(default_factory=count)
+
+    def __post_init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything but the system message."""
+        system = self.options.system
+        self.messages = [] if system is None else [{"role": "system", "content": system}]
+
+    async def answer(self, text: str) -> AsyncIterator[str]:
+        """The model's answer, piece by piece. It and the question are remembered together, once
+        it is complete.
+
+        Raises:
+            ApiError: the conversation no longer fits into the context, or the engine failed.
+        """
+        service, asked = self.service, [*self.messages, {"role": "user", "content": text}]
+        if service.tokenizer.chat_template is None:
+            prompt = await service.prompt_tokens(text)
+        else:
+            prompt = await service.chat_tokens(asked)
+        params = self._params(prompt)
+        generation = await service.generate(f"turn-{next(self.turns)}", [(prompt, params)])
+        pieces: list[str] = []
+        try:
+            async for deltas in generation:
+                for delta in deltas:
+                    pieces.append(delta.text)
+                    yield delta.text
+        finally:
+            generation.close()
+        self.messages = [*asked, {"role": "assistant", "content": "".join(pieces)}]
+
+    def _params(self, prompt: list[int]) -> SamplingParams:
+        defaults, options = self.service.defaults, self.options
+        temperature = options.temperature
+        return SamplingParams(
+            max_tokens=self.service.room(
+                prompt, options.max_tokens, defaults.max_tokens, "messages"
+            ),
+            temperature=defaults.temperature if temperature is None else temperature,
+            top_p=defaults.top_p,
+            top_k=defaults.top_k,
+            min_p=defaults.min_p,
+            repetition_penalty=defaults.repetition_penalty,
+            seed=options.seed,
+        )
