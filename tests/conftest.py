@@ -11,6 +11,7 @@ import pytest
 
 from lifecycle.pipeline.artifact import Artifact, artifact_digest, hash_tree
 from lifecycle.pipeline.stage import Context, Stage, references
+from tests.workshop import Workshop
 
 DATA_VARIABLE = "LIFECYCLE_TEST_DATA"
 
@@ -23,6 +24,12 @@ def data_dir() -> Path:
     if not path.is_dir():
         pytest.skip(f"no test data: set {DATA_VARIABLE}")
     return path
+
+
+@pytest.fixture
+def workshop(tmp_path: Path) -> Workshop:
+    """Recipes over toy stages, in a folder and on a store of their own."""
+    return Workshop(tmp_path)
 
 
 class QuietProgress:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from lifecycle.commands.output import Parser, emit, say, table
@@ -67,8 +68,10 @@ def _describe_field(cls: type[Stage], name: str, info: FieldInfo) -> dict[str, A
     else:
         kind = inspect.formatannotation(info.annotation).replace("typing.", "")
         kind = kind.replace("pathlib._local.", "").replace("pathlib.", "")
-    default = None if info.is_required() else info.get_default(call_default_factory=True)
-    if hasattr(default, "model_dump"):
+    default: Any = None
+    if not info.is_required():
+        default = info.get_default(call_default_factory=True, validated_data={})
+    if isinstance(default, BaseModel):
         default = default.model_dump(mode="json")
     return {
         "name": name,

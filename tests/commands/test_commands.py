@@ -1,0 +1,197 @@
+"""The command line as a user meets it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lifecycle.cli import COMMANDS, main
+from lifecycle.pipeline import shipped
+from tests.workshop import Workshop
+
+RECIPE = "  a: {use: toy:Const, value: 2}\n  b: {use: toy:Add, left: a, plus: 1}\n"
+
+
+@pytest.fixture
+def toy(workshop: Workshop, monkeypatch) -> str:
+    monkeypatch.setenv("LIFECYCLE_STORE", str(workshop.store_path))
+    return str(workshop.write(RECIPE))
+
+
+def last_json(capsys) -> dict:
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def test_help_lists_every_command_and_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; from lifecycle.cli import main; code = main(['--help']); "
+        "heavy = {'pydantic', 'yaml', 'rich', 'numpy', 'torch', 'onnxruntime'} & set(sys.modules); "
+        "assert not heavy, heavy; sys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert all(f"  {name} " in done.stdout for name in COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help(name: str, capsys) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([name, "--help"])
+    assert caught.value.code == 0
+    assert f"usage: lifecycle {name}" in capsys.readouterr().out
+
+
+def test_a_mistyped_command(capsys) -> None:
+    assert main(["rum"]) == 2
+    assert "no command 'rum'; did you mean 'run'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [["run"], ["gc", "--keep", "x"], ["gc", "--keep", "-1"], ["runs", "show"], ["run", "--x"]],
+)
+def test_bad_arguments_end_with_2(argv: list[str], capsys) -> None:
+    assert main(argv) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_run_json_is_the_last_line_and_has_the_agreed_shape(toy: str, capsys) -> None:
+    assert main(["run", toy, "b.plus=2", "--json"]) == 0
+    result = last_json(capsys)
+    assert set(result) == {"run", "recipe", "status", "stages"}
+    assert (result["recipe"], result["status"]) == ("toy", "ok")
+    stage = result["stages"]["b"]
+    assert set(stage) == {"use", "status", "seconds", "digest", "path", "metrics"}
+    assert stage["metrics"] == {"value": 4}
+    assert Path(stage["path"], "value").read_text() == "4"
+
+
+def test_run_shows_a_summary(toy: str, capsys) -> None:
+    assert main(["run", toy]) == 0
+    out = capsys.readouterr().out
+    assert "value 3" in out
+    assert "of 'toy': ok" in out
+
+
+def test_a_failed_run_prints_the_command_that_goes_on(workshop: Workshop, toy: str, capsys) -> None:
+    path = workshop.write("  a: {use: toy:Slow, fail_at: 2}\n", name="my recipe.yaml")
+    assert main(["run", str(path), "a.pause=0.0", "--until", "a", "--json"]) == 1
+    captured = capsys.readouterr()
+    assert f"go on with: lifecycle run '{path}' a.pause=0.0 --until a" in captured.err
+    result = json.loads(captured.out.splitlines()[-1])
+    assert result["status"] == "failed"
+    assert "failed on purpose" in result["stages"]["a"]["error"]
+
+
+def test_a_bad_recipe_ends_with_2_and_still_prints_json(workshop: Workshop, capsys) -> None:
+    path = workshop.write("  a: {use: toy:Const, valu: 1}\n")
+    assert main(["run", str(path), "--json"]) == 2
+    captured = capsys.readouterr()
+    assert "recipe.yaml:3: stages.a.valu: unknown key 'valu'" in captured.err
+    assert json.loads(captured.out)["status"] == "failed"
+
+
+def test_plan_json(toy: str, capsys) -> None:
+    main(["run", toy])
+    assert main(["plan", toy, "b.plus=9", "--json"]) == 0
+    assert last_json(capsys) == {
+        "stages": {
+            "a": {"status": "cached", "because": []},
+            "b": {"status": "run", "because": ["plus: 1 -> 9"]},
+        }
+    }
+    assert main(["plan", toy, "b.plus=9"]) == 0
+    assert "plus: 1 -> 9" in capsys.readouterr().out
+
+
+def test_runs_list_show_compare(toy: str, capsys) -> None:
+    ids = []
+    for value in (1, 2):
+        main(["run", toy, f"b.plus={value}", "--json"])
+        ids.append(last_json(capsys)["run"])
+    main(["runs", "--json"])
+    assert {r["run"] for r in last_json(capsys)["runs"]} == set(ids)
+    main(["runs", "show", ids[0], "--json"])
+    shown = last_json(capsys)
+    assert shown["stages"]["b"]["inputs"] == {"left": "a"}
+    assert shown["settings"]["b"]["plus"] == 1
+    main(["runs", "compare", *ids, "--json"])
+    found = last_json(capsys)
+    assert found["settings"] == [{"name": "b.plus", "first": 1, "second": 2}]
+    assert found["metrics"] == [{"name": "b.value", "first": 3, "second": 4}]
+    for argv in (["runs"], ["runs", "show", "toy"], ["runs", "compare", *ids]):
+        assert main(argv) == 0
+    assert "b.plus" in capsys.readouterr().out
+
+
+def test_recipes_list_show_copy(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    main(["recipes", "--json"])
+    assert set(last_json(capsys)["recipes"]) == set(shipped.recipes())
+    assert main(["recipes", "show", "quickstart"]) == 0
+    text = capsys.readouterr().out
+    assert main(["recipes", "copy", "quickstart"]) == 0
+    assert (tmp_path / "quickstart.yaml").read_text().strip() == text.strip()
+    assert main(["recipes", "copy", "quickstart"]) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert main(["plan", "quickstart.yaml", "--json"]) == 0
+
+
+def test_stages_lists_and_describes(capsys) -> None:
+    main(["stages", "--json"])
+    assert {"corpus", "finetune", "export", "bundle"} <= set(last_json(capsys)["stages"])
+    main(["stages", "finetune", "--json"])
+    settings = {s["name"]: s for s in last_json(capsys)["settings"]}
+    assert settings["model"]["type"] == "name of a hf-model"
+    assert all(s["doc"] or s["name"] in ("model", "data") for s in settings.values())
+    assert main(["stages"]) == main(["stages", "finetune"]) == 0
+    assert main(["stages", "finetun"]) == 2
+
+
+def test_doctor(capsys) -> None:
+    assert main(["doctor", "--json"]) == 0
+    found = last_json(capsys)
+    assert found["cores"] >= 1
+    assert "CPUExecutionProvider" in found["execution_providers"]
+    assert found["missing_extras"] == {}
+    assert main(["doctor"]) == 0
+
+
+def test_schema_accepts_shipped_recipes_and_names_their_keys(capsys) -> None:
+    assert main(["schema"]) == 0
+    schema = json.loads(capsys.readouterr().out)
+    assert schema["$defs"]["finetune"]["properties"]["use"] == {"const": "finetune"}
+    stage = schema["$defs"]["stage"]
+    assert {b["then"]["$ref"] for b in stage["allOf"]} >= {"#/$defs/export", "#/$defs/bundle"}
+
+
+def test_gc_removes_what_only_old_runs_used(workshop: Workshop, toy: str, capsys) -> None:
+    for value in range(4):
+        main(["run", toy, f"b.plus={value}"])
+    capsys.readouterr()
+    main(["gc", "--keep", "1", "--dry-run", "--json"])
+    assert last_json(capsys)["runs"] == 3
+    assert len(list((workshop.store_path / "runs").iterdir())) == 4
+    main(["gc", "--keep", "1", "--json"])
+    assert last_json(capsys)["artifacts"] == 3
+    main(["plan", toy, "b.plus=3", "--json"])
+    planned = last_json(capsys)["stages"]
+    assert {p["status"] for p in planned.values()} == {"cached"}
+    main(["plan", toy, "b.plus=1", "--json"])
+    assert last_json(capsys)["stages"]["b"]["status"] == "run"
+
+
+def test_a_reader_that_goes_away_is_no_error(toy: str) -> None:
+    command = f"{sys.executable} -m lifecycle.cli stages | head -1"
+    done = subprocess.run(
+        ["bash", "-c", command],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"},
+    )
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,154 @@
+"""Stages over plain numbers: real stages, small enough to see through."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Annotated
+
+from lifecycle.errors import DataError, GateError
+from lifecycle.kinds import Text, Tokenizer
+from lifecycle.pipeline.artifact import Artifact, Metrics
+from lifecycle.pipeline.registry import Plugin
+from lifecycle.pipeline.stage import RUNTIME, Context, Ref, SourcePath, Stage
+
+
+class Number(Artifact):
+    kind = "number"
+
+    @property
+    def value(self) -> int:
+        return int((self.path / "value").read_text())
+
+
+def write(ctx: Context, value: int) -> Metrics:
+    (ctx.out / "value").write_text(str(value))
+    return {"value": value}
+
+
+class Shape(Plugin):
+    """A family of plug-ins without any built-in."""
+
+    group = "lifecycle.targets"
+
+
+class Square(Shape):
+    use: str = "square"
+    side: int = 1
+
+
+class Const(Stage):
+    """A number."""
+
+    produces = Number
+    value: int = 1
+    """The number itself."""
+    rate: float = 0.5
+    flag: bool = False
+    workers: Annotated[int, RUNTIME] = 1
+
+    def run(self, ctx: Context) -> Metrics:
+        return write(ctx, self.value)
+
+
+class FromFile(Stage):
+    """A number that is read from a file."""
+
+    produces = Number
+    path: SourcePath
+
+    def run(self, ctx: Context) -> Metrics:
+        return write(ctx, int(self.path.read_text()))
+
+
+class Add(Stage):
+    """The sum of numbers."""
+
+    produces = Number
+    left: Ref[Number]
+    others: list[Ref[Number]] = []  # noqa: RUF012
+    plus: int = 0
+
+    def run(self, ctx: Context) -> Metrics:
+        total = ctx.input(self.left).value + sum(ctx.input(ref).value for ref in self.others)
+        return write(ctx, total + self.plus)
+
+
+class Read(Stage):
+    """Takes a text or a tokeniser, not a number."""
+
+    produces = Number
+    text: Ref[Text | Tokenizer]
+
+    def run(self, ctx: Context) -> Metrics:
+        return write(ctx, 0)
+
+
+class Slow(Stage):
+    """Counts to `steps`, and goes on from where the last attempt was."""
+
+    produces = Number
+    steps: int = 10
+    pause: float = 0.0
+    fail_at: Annotated[int, RUNTIME] = -1
+
+    def run(self, ctx: Context) -> Metrics:
+        state = ctx.scratch / "step"
+        start = int(state.read_text()) if state.exists() else 0
+        ctx.progress.log(f"from {start}")
+        for step in range(start, self.steps):
+            temporary = ctx.scratch / "new"
+            temporary.write_text(str(step))
+            temporary.replace(state)
+            if step == self.fail_at:
+                raise ValueError("failed on purpose")
+            time.sleep(self.pause)
+            ctx.progress.update(step + 1, self.steps, loss=1 / (step + 1))
+        return write(ctx, self.steps)
+
+
+class Deaf(Stage):
+    """Never reaches a safe point."""
+
+    produces = Number
+
+    def run(self, ctx: Context) -> Metrics:
+        time.sleep(60)
+        return write(ctx, 0)
+
+
+class Gate(Stage):
+    """A gate that a number passes or not."""
+
+    produces = Number
+    number: Ref[Number]
+    most: int
+
+    def run(self, ctx: Context) -> Metrics:
+        value = ctx.input(self.number).value
+        if value > self.most:
+            raise GateError(f"value is {value}, the bound is <= {self.most}", {"value": value})
+        return write(ctx, value)
+
+
+class Misbehaving(Stage):
+    """Breaks the rules of what an output may be."""
+
+    produces = Number
+    how: str
+
+    def run(self, ctx: Context) -> Metrics:
+        match self.how:
+            case "empty":
+                return {}
+            case "link":
+                (ctx.out / "value").symlink_to("/etc/hostname")
+            case "data":
+                raise DataError("data.jsonl:3: no JSON")
+            case "space":
+                raise OSError(28, os.strerror(28))
+            case "nan":
+                return write(ctx, 1) | {"loss": float("nan")}
+            case other:
+                raise RuntimeError(other)
+        return {}
