@@ -50,13 +50,17 @@ def check_external_data(graph: Path) -> None:
         raise EngineError(f"{graph} is damaged: it is no ONNX graph") from error
     folder = graph.parent.resolve()
     for location in sorted(locations):
-        path = folder / location
-        if not path.resolve().is_relative_to(folder):
+        try:
+            path = (folder / location).resolve()
+            is_inside, is_file = path.is_relative_to(folder), path.is_file()
+        except (OSError, RuntimeError, ValueError) as error:
+            raise EngineError(f"{graph} takes weights from {location!r}: {error}") from error
+        if not is_inside:
             raise EngineError(
                 f"{graph} takes weights from '{location}', outside its own folder; "
                 "that is refused: put the file beside the graph"
             )
-        if not path.is_file():
+        if not is_file:
             raise EngineError(f"{path} is missing: {graph.name} takes its weights from it")
 
 
@@ -71,10 +75,7 @@ def _locations(data: memoryview, message: str) -> Iterator[str]:
             continue
         entry = {number: bytes(text or b"") for number, text in _fields(value)}
         if entry.get(1) == b"location":
-            location = entry.get(2, b"").decode()
-            if "\0" in location:
-                raise ValueError("a file name has a null byte in it")
-            yield location
+            yield entry.get(2, b"").decode()
 
 
 def _fields(data: memoryview) -> Iterator[tuple[int, memoryview | None]]:
@@ -103,4 +104,6 @@ def _varint(data: memoryview, at: int) -> tuple[int, int]:
         value |= (data[at] & 0x7F) << shift
         shift += 7
         at += 1
+        if shift > 63:
+            raise ValueError("a number is too long")
     return value | data[at] << shift, at + 1

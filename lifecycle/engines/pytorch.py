@@ -1,0 +1,92 @@
+"""The PyTorch engine: the reference that the others are compared with.
+
+Every row runs by itself, through the model and the cache of transformers, so nothing that a
+batch does can reach its numbers.
+"""
+
+# transformers and torch type their own interfaces loosely.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import DynamicCache, PreTrainedModel
+
+from lifecycle.engines.backend import Row
+from lifecycle.engines.base import EngineOptions
+from lifecycle.engines.batched import BatchedEngine
+from lifecycle.engines.limits import context_length
+from lifecycle.errors import CheckpointError, EngineError
+
+
+class TorchEngine(BatchedEngine):
+    """A Hugging Face folder, with its adapter if it has one, in float32 on the CPU."""
+
+    @classmethod
+    def open(cls, path: Path, options: EngineOptions | None = None) -> Self:
+        from lifecycle.training.models import load_model
+
+        options = options or EngineOptions()
+        try:
+            model = load_model(path)
+        except CheckpointError as error:
+            raise EngineError(str(error)) from error
+        if options.threads is not None:
+            torch.set_num_threads(options.threads)
+        config: Any = model.config
+        return cls(
+            TorchBackend(model),
+            options=options,
+            vocab_size=config.vocab_size,
+            max_model_len=context_length(options, config.max_position_embeddings),
+            eos_token_ids=_eos_token_ids(model),
+        )
+
+
+class TorchBackend:
+    """A model of transformers with one cache per slot."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+        self._caches: dict[int, DynamicCache] = {}
+
+    def forward(self, rows: Sequence[Row]) -> NDArray[np.float32]:
+        return np.concatenate([self._row(row) for row in rows])
+
+    def close(self) -> None:
+        self._caches.clear()
+        del self._model
+
+    @torch.inference_mode()
+    def _row(self, row: Row) -> NDArray[np.float32]:
+        model: Any = self._model
+        if row.start == 0:
+            self._caches[row.slot] = DynamicCache(config=model.config)
+        try:
+            output = model(
+                input_ids=torch.tensor([row.tokens]),
+                past_key_values=self._caches[row.slot],
+                use_cache=True,
+                # 0 would mean all of them.
+                logits_to_keep=max(row.num_logits, 1),
+            )
+        except RuntimeError as error:
+            raise EngineError(f"PyTorch failed: {error}") from error
+        return output.logits[0, : row.num_logits].float().numpy()
+
+
+def _eos_token_ids(model: PreTrainedModel) -> frozenset[int]:
+    """The ends of sequence of `generation_config.json`, or of `config.json` without it."""
+    ends: int | list[int] | None = getattr(model.generation_config, "eos_token_id", None)
+    if ends is None:
+        ends = getattr(model.config, "eos_token_id", None)
+    if ends is None:
+        return frozenset()
+    return frozenset([ends] if isinstance(ends, int) else ends)

@@ -1,0 +1,201 @@
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+from benchmarks.batch_invariance import measure
+from lifecycle.engines.base import Engine, EngineOptions, FinishReason, Request, SamplingParams
+from lifecycle.engines.ort import OnnxEngine
+from lifecycle.engines.pytorch import TorchEngine
+from lifecycle.errors import EngineError, RequestError
+from tests.engines.conftest import Model
+
+FREE = SamplingParams(max_tokens=20, ignore_eos=True)
+
+
+def prompts(vocab: int, lengths: list[int], seed: int = 0) -> list[list[int]]:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(3, vocab, length).tolist() for length in lengths]
+
+
+@pytest.fixture(scope="module")
+def engine(random_model: Model) -> Engine:
+    return OnnxEngine.open(random_model.graph, EngineOptions(prefill_chunk=16, max_num_seqs=4))
+
+
+def test_the_published_story_comes_out_alone_and_among_seven_others(
+    stories: Model, story: list[int]
+) -> None:
+    engine = OnnxEngine.open(stories.graph)
+    params = SamplingParams(max_tokens=len(story) - 1, ignore_eos=True)
+    others = prompts(512, [5, 200, 129, 17, 250, 1, 64])
+    alone = engine.generate([[1]], params)[0]
+    among = engine.generate([*others[:3], [1], *others[3:]], params)[3]
+    assert list(alone.token_ids) == list(among.token_ids) == story[1:]
+
+
+def test_logits_equal_those_of_pytorch_whatever_the_chunks(random_model: Model) -> None:
+    text = prompts(160, [100])[0]
+    expected = TorchEngine.open(random_model.checkpoint).logits(text)
+    for chunk in (1, 7, 64, 128):
+        engine = OnnxEngine.open(random_model.graph, EngineOptions(prefill_chunk=chunk))
+        np.testing.assert_allclose(engine.logits(text), expected, atol=1e-4)
+
+
+def test_batched_generation_equals_pytorch(random_model: Model, engine: Engine) -> None:
+    texts = prompts(160, [1, 40, 16, 17, 90, 3, 33])
+    reference = TorchEngine.open(random_model.checkpoint)
+    assert engine.generate(texts, FREE) == reference.generate(texts, FREE)
+
+
+def test_no_neighbour_changes_a_request(random_model: Model) -> None:
+    options = EngineOptions(max_num_seqs=4, prefill_chunk=16)
+    identical, total = measure(OnnxEngine.open(random_model.graph, options), mixes=12, seed=0)
+    assert identical == total > 50
+
+
+def test_no_neighbour_changes_a_story(stories: Model) -> None:
+    engine = OnnxEngine.open(stories.graph, EngineOptions(max_num_seqs=6, prefill_chunk=32))
+    identical, total = measure(engine, mixes=8, seed=1)
+    assert identical == total > 30
+
+
+def test_a_seeded_request_gives_the_same_text_beside_others(engine: Engine) -> None:
+    texts = prompts(160, [12, 30, 50])
+    seeded = SamplingParams(max_tokens=20, temperature=1.0, top_p=0.9, seed=3, ignore_eos=True)
+    free = SamplingParams(max_tokens=25, temperature=1.0, ignore_eos=True)
+    alone = engine.generate(texts[:1], seeded)[0]
+    assert engine.generate(texts[::-1], [free, free, seeded])[2] == alone
+
+
+def test_what_an_earlier_text_left_in_a_slot_is_never_read(random_model: Model) -> None:
+    engine = OnnxEngine.open(random_model.graph, EngineOptions(max_num_seqs=2))
+    texts = prompts(160, [30, 20])
+    expected = engine.generate(texts, FREE)
+    for cache in engine._backend._cache.values():  # type: ignore[attr-defined]
+        cache[:] = np.nan
+    assert engine.generate(texts, FREE) == expected
+
+
+def test_a_failure_of_the_runtime_ends_its_requests_and_the_engine_goes_on(
+    random_model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import lifecycle.engines.ort as module
+
+    engine = OnnxEngine.open(random_model.graph)
+    text = prompts(160, [10])[0]
+    expected = engine.generate([text], FREE)
+    honest = module.pack
+
+    def broken(*args: Any) -> Any:
+        monkeypatch.setattr(module, "pack", honest)
+        return honest(*args) | {"input_ids": np.array([[10**6] * 10])}
+
+    monkeypatch.setattr(module, "pack", broken)
+    engine.submit(Request("a", text, FREE))
+    event = engine.step()[0]
+    assert event.finish_reason is FinishReason.ERROR and "ONNX Runtime failed" in event.error
+    assert engine.generate([text], FREE) == expected
+
+
+def test_the_context_can_be_filled_to_its_end(random_model: Model) -> None:
+    engine = OnnxEngine.open(random_model.graph, EngineOptions(max_model_len=40))
+    text = prompts(160, [39])[0]
+    assert len(engine.generate([text], FREE)[0].token_ids) == 1
+    assert engine.logits([*text, 5]).shape == (40, 160)
+    with pytest.raises(RequestError, match="at most 39"):
+        engine.generate([[*text, 5]], FREE)
+
+
+def test_the_model_says_where_texts_end(engine: Engine, stories: Model) -> None:
+    assert engine.eos_token_ids == frozenset({2})
+    assert engine.vocab_size == 160 and engine.max_model_len == 256
+    assert OnnxEngine.open(stories.graph).max_model_len == 512
+
+
+@pytest.fixture
+def copy(random_model: Model, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(random_model.graph, tmp_path / "copy"))
+
+
+def edit(folder: Path, **changes: Any) -> None:
+    path = folder / "decoder.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "model.onnx.data", "decoder.json"])
+def test_a_missing_file_is_named(copy: Path, name: str) -> None:
+    (copy / name).unlink()
+    with pytest.raises(EngineError, match=name):
+        OnnxEngine.open(copy)
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "model.onnx.data", "decoder.json"])
+def test_a_cut_file_is_named(copy: Path, name: str) -> None:
+    (copy / name).write_bytes((copy / name).read_bytes()[:100])
+    with pytest.raises(EngineError, match=r"model\.onnx|decoder\.json"):
+        OnnxEngine.open(copy)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_kv_heads": 4}, r"tensor 'past_key_values\.0\.key'"),
+        ({"head_size": 8}, r"tensor 'past_key_values\.0\.key'"),
+        ({"num_layers": 3}, r"tensor 'past_key_values\.2\.key'"),
+        ({"num_layers": 1}, r"tensor 'past_key_values\.1\.key'"),
+        ({"vocab_size": 7}, "tensor 'logits'"),
+        ({"kv_dtype": "int8"}, "int8 cache"),
+        ({"format": 99}, "format 99"),
+    ],
+)
+def test_a_graph_that_is_not_what_its_description_says_is_refused(
+    copy: Path, changes: dict[str, Any], message: str
+) -> None:
+    edit(copy, **changes)
+    with pytest.raises(EngineError, match=message):
+        OnnxEngine.open(copy)
+
+
+def test_weights_outside_the_folder_are_refused(copy: Path, tmp_path: Path) -> None:
+    model = onnx.load(copy / "model.onnx", load_external_data=False)
+    shutil.move(copy / "model.onnx.data", tmp_path / "elsewhere")
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = "../elsewhere"
+    (copy / "model.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(EngineError, match="outside its own folder"):
+        OnnxEngine.open(copy)
+
+
+def test_a_context_longer_than_the_models_is_refused(random_model: Model) -> None:
+    with pytest.raises(EngineError, match="max_model_len is 257"):
+        OnnxEngine.open(random_model.graph, EngineOptions(max_model_len=257))
+
+
+def test_neither_torch_nor_transformers_is_imported(random_model: Model) -> None:
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from lifecycle.engines.ort import OnnxEngine, EngineOptions\n"
+        "from lifecycle.engines.base import SamplingParams\n"
+        "engine = OnnxEngine.open(Path(sys.argv[1]))\n"
+        "engine.generate([[5, 6]], SamplingParams(max_tokens=3)); engine.close()\n"
+        "heavy = {'torch', 'transformers', 'onnx', 'onnx_ir', 'fastapi', 'pydantic'}\n"
+        "print(sorted(heavy & set(sys.modules)))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(random_model.graph)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,94 @@
+"""A backend whose next token is a pure function of the text in the slot.
+
+It lets the scheduler be tested by itself, and refuses what no real cache could do.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lifecycle.engines.backend import Row
+from lifecycle.engines.base import EngineOptions
+from lifecycle.engines.batched import BatchedEngine
+from lifecycle.errors import EngineError
+
+VOCAB = 17
+EOS = 0
+
+
+def next_token(text: Sequence[int]) -> int:
+    """The toy's greedy continuation of a text."""
+    return zlib.crc32(bytes(text)) % VOCAB
+
+
+def continuation(prompt: Sequence[int], limit: int) -> list[int]:
+    """What a request with this prompt must give, up to its end or `limit` tokens."""
+    text = list(prompt)
+    while len(text) - len(prompt) < limit and (token := next_token(text)) != EOS:
+        text.append(token)
+    return text[len(prompt) :]
+
+
+class ToyBackend:
+    """Texts by slot. `fail_next` makes the next step fail; `poison` makes a text's row NaN."""
+
+    def __init__(self) -> None:
+        self.texts: dict[int, list[int]] = {}
+        self.steps: list[list[Row]] = []
+        self.fail_next = False
+        self.poison: int | None = None
+        self.closed = False
+
+    def forward(self, rows: Sequence[Row]) -> NDArray[np.float32]:
+        self.steps.append(list(rows))
+        if self.fail_next:
+            self.fail_next = False
+            self.texts.clear()
+            raise EngineError("the runtime gave up")
+        assert rows and len({row.slot for row in rows}) == len(rows), "a slot is shared"
+        return np.concatenate([self._row(row) for row in rows])
+
+    def _row(self, row: Row) -> NDArray[np.float32]:
+        if row.start == 0:
+            self.texts[row.slot] = []
+        text = self.texts[row.slot]
+        assert row.start == len(text), "the slot holds another text"
+        assert len(row.tokens) > 0
+        text += row.tokens
+        logits = np.zeros((row.num_logits, VOCAB), dtype=np.float32)
+        for back in range(row.num_logits):
+            logits[-1 - back, next_token(text[: len(text) - back])] = 1.0
+        if self.poison is not None and text[0] == self.poison:
+            logits[:] = np.nan
+        return logits
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class ToyEngine(BatchedEngine):
+    """The real engine over the toy."""
+
+    backend: ToyBackend
+
+    @classmethod
+    def make(cls, max_num_seqs: int = 3, max_model_len: int = 24, prefill_chunk: int = 4):
+        options = EngineOptions(max_num_seqs=max_num_seqs, prefill_chunk=prefill_chunk)
+        backend = ToyBackend()
+        engine = cls(
+            backend,
+            options=options,
+            vocab_size=VOCAB,
+            max_model_len=max_model_len,
+            eos_token_ids=frozenset({EOS}),
+        )
+        engine.backend = backend
+        return engine
+
+    @classmethod
+    def open(cls, path, options=None):
+        raise NotImplementedError
