@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import json
+from collections.abc import Mapping
 from typing import Any
 
 Record = Mapping[str, Any]
@@ -54,26 +55,22 @@ def _measured(report: Record | None) -> str:
 
 
 def _lineage(lineage: list[Record]) -> str:
-    short = {record["digest"]: record["digest"][:_DIGITS] for record in lineage}
+    # An artifact that no recipe made has neither a stage nor settings.
     rows = [
         [
             record.get("use", record["kind"]),
-            f"`{short[record['digest']]}`",
-            _pairs({field: short.get(digest, digest) for field, digest in _of(record, "inputs")}),
-            _pairs(dict(_of(record, "settings"))),
+            f"`{record['digest'][:_DIGITS]}`",
+            _pairs({name: digest[:_DIGITS] for name, digest in record.get("inputs", {}).items()}),
+            _pairs(record.get("settings", {})),
         ]
         for record in lineage
     ]
-    about = "Each line is a stage, the oldest first; the inputs are the digests of earlier lines."
+    about = (
+        "Each line is a stage, the oldest first; inputs are named by the digests of lines above."
+    )
     return "\n\n".join(
         ["## How it was made", about, _table(["stage", "digest", "inputs", "settings"], rows)]
     )
-
-
-def _of(record: Record, field: str) -> Iterable[tuple[str, Any]]:
-    """The pairs of a record's field; an artifact made outside any recipe has none."""
-    values: Mapping[str, Any] = record.get(field, {})
-    return values.items()
 
 
 def _table(header: list[str], rows: list[list[Any]]) -> str:
@@ -86,7 +83,13 @@ def _cell(value: object) -> str:
 
 
 def _pairs(values: Record) -> str:
-    return ", ".join(f"{name} `{value}`" for name, value in values.items())
+    return ", ".join(
+        f"{name} `{_spelled(value)}`" for name, value in values.items() if value is not None
+    )
+
+
+def _spelled(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _nonzero(counts: Mapping[str, int]) -> dict[str, int]:

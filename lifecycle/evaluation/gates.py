@@ -43,7 +43,7 @@ _OPERATORS: Mapping[str, Callable[[float, float], bool]] = {
 }
 _BOUND = re.compile(
     r"\s*(?P<operator><=|>=|<|>)\s*"
-    r"(?P<number>[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,2})?)\s*(?P<percent>%?)\s*",
+    r"(?P<number>[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,3})?)\s*(?P<percent>%?)\s*",
     re.ASCII,
 )
 
@@ -63,18 +63,16 @@ class Bound:
             ValueError: the text is not of that form.
         """
         found = _BOUND.fullmatch(text)
-        if found is None:
-            raise ValueError(f"'{text}' is no bound; write one like '<= 1.02' or '>= 55 %'")
-        # Decimal, because 0.1 % as floats is 0.1 / 100, which is not the float 0.001.
-        number = Decimal(found["number"]) / (100 if found["percent"] else 1)
-        return cls(found["operator"], float(number))
+        if found is not None:
+            # Decimal, because a percentage divided as a float is not always the float it names.
+            limit = float(Decimal(found["number"]) / (100 if found["percent"] else 1))
+            if math.isfinite(limit):
+                return cls(found["operator"], limit)
+        raise ValueError(f"'{text}' is no bound; write one like '<= 1.02' or '>= 55 %'")
 
     def holds(self, measured: float) -> bool:
         """Whether `measured` is inside the bound; NaN and infinity never are."""
         return math.isfinite(measured) and _OPERATORS[self.operator](measured, self.limit)
-
-    def __str__(self) -> str:
-        return f"{self.operator} {self.limit!r}"
 
 
 @dataclass(frozen=True, slots=True)

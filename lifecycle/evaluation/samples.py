@@ -126,6 +126,7 @@ def select(
 
     Raises:
         DataError: there is nothing to measure, or nothing that fits.
+        StageError: the models make different items of a row.
     """
     items: list[tuple[S, ...]] = []
     too_long = 0
@@ -137,7 +138,10 @@ def select(
         else:
             items.append(item)
     if not items and too_long:
-        raise DataError(f"all {too_long} rows are longer than {context} tokens: raise 'max_length'")
+        raise DataError(
+            f"none of the {too_long} rows fits into {context} tokens, which is the least of "
+            "'max_length' and what the models can read at once"
+        )
     if not items:
         raise DataError("no row has a supervised token: nothing can be measured")
     return Selection(items, too_long)
