@@ -7,12 +7,11 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from importlib.util import find_spec
 from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lifecycle.errors import MissingExtraError, RecipeError
+from lifecycle.errors import RecipeError
 from serving.arguments import KEY_VARIABLE, chat_parser, serve_parser
 
 if TYPE_CHECKING:
@@ -28,8 +27,6 @@ def serve(argv: Sequence[str]) -> int:
         LifecycleError: the arguments cannot work, or the model or the port cannot be had.
     """
     args = serve_parser().parse_args(argv)
-    if not (find_spec("fastapi") and find_spec("uvicorn")):
-        raise MissingExtraError("'lifecycle serve'", "serve")
     from serving.server import bind, run, url
     from serving.settings import ServerSettings
 

@@ -86,7 +86,7 @@ class EngineThread:
                 if not self._idle:
                     self._post(self._listener.on_events, self._step())
         except BaseException:
-            log.critical("the engine has stopped", exc_info=True)
+            log.critical("the engine has stopped; the server must be restarted")
             self._post(self._listener.on_death)
             raise
         finally:

@@ -27,27 +27,25 @@ class ChatOptions:
 
 def talk(service: Service, options: ChatOptions) -> int:
     """Answer line by line until `/exit` or the end of the input; the exit code."""
-    try:
-        return asyncio.run(_talk(service, options))
-    except KeyboardInterrupt:
-        return 130
-
-
-async def _talk(service: Service, options: ChatOptions) -> int:
     conversation = _Conversation(service, options)
+    # The event loop runs only while an answer comes, so that Ctrl-C at the prompt ends the
+    # chat at once instead of waiting for the line.
+    with asyncio.Runner() as runner:
+        runner.run(_start(service))
+        try:
+            _say_hello(service)
+            while (line := _read_line()) not in (None, "/exit"):
+                if line == "/reset":
+                    conversation.reset()
+                elif line:
+                    runner.run(_answer(conversation, line))
+        finally:
+            runner.run(service.worker.close())
+    return 0
+
+
+async def _start(service: Service) -> None:
     service.worker.start()
-    try:
-        _say_hello(service)
-        while True:
-            line = await asyncio.to_thread(_read_line)
-            if line is None or line == "/exit":
-                return 0
-            if line == "/reset":
-                conversation.reset()
-            elif line:
-                await _answer(conversation, line)
-    finally:
-        await service.worker.close()
 
 
 async def _answer(conversation: _Conversation, line: str) -> None:
