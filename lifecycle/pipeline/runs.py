@@ -66,8 +66,10 @@ class Run:
 
 
 def new_id() -> str:
-    """A name that sorts by time: `20261123-170501-3f2a`."""
-    return f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+    """A name that sorts by time, to the millisecond: `20261123-170501-417-3f2a`."""
+    now = time.time()
+    second = time.strftime("%Y%m%d-%H%M%S", time.localtime(now))
+    return f"{second}-{int(now * 1000) % 1000:03d}-{secrets.token_hex(2)}"
 
 
 def folder(store: Store, run_id: str) -> Path:
