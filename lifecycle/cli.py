@@ -40,18 +40,18 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command and return its exit code."""
     args = sys.argv[1:] if argv is None else argv
     if not args or args[0] in ("-h", "--help", "help"):
-        print(usage())  # noqa: T201
+        print(usage())
         return 0 if args else 2
     if args[0] in ("-V", "--version"):
         from lifecycle import __version__
 
-        print(f"lifecycle {__version__}")  # noqa: T201
+        print(f"lifecycle {__version__}")
         return 0
     if args[0] not in COMMANDS:
         from lifecycle.pipeline.suggest import did_you_mean
 
         hint = did_you_mean(args[0], COMMANDS)
-        print(f"error: no command '{args[0]}'{hint}\n\n{usage()}", file=sys.stderr)  # noqa: T201
+        print(f"error: no command '{args[0]}'{hint}\n\n{usage()}", file=sys.stderr)
         return 2
     return _call(args[0], args[1:])
 
@@ -64,7 +64,7 @@ def _call(name: str, args: list[str]) -> int:
         command: Callable[[list[str]], int] = getattr(import_module(module), function)
         return command(args)
     except LifecycleError as error:
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except ModuleNotFoundError as error:
         from lifecycle.pipeline.registry import EXTRA_OF
@@ -72,7 +72,7 @@ def _call(name: str, args: list[str]) -> int:
         extra = EXTRA_OF.get((error.name or "").partition(".")[0])
         if extra is None:
             raise
-        print(f"error: {MissingExtraError(f'lifecycle {name}', extra)}", file=sys.stderr)  # noqa: T201
+        print(f"error: {MissingExtraError(f'lifecycle {name}', extra)}", file=sys.stderr)
         return MissingExtraError.exit_code
     except KeyboardInterrupt:
         return 130
