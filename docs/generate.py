@@ -1,0 +1,84 @@
+"""Write `docs/reference/` from the code: `make docs`. A test says when it is stale."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import io
+import os
+import sys
+from pathlib import Path
+
+from lifecycle.cli import COMMANDS, main, usage
+from lifecycle.commands.stages import describe
+from lifecycle.graph.targets import Target
+from lifecycle.pipeline import registry
+from lifecycle.pipeline.stage import Stage
+from lifecycle.training.adapters import Adapter
+
+NOTE = "<!-- Written by docs/generate.py; edit the docstrings instead. -->\n"
+
+
+def pages() -> dict[str, str]:
+    """The text of each page by its file name."""
+    return {"stages.md": stages(), "commands.md": commands()}
+
+
+def stages() -> str:
+    """Every stage, adapter and target with its settings."""
+    parts = [NOTE, "# Stages and their settings\n"]
+    for name in registry.names(registry.STAGES):
+        cls = registry.load(registry.STAGES, name, Stage)
+        parts += [f"## {name}\n", f"Makes: {cls.produces.kind}.\n", _doc(cls)]
+        rows = [
+            (s["name"], s["type"], "required" if s["required"] else _code(s["default"]), s["doc"])
+            for s in describe(cls)
+        ]
+        parts.append(_table(("setting", "type", "default", "meaning"), rows))
+    for title, group, base in (
+        ("Adapters", registry.ADAPTERS, Adapter),
+        ("Targets", registry.TARGETS, Target),
+    ):
+        parts.append(f"# {title}\n")
+        for name in registry.names(group):
+            cls = registry.load(group, name, base)
+            parts += [f"## {name}\n", _doc(cls)]
+            fields = {k: v for k, v in cls.model_fields.items() if k != "use"}
+            if fields:
+                rows = [(k, _code(v.default), v.description or "") for k, v in fields.items()]
+                parts.append(_table(("setting", "default", "meaning"), rows))
+    return "\n".join(parts)
+
+
+def commands() -> str:
+    """What every command's `--help` prints."""
+    parts = [NOTE, "# Commands\n", f"```\n{usage()}\n```\n"]
+    os.environ["COLUMNS"] = "96"
+    for name in COMMANDS:
+        text = io.StringIO()
+        with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
+            main([name, "--help"])
+        parts.append(f"## lifecycle {name}\n\n```\n{text.getvalue().rstrip()}\n```\n")
+    return "\n".join(parts)
+
+
+def _doc(cls: type) -> str:
+    return (inspect.getdoc(cls) or "") + "\n"
+
+
+def _code(value: object) -> str:
+    return "" if value is None else f"`{value}`"
+
+
+def _table(headings: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    lines = [headings, tuple("---" for _ in headings), *rows]
+    cells = ([c.replace("|", "\\|").replace("\n", " ") for c in line] for line in lines)
+    return "\n".join("| " + " | ".join(row) + " |" for row in cells) + "\n"
+
+
+if __name__ == "__main__":
+    folder = Path(__file__).with_name("reference")
+    folder.mkdir(exist_ok=True)
+    for name, text in pages().items():
+        (folder / name).write_text(text, encoding="utf-8")
+        sys.stdout.write(f"{folder / name}\n")
