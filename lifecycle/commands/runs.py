@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import time
+from pathlib import Path
 from typing import Any
 
 from lifecycle.commands.output import Parser, emit, say, table
+from lifecycle.errors import RecipeError
 from lifecycle.pipeline import runs
 from lifecycle.pipeline.progress import brief
 from lifecycle.pipeline.runs import Run
@@ -18,16 +20,21 @@ def main(argv: list[str]) -> int:
     parser = Parser(prog="lifecycle runs", description="Past runs: list, show one, compare two.")
     parser.add_argument("action", nargs="?", choices=("list", "show", "compare"), default="list")
     parser.add_argument("names", nargs="*", help="ids of runs (or the start of one), or recipes")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="show: write a page with curves")
     parser.add_store()
     parser.add_json()
     args = parser.parse_args(argv)
     wanted = {"list": 0, "show": 1, "compare": 2}[args.action]
     if len(args.names) != wanted:
         parser.error(f"{args.action} takes {wanted} name{'s' if wanted != 1 else ''}")
+    if args.html is not None and args.action != "show":
+        parser.error("--html goes with show")
     store = Store.open(args.store)
     if args.action == "list":
         return _list(store, args.json)
     found = [runs.find(store, name) for name in args.names]
+    if args.html is not None:
+        return _page(store, found[0], args.html, args.json)
     if args.action == "show":
         return _show(store, found[0], args.json)
     return _compare(store, found[0], found[1], args.json)
@@ -89,6 +96,17 @@ def _show(store: Store, run: Run, as_json: bool) -> int:
         if stage.error:
             say(f"{name}: {stage.error}")
     say(f"metrics over time, logs, resolved recipe: {runs.folder(store, run.run)}")
+    return 0
+
+
+def _page(store: Store, run: Run, target: Path, as_json: bool) -> int:
+    from lifecycle.commands.page import render
+
+    try:
+        target.write_text(render(store, run), encoding="utf-8")
+    except OSError as error:
+        raise RecipeError(f"cannot be written: {error.strerror}", file=target) from error
+    emit({"path": str(target)}) if as_json else say(f"{target}")
     return 0
 
 

@@ -129,6 +129,19 @@ def test_runs_list_show_compare(toy: str, capsys) -> None:
     assert "b.plus" in capsys.readouterr().out
 
 
+def test_a_run_as_a_page(workshop: Workshop, toy: str, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("lifecycle.pipeline.progress.RECORD_EVERY", 0)
+    path = workshop.write("  a: {use: toy:Slow, steps: 5}\n  b: {use: toy:Add, left: a}\n")
+    assert main(["run", str(path), "name=<b>bold</b>"]) == 0
+    page = tmp_path / "run.html"
+    assert main(["runs", "show", "<b>bold</b>", "--html", str(page)]) == 0
+    text = page.read_text()
+    assert "<h1>&lt;b&gt;bold&lt;/b&gt;</h1>" in text
+    assert text.count("<polyline") == 1
+    assert 'href="#a"' in text
+    assert main(["runs", "show", "<b>bold</b>", "--html", str(tmp_path / "no" / "x.html")]) == 2
+
+
 def test_recipes_list_show_copy(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     main(["recipes", "--json"])

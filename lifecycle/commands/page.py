@@ -1,0 +1,104 @@
+"""A run as one self-contained HTML page: stages, lineage, metrics, and curves over time."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment
+
+from lifecycle.pipeline import runs
+from lifecycle.pipeline.progress import number
+from lifecycle.pipeline.runs import Run
+from lifecycle.pipeline.store import Store
+
+WIDTH, HEIGHT = 560, 160
+MOST_POINTS = 400
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{{ run.recipe }} {{ run.run }}</title>
+<style>
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 70em; color: #222 }
+table { border-collapse: collapse; width: 100% }
+th, td { text-align: left; padding: .3em .8em .3em 0; border-bottom: 1px solid #ddd; vertical-align: top }
+td.metrics { font-variant-numeric: tabular-nums; color: #444 }
+code { font-size: .85em; color: #666 }
+.failed { color: #b00020 } .done { color: #1b7f3b } .cached { color: #2457a6 }
+figure { display: inline-block; margin: 1em 1.5em 1em 0 } figcaption { color: #444 }
+polyline { fill: none; stroke: #2457a6; stroke-width: 1.5 } text { font-size: 11px; fill: #666 }
+</style></head><body>
+<h1>{{ run.recipe }}</h1>
+<p>Run <code>{{ run.run }}</code>: <b class="{{ run.status }}">{{ run.status }}</b>
+{%- if run.overrides %}, with <code>{{ run.overrides | join(" ") }}</code>{% endif %}</p>
+<table><thead><tr><th>stage<th>made by<th>from<th>status<th>seconds<th>artifact<th>metrics</tr></thead>
+{% for name, stage in run.stages.items() %}
+<tr id="{{ name }}"><td><b>{{ name }}</b><td>{{ stage.use }}
+<td>{% for source in stage.inputs.values() %}<a href="#{{ source }}">{{ source }}</a> {% endfor %}
+<td class="{{ stage.status }}">{{ stage.status }}<td>{{ "%.1f" | format(stage.seconds) }}
+<td><code>{{ (stage.digest or "")[:12] }}</code>
+<td class="metrics">{% for key, value in metrics(stage) %}{{ key }} <b>{{ value }}</b><br>{% endfor %}
+{% if stage.error %}<span class="failed">{{ stage.error }}</span>{% endif %}</tr>
+{% endfor %}</table>
+{% for curve in curves %}
+<figure><svg width="{{ width }}" height="{{ height }}" role="img"
+ aria-label="{{ curve.stage }} {{ curve.metric }}">
+<polyline points="{{ curve.points }}"/>
+<text x="0" y="11">{{ curve.high }}</text><text x="0" y="{{ height - 3 }}">{{ curve.low }}</text>
+</svg><figcaption>{{ curve.stage }}: {{ curve.metric }}, last {{ curve.last }}</figcaption></figure>
+{% endfor %}
+</body></html>
+"""
+
+
+def render(store: Store, run: Run) -> str:
+    """The page of a run, without references to anything outside it."""
+    template = Environment(autoescape=True).from_string(_PAGE)
+    return template.render(
+        run=run, metrics=_metrics, curves=_curves(store, run), width=WIDTH, height=HEIGHT
+    )
+
+
+def _metrics(stage: runs.StageRun) -> list[tuple[str, str]]:
+    return [(k, number(v)) for k, v in stage.metrics.items() if isinstance(v, (int, float))]
+
+
+def _curves(store: Store, run: Run) -> list[dict[str, str]]:
+    """Every metric that a stage reported at least three times, as an SVG polyline."""
+    found: list[dict[str, str]] = []
+    for name in run.stages:
+        series: dict[str, list[tuple[float, float]]] = {}
+        for row in _rows(runs.folder(store, run.run) / f"{name}.jsonl"):
+            phase, done = row.pop("phase", ""), row.pop("done", 0.0)
+            row.pop("time", None)
+            for key, value in row.items():
+                if isinstance(value, (int, float)) and math.isfinite(value):
+                    series.setdefault(f"{phase} {key}", []).append((done, value))
+        for metric, points in series.items():
+            if len(points) >= 3:
+                found.append({"stage": name, "metric": metric, **_polyline(points)})
+    return found
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _polyline(points: list[tuple[float, float]]) -> dict[str, str]:
+    thinned = points[:: max(1, len(points) // MOST_POINTS)]
+    xs, ys = [x for x, _ in thinned], [y for _, y in thinned]
+    left, low = min(xs), min(ys)
+    across, up = (max(xs) - left) or 1.0, (max(ys) - low) or 1.0
+    scaled = (
+        f"{(x - left) / across * (WIDTH - 2) + 1:.1f},{HEIGHT - 15 - (y - low) / up * (HEIGHT - 30):.1f}"
+        for x, y in thinned
+    )
+    return {
+        "points": " ".join(scaled),
+        "high": number(max(ys)),
+        "low": number(low),
+        "last": number(points[-1][1]),
+    }
