@@ -99,7 +99,8 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
     for number, line in enumerate(_lines(path), start=1):
         if line.strip():
             place = f"line {number}"
-            yield Row(number, place, _object(_parse(line, path, number), path, place))
+            value = _parse(line.rstrip("\r\n"), path, number)
+            yield Row(number, place, _object(value, path, place))
 
 
 def _read_json(path: Path) -> Iterator[Row]:
