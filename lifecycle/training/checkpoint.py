@@ -1,0 +1,103 @@
+"""Model folders from outside: what is taken from them, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from math import prod
+from pathlib import Path
+from typing import Any, cast
+
+from lifecycle.data.chat import ChatTokenizer
+from lifecycle.errors import CheckpointError
+from lifecycle.graph.checkpoint import INDEX, SINGLE, Checkpoint
+from lifecycle.pipeline.artifact import Metrics
+
+PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.txt", "LICENSE*", "NOTICE*")
+"""The files that are taken, of those at the top of the folder: no code, no pickles."""
+
+
+def inspect(folder: Path) -> Metrics:
+    """Check that a model folder is complete and safe, reading headers and not the weights.
+
+    Returns:
+        `model_type`, `parameters` and `tensors`.
+
+    Raises:
+        CheckpointError: something is missing, damaged, cut off, or only there as a pickle.
+    """
+    config = _read_config(folder)
+    named = _named_tensors(folder)
+    weights = Checkpoint(folder)
+    if missing := sorted(named.keys() - weights.tensors.keys()):
+        raise CheckpointError(
+            f"{folder / named[missing[0]]} has no tensor '{missing[0]}', though {INDEX} names "
+            "it there; copy the checkpoint again"
+        )
+    _require_tokenizer(folder)
+    return {
+        "model_type": config["model_type"],
+        "parameters": sum(prod(tensor.shape) for tensor in weights.tensors.values()),
+        "tensors": len(weights.tensors),
+    }
+
+
+def files_to_take(folder: Path) -> Iterator[Path]:
+    """The files of a checked folder that become part of the artifact, sorted."""
+    shards = set(_named_tensors(folder).values()) or {SINGLE}
+    for path in sorted({path for pattern in PATTERNS for path in folder.glob(pattern)}):
+        if path.is_file() and (path.suffix != ".safetensors" or path.name in shards):
+            yield path
+
+
+def ignored_code(folder: Path) -> list[str]:
+    """The files and settings by which a folder asks that its own code be run."""
+    found = [path.name for path in sorted(folder.glob("*.py"))]
+    if "auto_map" in _read_config(folder):
+        found.append("auto_map of config.json")
+    return found
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not path.is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise CheckpointError(
+                f"{folder} is a PEFT adapter, not a model; merge it into its base model first"
+            )
+        raise CheckpointError(f"{folder} is no model folder: it has no config.json")
+    config = _read_object(path)
+    if not isinstance(config.get("model_type"), str):
+        raise CheckpointError(f"{path} has no model_type, so its architecture is unknown")
+    return config
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        found: object = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path} is damaged: it holds no JSON object")
+    return cast("dict[str, Any]", found)
+
+
+def _named_tensors(folder: Path) -> dict[str, str]:
+    """The shard of every tensor, as the index says; empty for a model in one file."""
+    path = folder / INDEX
+    if not path.is_file():
+        return {}
+    shards = _read_object(path).get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(s, str) for s in shards.values()):
+        raise CheckpointError(f"{path} is damaged: it has no weight_map")
+    return cast("dict[str, str]", shards)
+
+
+def _require_tokenizer(folder: Path) -> None:
+    if not (folder / "tokenizer.json").is_file() and (folder / "tokenizer.model").is_file():
+        raise CheckpointError(
+            f"{folder} has its tokeniser only as SentencePiece (tokenizer.model); convert it "
+            "once with AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) of "
+            "transformers, which writes tokenizer.json"
+        )
+    ChatTokenizer.load(folder)
