@@ -86,6 +86,7 @@ class DecoderInfo:
         known = {field.name for field in fields(cls)}
         if missing := {"architecture", "scheme", "vocab_size"} - values.keys():
             raise EngineError(f"{path} is damaged: {sorted(missing)[0]} is missing")
+        values.setdefault("eos_token_ids", ())
         for name in {"eos_token_ids", "providers", "schemes"} & values.keys():
             values[name] = tuple(values[name] or ())
         return cls(**{name: value for name, value in values.items() if name in known})

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 OPSET = 23
 """The first with `RMSNormalization`."""
@@ -30,12 +31,12 @@ CONTRIB_OPS = frozenset(
 
 
 class GraphNodes:
-    """A graph under construction, in the order of its nodes."""
+    """Adds nodes to a graph: at its end, or before one of its nodes."""
 
-    def __init__(self) -> None:
-        self.graph = ir.Graph(
-            [], [], nodes=[], name="decoder", opset_imports={"": OPSET, MICROSOFT: 1}
-        )
+    def __init__(self, graph: ir.Graph | None = None, before: ir.Node | None = None) -> None:
+        opsets = {"": OPSET, MICROSOFT: 1}
+        self.graph = graph or ir.Graph([], [], nodes=[], name="decoder", opset_imports=opsets)
+        self._before = before
 
     def input(self, name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> ir.Value:
         """An input of the graph; dimensions with names are free."""
@@ -57,8 +58,15 @@ class GraphNodes:
 
     def integers(self, name: str, *numbers: int) -> ir.Value:
         """A constant int64 vector, such as a shape; stored in the graph itself."""
-        tensor = ir.tensor(np.array(numbers, np.int64), name=name)
-        shape, kind = ir.Shape([len(numbers)]), ir.TensorType(ir.DataType.INT64)
+        return self._constant(name, np.array(numbers, np.int64))
+
+    def scalar(self, name: str, value: np.generic) -> ir.Value:
+        """A constant without dimensions; stored in the graph itself."""
+        return self._constant(name, np.asarray(value))
+
+    def _constant(self, name: str, values: NDArray[Any]) -> ir.Value:
+        tensor = ir.tensor(values, name=name)
+        shape, kind = ir.Shape(values.shape), ir.TensorType(tensor.dtype)
         return self.initializer(ir.Value(name=name, shape=shape, type=kind, const_value=tensor))
 
     def node(self, op: str, name: str, *inputs: ir.Value | None, **attributes: Any) -> ir.Value:
@@ -82,7 +90,10 @@ class GraphNodes:
             outputs=[ir.Value(name=output) for output in outputs],
             name=name,
         )
-        self.graph.append(node)
+        if self._before is None:
+            self.graph.append(node)
+        else:
+            self.graph.insert_before(self._before, node)
         return node.outputs
 
 

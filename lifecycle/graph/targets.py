@@ -20,8 +20,9 @@ class Target(Plugin):
     """The quantisations that run well there."""
 
     def fuses_rotary(self, head_size: int) -> bool:
-        """Whether the attention operator rotates heads of this size itself."""
-        raise NotImplementedError
+        """Whether the attention operator rotates heads of this size itself; nodes before it do
+        so otherwise."""
+        return False
 
 
 class Cpu(Target):

@@ -1,0 +1,126 @@
+"""4-bit weights in blocks of 32 along the input, symmetric, one float32 scale per block."""
+
+from __future__ import annotations
+
+from math import prod
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from lifecycle.graph.rewrite import GraphRewrite, Linear, matrix_shape
+
+BLOCK_SIZE = 32
+
+_SHRINK = np.array([1.05, 1.0, 0.95, 0.9, 0.85], np.float32)
+"""Scales tried per block, as parts of the one that just reaches the largest weight. On normal
+weights the error falls from 9.7 % (largest / 7) over 8.6 % (largest / -8) to 8.15 %; nineteen
+trials give 8.09 %."""
+
+_Integers = NDArray[np.uint8]
+_Floats = NDArray[np.float32]
+
+
+class Int4:
+    """Products by `MatMulNBits`, the embedding by `GatherBlockQuantized`."""
+
+    def linear(self, rewrite: GraphRewrite, linear: Linear) -> None:
+        """Replace one product."""
+        self._product(rewrite, linear, *self._store(rewrite, linear.name, linear.weight))
+
+    def embedding(self, rewrite: GraphRewrite, head: Linear | None) -> None:
+        """Replace the look-up of tokens, and the head if it is the same matrix: both then read
+        the same bytes, as [vocab, blocks, 16] and as [vocab, blocks * 16]."""
+        node = rewrite.embedding()
+        table, tokens = node.inputs
+        assert table is not None and node.name is not None
+        values, scales = self._store(rewrite, node.name, table)
+        rows, width = matrix_shape(table)
+        blocks = -(-width // BLOCK_SIZE)
+        flat = rewrite.view(
+            values, f"{node.name}.weight.int4_rows", (rows, blocks * BLOCK_SIZE // 2)
+        )
+        g = rewrite.before(node)
+        found = g.node(
+            "GatherBlockQuantized",
+            f"{node.name}.dequantized",
+            *(flat, tokens, scales),
+            bits=4,
+            block_size=BLOCK_SIZE,
+            gather_axis=0,
+            quantize_axis=1,
+        )
+        if width % BLOCK_SIZE:
+            ends = (("start", 0), ("end", width), ("axis", -1))
+            bounds = [g.integers(f"{node.name}.{end}", number) for end, number in ends]
+            found = g.node("Slice", f"{node.name}.whole", found, *bounds)
+        rewrite.replace(node, found)
+        if head is not None:
+            self._product(rewrite, head, values, scales)
+
+    def _store(
+        self, rewrite: GraphRewrite, name: str, weight: ir.Value
+    ) -> tuple[ir.Value, ir.Value]:
+        pairs = [quantize(block) for block in rewrite.blocks(weight)]
+        values = np.concatenate([pair[0] for pair in pairs])
+        scales = np.concatenate([pair[1] for pair in pairs])
+        return (
+            rewrite.add(f"{name}.weight.int4", values, prod(matrix_shape(weight))),
+            rewrite.add(f"{name}.weight.scales", scales),
+        )
+
+    def _product(
+        self, rewrite: GraphRewrite, linear: Linear, values: ir.Value, scales: ir.Value
+    ) -> None:
+        out, width = linear.shape
+        y = rewrite.before(linear.node).node(
+            "MatMulNBits",
+            f"{linear.name}.product",
+            *(linear.x, values, scales, None, None, linear.bias),
+            K=width,
+            N=out,
+            bits=4,
+            block_size=BLOCK_SIZE,
+            # Activations in int8 by row and block: the only fast path on CPUs.
+            accuracy_level=4,
+        )
+        rewrite.replace(linear.node, y)
+
+
+def quantize(weights: _Floats) -> tuple[_Integers, _Floats]:
+    """Rows of weights [rows, in] as packed integers [rows, blocks, 16] and scales [rows, blocks].
+
+    A weight is (integer - 8) * scale; the lower half of a byte comes first. Each scale is the
+    one of a few that leaves the least squared error of its block.
+    """
+    rows, width = weights.shape
+    padded = np.pad(weights, ((0, 0), (0, -width % BLOCK_SIZE)))
+    blocks = padded.reshape(-1, BLOCK_SIZE)
+    scales = _best_scales(blocks)
+    integers = (_rounded(blocks, scales) + 8).astype(np.uint8)
+    packed = integers[:, 0::2] | (integers[:, 1::2] << np.uint8(4))
+    return packed.reshape(rows, -1, BLOCK_SIZE // 2), scales.reshape(rows, -1)
+
+
+def _rounded(blocks: _Floats, scales: _Floats) -> _Floats:
+    return np.clip(np.rint(blocks / scales[:, None]), -8, 7)
+
+
+def _best_scales(blocks: _Floats) -> _Floats:
+    """The scale of each block, [blocks]; negative where the largest weight is positive, so that
+    it falls on -8 and the finer step is used."""
+    at = np.abs(blocks).argmax(axis=1)[:, None]
+    widest = np.take_along_axis(blocks, at, axis=1)[:, 0] / np.float32(-8)
+    widest[widest == 0] = 1
+    best, least = widest.copy(), np.full(len(blocks), np.inf, np.float32)
+    for part in _SHRINK:
+        integers = _rounded(blocks, widest * part)
+        # For given integers the best scale is <w, q> / <q, q>, and the squared error that it
+        # leaves is |w|² - <w, q>² / <q, q>.
+        dot = np.einsum("ij,ij->i", blocks, integers)
+        norm = np.maximum(np.einsum("ij,ij->i", integers, integers), 1)
+        error = -dot * dot / norm
+        better = (error < least) & (dot != 0)
+        least[better] = error[better]
+        best[better] = (dot / norm)[better]
+    return best

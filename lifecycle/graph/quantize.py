@@ -1,0 +1,112 @@
+"""From a float32 graph folder to a quantised one, product by product."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Protocol
+
+from lifecycle.engines.decoder import GRAPH, WEIGHTS, DecoderInfo
+from lifecycle.errors import StageError
+from lifecycle.graph.nodes import save_model
+from lifecycle.graph.rewrite import GraphRewrite, Linear
+from lifecycle.graph.weights import WeightFile
+from lifecycle.pipeline.suggest import did_you_mean
+
+EMBEDDING = "embed_tokens"
+
+
+class Scheme(Protocol):
+    """A way to store weights, and the nodes that compute with them."""
+
+    def linear(self, rewrite: GraphRewrite, linear: Linear) -> None:
+        """Replace a product."""
+        ...
+
+    def embedding(self, rewrite: GraphRewrite, head: Linear | None) -> None:
+        """Replace the look-up of tokens, and the output head if it is the same matrix."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Quantized:
+    """What a quantisation came to."""
+
+    bytes: int
+    """Size of the weights."""
+    bits_per_weight: float
+    """Over all quantised matrices, scales included."""
+
+
+def quantize_graph(
+    source: Path,
+    out: Path,
+    name: str,
+    scheme: Scheme,
+    exceptions: Mapping[str, Scheme | None] | None = None,
+    on_done: Callable[[int, int], None] | None = None,
+) -> Quantized:
+    """Write the graph of `source` to `out`, its matrices stored by `scheme`.
+
+    `exceptions` maps patterns of the names of matrices (`lm_head`, `embed_tokens`,
+    `layers.0.mlp.down_proj`, `*.o_proj`) to other schemes, or to None for float32; the first
+    match counts. Memory stays at about one quantised matrix. `on_done(matrices, all)` follows
+    the work. `name` is what `decoder.json` calls it.
+
+    Raises:
+        StageError: `source` is quantised already, or a pattern matches nothing.
+    """
+    info = DecoderInfo.load(source)
+    if info.scheme != "fp32":
+        raise StageError(f"{source} is quantised already ({info.scheme}); start from the export")
+    with WeightFile(out / WEIGHTS) as weights:
+        rewrite = GraphRewrite(source, weights)
+        _replace_all(rewrite, scheme, exceptions or {}, on_done or (lambda done, total: None))
+        graph = rewrite.finish()
+    save_model(graph, out / GRAPH)
+    replace(info, scheme=name).save(out)
+    bits = 8 * rewrite.quantized_bytes / max(1, rewrite.quantized_elements)
+    return Quantized((out / WEIGHTS).stat().st_size, round(bits, 3))
+
+
+def _replace_all(
+    rewrite: GraphRewrite,
+    scheme: Scheme,
+    exceptions: Mapping[str, Scheme | None],
+    on_done: Callable[[int, int], None],
+) -> None:
+    linears = rewrite.linears()
+    chosen = _choose([EMBEDDING, *(linear.name for linear in linears)], scheme, exceptions)
+    table = rewrite.embedding().inputs[0]
+    tied = next((linear for linear in linears if linear.weight is table), None)
+    total = len(linears) + 1
+    for done, linear in enumerate(linears):
+        picked = chosen[linear.name]
+        if linear is not tied and picked is not None:
+            picked.linear(rewrite, linear)
+        on_done(done + 1, total)
+    # A matrix that is both head and embedding has one form: an exception for either is for both.
+    picked = chosen[EMBEDDING]
+    if tied is not None and picked is scheme:
+        picked = chosen[tied.name]
+    if picked is not None:
+        picked.embedding(rewrite, tied)
+    on_done(total, total)
+
+
+def _choose(
+    names: Sequence[str], scheme: Scheme, exceptions: Mapping[str, Scheme | None]
+) -> dict[str, Scheme | None]:
+    """The scheme of each matrix."""
+    for pattern in exceptions:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise StageError(
+                f"no matrix is called '{pattern}'{did_you_mean(pattern, names)} "
+                f"(there are {', '.join(names[:5])}, …, {names[-1]})"
+            )
+    return {
+        name: next((s for p, s in exceptions.items() if fnmatchcase(name, p)), scheme)
+        for name in names
+    }
