@@ -60,17 +60,32 @@ def _located(template: ChatTemplate, messages: Sequence[Message], text: str) -> 
                 "differently once that message follows, so the model would be trained on "
                 "another text than it is served; use a template with {% generation %} blocks"
             )
-        end = _content_end(text, len(before), message)
+        limit = _common_length(text, template.render(messages[: index + 1]))
+        end = _content_end(text, len(before), limit, message)
         yield Turn(len(before), end, message.get("train") is not False)
 
 
-def _content_end(text: str, start: int, message: Message) -> int:
-    """Templates trim the content, and some drop the reasoning before it: look for its last
-    line only."""
+def _common_length(one: str, other: str) -> int:
+    pairs = zip(one, other, strict=False)
+    differing = (index for index, (a, b) in enumerate(pairs) if a != b)
+    return next(differing, min(len(one), len(other)))
+
+
+def _content_end(text: str, start: int, limit: int, message: Message) -> int:
+    """Where the content that begins at or behind `start` ends, up to `limit` if it is there.
+
+    Templates trim the content, and some drop the reasoning before the answer, so it is the last
+    line that is looked for. A template that renders the last turn of a conversation in another
+    way than the earlier ones has a `limit` before the content.
+    """
     content = message.get("content")
     lines = content.strip().splitlines() if isinstance(content, str) else []
-    last = lines[-1] if lines else ""
-    found = text.find(last, start)
+    if not lines:
+        return start
+    last = lines[-1]
+    found = text.rfind(last, start, limit)
+    if found < 0:
+        found = text.find(last, start)
     if found < 0:
         raise DataError(
             f"the chat template leaves out the assistant's text {last[:60]!r}, "

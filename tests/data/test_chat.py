@@ -165,6 +165,25 @@ def test_supervises_the_answer_and_its_end(universal: Path, data_dir: Path, name
     assert universal_id(chat, end) in chat.eos_token_ids
 
 
+def test_an_answer_that_is_part_of_the_markup(universal: Path, data_dir: Path) -> None:
+    source = (data_dir / "chat_templates/openai-gpt-oss-120b.jinja").read_text(encoding="utf-8")
+    chat = with_template(universal, source)
+    for answer in ("final", "message", "assistant", "end"):
+        messages = [*CHAT[:1], {"role": "assistant", "content": answer}, *CHAT[2:]]
+        first, _ = supervised_texts(chat, messages)
+        assert first == f"<|channel|>final<|message|>{answer}<|end|>"
+
+
+def test_a_tool_call_without_content_is_supervised(universal: Path, data_dir: Path) -> None:
+    source = (data_dir / "chat_templates/Qwen-Qwen2.5-7B-Instruct.jinja").read_text("utf-8")
+    call = {"function": {"name": "f", "arguments": {"x": 1}}}
+    messages = [CHAT[0], {"role": "assistant", "content": "", "tool_calls": [call]}]
+    messages += [{"role": "tool", "content": "1"}, CHAT[1]]
+    first, last = supervised_texts(with_template(universal, source), messages)
+    assert first.strip().startswith("<tool_call>") and first.endswith("</tool_call><|im_end|>")
+    assert last == "Paris.<|im_end|>"
+
+
 def universal_id(chat: ChatTokenizer, token: str) -> int:
     (id_,) = chat.encode(token, add_special_tokens=False)
     return id_
