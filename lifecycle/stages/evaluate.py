@@ -44,7 +44,7 @@ class Evaluate(Stage):
     """The model it is compared with, such as the one before quantisation."""
     split: Split = "test"
     """Which part of the data."""
-    metrics: tuple[Measure, ...] | None = Field(default=None, min_length=1)
+    metrics: list[Measure] | None = Field(default=None, min_length=1)
     """`perplexity`, `accuracy`, `agreement`; by default all that model, data and reference
     allow."""
     gates: dict[str, str] = Field(default={})
@@ -60,8 +60,8 @@ class Evaluate(Stage):
     @field_validator("metrics")
     @classmethod
     def _metrics_are_possible(
-        cls, metrics: tuple[Measure, ...] | None, info: ValidationInfo
-    ) -> tuple[Measure, ...] | None:
+        cls, metrics: list[Measure] | None, info: ValidationInfo
+    ) -> list[Measure] | None:
         if metrics and "agreement" in metrics and info.data.get("reference") is None:
             raise ValueError("'agreement' compares two models: set 'reference'")
         return metrics

@@ -109,7 +109,7 @@ def test_accuracy_is_the_share_of_exact_answers(
         tiny.conversation("d", "te"),
     ]
     data = tiny.conversations(tmp_path / "data", rows)
-    stage = Evaluate(**CHECK, metrics=("accuracy",))
+    stage = Evaluate(**CHECK, metrics=["accuracy"])
     report = run_stage(stage, model=learnt_onnx, chat=data)
     assert report.metrics == {"accuracy": 0.5, "questions": 4, "questions_too_long": 0}
 
@@ -164,8 +164,8 @@ def test_a_model_without_numbers_is_refused(
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
     model = as_artifact(HfModel, broken)
     with pytest.raises(StageError, match="perplexity of the model is nan"):
-        run_stage(Evaluate(**CHECK, metrics=("perplexity",)), model=model, chat=chat)
-    gated = Evaluate(**CHECK, metrics=("perplexity",), gates={"perplexity": "<= 9"})
+        run_stage(Evaluate(**CHECK, metrics=["perplexity"]), model=model, chat=chat)
+    gated = Evaluate(**CHECK, metrics=["perplexity"], gates={"perplexity": "<= 9"})
     with pytest.raises(GateError, match="perplexity is nan, bound <= 9"):
         run_stage(gated, model=model, chat=chat)
 
