@@ -35,15 +35,15 @@ def serve(argv: Sequence[str]) -> int:
     if not keys and not _is_loopback(args.host):
         log.warning("no API key: whoever can reach %s can use this server", args.host)
     settings = ServerSettings(api_keys=keys, allowed_origins=tuple(args.allowed_origin))
-    listener = bind(args.host, args.port)
-    service = _open(args)
+    with bind(args.host, args.port) as listener:
+        service = _open(args)
 
-    def on_ready() -> None:
-        state = "" if service.card.gated else " (ungated: no evaluation has passed this model)"
-        sys.stdout.write(f"Serving {service.card.name} on {url(listener)}{state}\n")
-        sys.stdout.flush()
+        def on_ready() -> None:
+            state = "" if service.card.gated else " (ungated: no evaluation has passed this model)"
+            sys.stdout.write(f"Serving {service.card.name} on {url(listener)}{state}\n")
+            sys.stdout.flush()
 
-    run(service, settings, listener, shutdown_timeout=args.shutdown_timeout, on_ready=on_ready)
+        run(service, settings, listener, shutdown_timeout=args.shutdown_timeout, on_ready=on_ready)
     return 0
 
 

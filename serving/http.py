@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
-from fastapi.responses import JSONResponse
 from starlette.requests import ClientDisconnect
+from starlette.responses import Response
 from starlette.types import Receive
 
 from serving.errors import ApiError
@@ -15,9 +16,10 @@ from serving.errors import ApiError
 T = TypeVar("T")
 
 
-def error_response(error: ApiError) -> JSONResponse:
-    """An error as a response."""
-    return JSONResponse(error.body, error.status, error.headers)
+def error_response(error: ApiError) -> Response:
+    """An error as a response. It is written in ASCII, for it may quote what is no text."""
+    content = json.dumps(error.body)
+    return Response(content, error.status, error.headers, media_type="application/json")
 
 
 async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:

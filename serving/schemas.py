@@ -45,6 +45,24 @@ def _only(*neutral: object) -> AfterValidator:
     return AfterValidator(check)
 
 
+def _is_text(value: str) -> str:
+    """JSON can spell half of a surrogate pair, which is no character and cannot be tokenised."""
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise PydanticCustomError(
+            "text", "is no Unicode text: it holds a lone surrogate"
+        ) from error
+    return value
+
+
+def _printable(name: str) -> str:
+    return name.encode(errors="backslashreplace").decode()
+
+
+Text = Annotated[str, AfterValidator(_is_text)]
+
+
 def _as_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
@@ -104,7 +122,7 @@ class _Body(BaseModel):
                 raise PydanticCustomError(
                     "unknown_field",
                     "unknown field{hint}",
-                    {"param": name, "hint": did_you_mean(name, cls.model_fields)},
+                    {"param": _printable(name), "hint": did_you_mean(name, cls.model_fields)},
                 )
         return {name: value for name, value in fields.items() if value is not None}
 
@@ -132,7 +150,7 @@ class GenerationBody(_Body):
     n: int = Field(default=1, ge=1, le=MAX_CHOICES)
     seed: int | None = Field(default=None, ge=-_INT64, lt=_INT64)
     stop: Annotated[
-        list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]],
+        list[Annotated[Text, Field(min_length=1, max_length=MAX_STOP_LENGTH)]],
         BeforeValidator(_as_list),
         Field(max_length=MAX_STOPS),
     ] = []
@@ -171,8 +189,8 @@ class ChatMessage(_Body):
     """One message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str, BeforeValidator(_content)]
-    name: str | None = None
+    content: Annotated[Text, BeforeValidator(_content)]
+    name: Text | None = None
 
     tool_calls: Annotated[Any, _only([])] = []
     function_call: Annotated[Any, _only()] = None
@@ -236,7 +254,7 @@ class ChatBody(GenerationBody):
 class CompletionBody(GenerationBody):
     """`POST /v1/completions`."""
 
-    prompt: Annotated[list[str] | list[list[int]], BeforeValidator(_prompts)]
+    prompt: Annotated[list[Text] | list[list[int]], BeforeValidator(_prompts)]
     logprobs: int | None = Field(default=None, ge=0, le=5)
     echo: bool = False
 

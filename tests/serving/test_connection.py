@@ -1,0 +1,216 @@
+"""Busy, leaving, failing and slow: the server and its clients at their limits."""
+
+from __future__ import annotations
+
+import json
+import logging
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx2 as httpx
+import pytest
+
+from lifecycle.errors import EngineError
+from serving.service import Service
+from serving.settings import ServerSettings
+from tests.serving.conftest import MakeService
+from tests.serving.running import client, running, wait_until
+from tests.serving.scripted import ScriptedBackend
+from tests.serving.test_errors import error_of
+
+ROUTE = "/v1/completions"
+LONG = {"model": "scripted", "prompt": "x", "max_tokens": 400}
+SHORT = LONG | {"max_tokens": 4}
+
+
+@contextmanager
+def served(
+    make_service: MakeService, settings: ServerSettings | None = None, **options: Any
+) -> Iterator[tuple[httpx.Client, Service, ScriptedBackend]]:
+    service = make_service(**options)
+    backend: ScriptedBackend = service.backend  # type: ignore[attr-defined]
+    with running(service, settings) as url, client(url) as http:
+        try:
+            yield http, service, backend
+        finally:
+            backend.gate.set()
+
+
+def in_background(work: Callable[[], Any]) -> tuple[threading.Thread, list[Any]]:
+    results: list[Any] = []
+    thread = threading.Thread(target=lambda: results.append(work()))
+    thread.start()
+    return thread, results
+
+
+def test_a_full_queue_refuses_at_once(make_service: MakeService) -> None:
+    with served(make_service, slots=1, max_queue=1) as (http, service, backend):
+        backend.gate.clear()
+        waiting = [in_background(lambda: http.post(ROUTE, json=SHORT)) for _ in range(2)]
+        wait_until(lambda: service.worker.num_unfinished == 2)
+        response = http.post(ROUTE, json=SHORT)
+        assert error_of(response, 503)["code"] == "queue_full"
+        assert int(response.headers["retry-after"]) >= 1
+        assert http.get("/readyz").status_code == 200
+        backend.gate.set()
+        for thread, results in waiting:
+            thread.join()
+            assert results[0].status_code == 200
+
+
+def test_a_client_that_leaves_a_stream_frees_its_slot(make_service: MakeService) -> None:
+    with served(make_service, slots=1) as (http, service, backend):
+        backend.step_seconds = 0.01
+        with http.stream("POST", ROUTE, json=LONG | {"stream": True}) as response:
+            lines = response.iter_lines()
+            next(lines)
+            assert service.worker.num_unfinished == 1
+        wait_until(lambda: service.worker.num_unfinished == 0)
+        assert backend.num_steps < 300
+        assert http.post(ROUTE, json=SHORT).status_code == 200
+
+
+def test_a_client_that_leaves_before_the_answer_frees_its_slot(make_service: MakeService) -> None:
+    with served(make_service, slots=1) as (http, service, backend):
+        backend.step_seconds = 0.01
+        with raw_request(http, ROUTE, LONG):
+            wait_until(lambda: service.worker.num_unfinished == 1)
+        wait_until(lambda: service.worker.num_unfinished == 0)
+        assert backend.num_steps < 300
+
+
+def test_a_client_that_leaves_while_it_waits_frees_its_place(make_service: MakeService) -> None:
+    with served(make_service, slots=1, max_queue=1) as (http, service, backend):
+        backend.gate.clear()
+        thread, results = in_background(lambda: http.post(ROUTE, json=SHORT))
+        wait_until(lambda: service.worker.num_unfinished == 1)
+        time.sleep(0.05)
+        with raw_request(http, ROUTE, LONG | {"stream": True}):
+            wait_until(lambda: service.worker.num_unfinished == 2)
+        backend.gate.set()
+        thread.join()
+        assert results[0].status_code == 200
+        wait_until(lambda: service.worker.num_unfinished == 0)
+
+
+def test_a_failed_step_is_a_plain_500(make_service: MakeService) -> None:
+    with served(make_service) as (http, _, backend):
+        backend.failure = EngineError("secret address 0x7f00")
+        response = http.post(ROUTE, json=SHORT)
+        error = error_of(response, 500)
+        assert "0x7f00" not in response.text
+        assert response.headers["x-request-id"] in error["message"]
+        assert http.post(ROUTE, json=SHORT).status_code == 200
+
+
+def test_a_failure_in_a_stream_is_its_last_event(make_service: MakeService) -> None:
+    with served(make_service) as (http, _, backend):
+        backend.step_seconds = 0.01
+        with http.stream("POST", ROUTE, json=LONG | {"stream": True}) as response:
+            lines = response.iter_lines()
+            next(lines)
+            backend.failure = EngineError("gone")
+            events = [line for line in lines if line]
+        last = json.loads(events[-1].removeprefix("data: "))
+        assert last["error"].keys() == {"message", "type", "param", "code"}
+        assert http.post(ROUTE, json=SHORT).status_code == 200
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_dead_engine_shows_and_nothing_hangs(make_service: MakeService) -> None:
+    with served(make_service) as (http, _, backend):
+        assert http.get("/livez").status_code == http.get("/readyz").status_code == 200
+        backend.failure = RuntimeError("a bug")
+        assert error_of(http.post(ROUTE, json=SHORT), 503)["code"] == "engine_stopped"
+        assert http.get("/livez").status_code == http.get("/readyz").status_code == 503
+        assert error_of(http.post(ROUTE, json=SHORT), 503)["code"] == "engine_stopped"
+
+
+def test_an_unexpected_failure_is_a_500_with_its_id(
+    make_service: MakeService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with served(make_service) as (http, service, _):
+        monkeypatch.setattr(service, "prompt_tokens", lambda prompt: 1 / 0)
+        response = http.post(ROUTE, json=SHORT)
+        error = error_of(response, 500)
+        assert response.headers["x-request-id"] in error["message"]
+        assert "division" not in response.text
+
+
+def test_a_silent_stream_is_kept_alive(make_service: MakeService) -> None:
+    with served(make_service, ServerSettings(keep_alive=0.05)) as (http, _, backend):
+        backend.gate.clear()
+        with http.stream("POST", ROUTE, json=SHORT | {"stream": True}) as response:
+            lines = response.iter_lines()
+            assert next(lines) == ": keep-alive"
+            backend.gate.set()
+            assert [line for line in lines if line][-1] == "data: [DONE]"
+
+
+def test_a_draining_server_takes_nothing_new(make_service: MakeService) -> None:
+    with served(make_service) as (http, service, _):
+        service.worker._draining = True
+        response = http.post(ROUTE, json=SHORT)
+        assert error_of(response, 503)["code"] == "draining"
+        assert "retry-after" in response.headers
+        assert http.get("/readyz").status_code == 503
+        assert http.get("/livez").status_code == 200
+
+
+def test_a_body_has_a_longest_length(make_service: MakeService) -> None:
+    with served(make_service, ServerSettings(max_body_bytes=1000)) as (http, _, _b):
+        response = http.post(ROUTE, json=SHORT | {"prompt": "x" * 1000})
+        assert error_of(response, 413)["code"] == "request_too_large"
+
+        def chunks() -> Iterator[bytes]:
+            for _ in range(50):
+                yield b" " * 100
+
+        headers = {"Content-Type": "application/json"}
+        error_of(http.post(ROUTE, content=chunks(), headers=headers), 413)
+        assert http.post(ROUTE, json=SHORT).status_code == 200
+
+
+def test_a_slow_body_times_out(make_service: MakeService) -> None:
+    with served(make_service, ServerSettings(body_timeout=0.1)) as (http, _, _b):
+        place = urlsplit(str(http.base_url))
+        with socket.create_connection((place.hostname, place.port), timeout=10) as connection:
+            connection.sendall(
+                b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+                b"Content-Length: 100\r\n\r\n{"
+            )
+            assert connection.recv(100).startswith(b"HTTP/1.1 408")
+        assert http.post(ROUTE, json=SHORT).status_code == 200
+
+
+def test_no_text_of_a_request_is_logged(
+    make_service: MakeService, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    with served(make_service, text="an answer nobody may log ") as (http, _, backend):
+        body = SHORT | {"prompt": "swordfish"}
+        assert http.post(ROUTE, json=body).status_code == 200
+        assert http.post(ROUTE, json=body | {"seed": "swordfish"}).status_code == 400
+        backend.failure = EngineError("gone")
+        assert http.post(ROUTE, json=body).status_code == 500
+    assert "swordfish" not in caplog.text
+    assert "nobody may log" not in caplog.text
+
+
+@contextmanager
+def raw_request(http: httpx.Client, path: str, body: dict[str, Any]) -> Iterator[None]:
+    """Send a request, and hang up at the end of the block without reading the answer."""
+    place = urlsplit(str(http.base_url))
+    content = json.dumps(body).encode()
+    head = (
+        f"POST {path} HTTP/1.1\r\nHost: {place.netloc}\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(content)}\r\n\r\n"
+    )
+    with socket.create_connection((place.hostname, place.port), timeout=10) as connection:
+        connection.sendall(head.encode() + content)
+        yield
