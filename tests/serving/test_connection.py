@@ -152,9 +152,11 @@ def test_a_silent_stream_is_kept_alive(make_service: MakeService) -> None:
             assert [line for line in lines if line][-1] == "data: [DONE]"
 
 
-def test_a_draining_server_takes_nothing_new(make_service: MakeService) -> None:
+def test_a_draining_server_takes_nothing_new(
+    make_service: MakeService, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with served(make_service) as (http, service, _):
-        service.worker._draining = True
+        monkeypatch.setattr(service.worker, "_draining", True)
         response = http.post(ROUTE, json=SHORT)
         assert error_of(response, 503)["code"] == "draining"
         assert "retry-after" in response.headers
