@@ -6,7 +6,6 @@ from pathlib import Path
 
 import jsonschema
 import pytest
-import yaml
 
 from lifecycle.commands.schema import recipe_schema
 from lifecycle.pipeline.document import parse, read
@@ -63,8 +62,3 @@ def test_every_file_satisfies_the_schema(path: Path) -> None:
 def test_the_schema_refuses_what_the_recipe_would(text: str) -> None:
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.Draft202012Validator(recipe_schema()).validate(parse(text, "f").data)
-
-
-@pytest.mark.parametrize("path", [*RECIPES, *FRAGMENTS], ids=lambda p: p.name)
-def test_shipped_files_mean_the_same_to_a_yaml_1_1_reader(path: Path) -> None:
-    assert yaml.safe_load(path.read_text()) == read(path).data

@@ -54,8 +54,17 @@ class Layers:
         if len(keys) < 2 or keys[0] not in stages:
             hint = did_you_mean(keys[0], stages)
             raise RecipeError(f"'{text}': no stage '{keys[0]}'{hint} (stages: {', '.join(stages)})")
-        _assign(stages, keys, document.parse(value, COMMAND_LINE).data, text)
+        _assign(stages, keys, _value(value), text)
         self.overridden.append(("stages", *keys))
+
+
+def _value(text: str) -> Any:
+    """A value on the command line: a list, mapping or quoted string in YAML, or a plain scalar
+    (so that `>= 0.5` is not taken for the beginning of a block)."""
+    text = text.strip()
+    if text.startswith(("[", "{", '"', "'")):
+        return document.parse(text, COMMAND_LINE).data
+    return document.scalar(text)
 
 
 def stages_of(data: dict[str, Any]) -> dict[str, Any]:

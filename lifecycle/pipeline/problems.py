@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -49,6 +50,10 @@ def explain(
             yield where, f"unknown key '{key}'{did_you_mean(key, known)}{more}"
         elif kind == "missing":
             yield where, f"'{key}' is missing"
+        elif kind == "literal_error":
+            expected = str(item.get("ctx", {}).get("expected", ""))
+            hint = did_you_mean(str(item["input"]), re.findall(r"'([^']*)'", expected))
+            yield where, f"{_shown(item['input'])} is none of {expected}{hint}"
         elif kind == "value_error":
             yield where, str(item["ctx"]["error"]) if "ctx" in item else item["msg"]
         else:

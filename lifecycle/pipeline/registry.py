@@ -14,12 +14,15 @@ from typing import Any, ClassVar, TypeVar, cast
 from pydantic import (
     BaseModel,
     ConfigDict,
+    GetJsonSchemaHandler,
     ModelWrapValidatorHandler,
     SerializerFunctionWrapHandler,
     ValidationInfo,
     model_serializer,
     model_validator,
 )
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 from lifecycle.errors import MissingExtraError, PluginError
 from lifecycle.pipeline.suggest import did_you_mean
@@ -178,6 +181,26 @@ class Plugin(BaseModel):
         if picked is cls:
             return handler(settings)
         return picked.model_validate(settings, context=info.context)
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        if cls.model_fields["use"].default:
+            return handler(schema)
+        branches: list[JsonSchemaValue] = [
+            {"enum": names(cls.group)},
+            {
+                "type": "object",
+                "required": ["use"],
+                "properties": {"use": {"type": "string", "pattern": r"\.py:\w+$"}},
+            },
+        ]
+        for name in names(cls.group):
+            own = load(cls.group, name, cls).model_json_schema()
+            own["properties"]["use"] = {"const": name}
+            branches.append({**own, "required": ["use"]})
+        return {"anyOf": branches}
 
     @model_serializer(mode="wrap")
     def _whole(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from lifecycle.pipeline.stage import RUNTIME
 
 
 class LoopSettings(BaseModel):
     """How long, how fast and where a training loop runs. Stages inherit these fields."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
 
     epochs: int = Field(1, ge=1)
     """Passes over the training data."""

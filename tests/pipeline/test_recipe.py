@@ -49,6 +49,8 @@ def test_until_takes_what_is_needed(workshop: Workshop) -> None:
         ("  a: {use: toy:Add, left: a}\n", 3, "a -> a"),
         ("  a: {use: toy:FromFile, path: nowhere.txt}\n", 3, "no such file or folder"),
         ("  a: [1]\n", 3, "must be a mapping with 'use'"),
+        ("  a: {use: toy:Const, unit: metre}\n", 3, "'metre' is none of 'meter' or 'foot'"),
+        ("  a: {use: toy:Const, unit: metre}\n", 3, "did you mean 'meter'?"),
         ("  a: {value: 3}\n", 3, "must be a mapping with 'use'"),
         ("  'a b': {use: toy:Const}\n", 3, "no name for an artifact"),
         ("  a: {use: ./gone.py:Stage}\n", 3, "no such file"),
@@ -98,6 +100,7 @@ def test_unknown_recipe_names_the_near_one() -> None:
 
 
 def test_overrides(workshop: Workshop) -> None:
+    assert workshop.load(GOOD, "name=>= x").name == ">= x"
     recipe = workshop.load(GOOD, "a.value=7", "total.others=[a, b]", "total.others.1=a", "name=new")
     assert recipe.name == "new"
     assert recipe.entries["a"].stage.model_dump()["value"] == 7

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from typing import Annotated
+from typing import Annotated, Literal
 
 from lifecycle.errors import DataError, GateError
 from lifecycle.kinds import Text, Tokenizer
@@ -44,7 +44,7 @@ class Const(Stage):
     value: int = 1
     """The number itself."""
     rate: float = 0.5
-    flag: bool = False
+    unit: Literal["meter", "foot"] = "meter"
     workers: Annotated[int, RUNTIME] = 1
 
     def run(self, ctx: Context) -> Metrics:
