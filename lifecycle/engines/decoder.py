@@ -15,6 +15,13 @@ A decoder graph runs one step over B slots that carry T new tokens in all; row b
 | `total_sequence_length` | int32 [1] | the capacity C of the cache |
 | `past_key_values.{i}.key`, `.value` | float32 [B, kv_heads, C, head_size] | the cache |
 
+Attention writes padding too: a row with P cached tokens needs room for P + S, so C is the longest
+row plus the widest step. Keep S at 2 or more: for S = 1 the CPU provider takes another way through
+attention, no faster, whose sums differ in their last bits. With S >= 2 what a row gets does not
+depend on the other rows of the step.
+
+Every row needs S free places in its cache before the step, also if it brings fewer tokens.
+
 Outputs: `logits` float32 [1, L, vocab_size]; `present.{i}.key`, `.value`, which may be bound
 to the memory of the past.
 """

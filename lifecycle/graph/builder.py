@@ -64,7 +64,9 @@ class _DecoderBuilder:
         ids = g.input("input_ids", INT64, (1, "T"))
         self.tokens = g.node("Reshape", "tokens", ids, flat)
         if not self.fused_rotary:
-            self.position_ids = g.input("position_ids", INT64, (1, "T"))
+            positions = g.input("position_ids", INT64, (1, "T"))
+            column = g.integers("shape.column", -1, 1)
+            self.position_ids = g.node("Reshape", "positions", positions, column)
         self.pad_index = g.input("pad_index", INT64, ("B", "S"))
         unpad = g.input("unpad_index", INT64, (1, "T"))
         self.unpad_index = g.node("Reshape", "unpad_index.flat", unpad, flat)
@@ -151,9 +153,9 @@ class _DecoderBuilder:
         sizes = g.integers("split.rotary", rotated_size, spec.kv_size)
         parts = (f"{name}.qk", f"{name}.unrotated_v")
         qk, v = g.nodes("Split", f"{name}.split_rotary", (qkv, sizes), parts, axis=-1)
-        batch = g.node(
-            "Reshape", f"{name}.qk_batch", qk, g.integers("shape.qk_batch", 1, -1, rotated_size)
-        )
+        # As T sequences of one token: the operator refuses a sequence longer than its tables.
+        tokens = g.integers("shape.qk_tokens", -1, 1, rotated_size)
+        batch = g.node("Reshape", f"{name}.qk_batch", qk, tokens)
         rotated = g.node("RotaryEmbedding", f"{name}.rotary", batch, self.position_ids, *self.rope)
         rows = g.node(
             "Reshape", f"{name}.qk_rows", rotated, g.integers("shape.qk", -1, rotated_size)

@@ -33,7 +33,7 @@ class GraphRunner:
         slots = range(len(self.lengths))
         counts = [len(new.get(b, ())) for b in slots]
         starts = np.cumsum([0, *counts])
-        widest = max(counts)
+        widest = max(2, *counts)
         columns = np.arange(widest)
         valid = columns < np.array(counts)[:, None]
         pad = np.where(valid, starts[:-1, None] + columns, 0)
