@@ -12,15 +12,13 @@ A decoder graph runs one step over B slots that carry T new tokens in all; row b
 | `logit_index` | int64 [L] | the packed tokens whose logits are wanted |
 | `seqlens_k` | int32 [B] | tokens in the row after the step, minus 1, never below 0 |
 | `query_seqlens` | int32 [B] | new tokens of the row; 0 is an idle row |
-| `total_sequence_length` | int32 [1] | the capacity C of the cache |
-| `past_key_values.{i}.key`, `.value` | float32 [B, kv_heads, C, head_size] | the cache |
+| `total_sequence_length` | int32 [1] | most tokens in a row, at most the model's positions |
+| `past_key_values.{i}.key`, `.value` | float32 [B, kv_heads, C, head_size] | the cache, C per row |
 
-Attention writes padding too: a row with P cached tokens needs room for P + S, so C is the longest
-row plus the widest step. Keep S at 2 or more: for S = 1 the CPU provider takes another way through
-attention, no faster, whose sums differ in their last bits. With S >= 2 what a row gets does not
-depend on the other rows of the step.
-
-Every row needs S free places in its cache before the step, also if it brings fewer tokens.
+Attention wants room for padding too: a row with P cached tokens needs P + S <= C, so C is the
+longest row plus the widest step. Keep S at 2 or more: for S = 1 the CPU provider takes another
+way through attention, no faster, whose sums differ in their last bits. With S >= 2 what a row gets
+does not depend on the other rows of the step.
 
 Outputs: `logits` float32 [1, L, vocab_size]; `present.{i}.key`, `.value`, which may be bound
 to the memory of the past.

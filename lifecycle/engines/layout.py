@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from lifecycle.engines.backend import Row
 
-_MIN_WIDTH = 2
+MIN_WIDTH = 2
 """GroupQueryAttention has a kernel of its own for steps in which every row has one token; its
 sums run in another order than those of the general kernel. A request would decode through the
 one or the other depending on whether a neighbour prefills, and its tokens could differ from
@@ -19,13 +19,13 @@ its results do not depend on the width."""
 Inputs = dict[str, NDArray[np.int64] | NDArray[np.int32]]
 
 
-def pack(rows: Sequence[Row], capacity: int) -> Inputs:
+def pack(rows: Sequence[Row], max_model_len: int) -> Inputs:
     """The integer inputs of one step; row b of the graph is slot b, idle where `rows` has none.
 
-    `capacity` is how many tokens the cache of a slot holds.
+    `max_model_len` is the most tokens that a row can have.
     """
     num_slots = max(row.slot for row in rows) + 1
-    width = max(_MIN_WIDTH, *(len(row.tokens) for row in rows))
+    width = max(MIN_WIDTH, *(len(row.tokens) for row in rows))
     total = sum(len(row.tokens) for row in rows)
     input_ids = np.empty((1, total), dtype=np.int64)
     position_ids = np.empty((1, total), dtype=np.int64)
@@ -54,5 +54,5 @@ def pack(rows: Sequence[Row], capacity: int) -> Inputs:
         "logit_index": np.array(logit_index, dtype=np.int64),
         "seqlens_k": seqlens_k,
         "query_seqlens": query_seqlens,
-        "total_sequence_length": np.array([capacity], dtype=np.int32),
+        "total_sequence_length": np.array([max_model_len], dtype=np.int32),
     }

@@ -18,23 +18,23 @@ from lifecycle.engines.backend import Row
 from lifecycle.engines.base import EngineOptions
 from lifecycle.engines.batched import BatchedEngine
 from lifecycle.engines.decoder import GRAPH, DecoderInfo
-from lifecycle.engines.layout import pack
+from lifecycle.engines.layout import MIN_WIDTH, pack
 from lifecycle.engines.limits import context_length
 from lifecycle.engines.ort_session import cache_names, check_signature, open_session, present_name
 from lifecycle.errors import EngineError
 
 
 class OnnxEngine(BatchedEngine):
-    """Continuous batching on ONNX Runtime's CPU execution provider."""
+    """Continuous batching over an exported decoder, on the providers that it was made for."""
 
     @classmethod
     def open(cls, path: Path, options: EngineOptions | None = None) -> Self:
         options = options or EngineOptions()
         info = DecoderInfo.load(path)
         max_model_len = context_length(options, info.max_position_embeddings)
-        session = open_session(path / GRAPH, options.threads)
+        session = open_session(path / GRAPH, info.providers, options.threads)
         check_signature(session, info, path / GRAPH)
-        backend = OrtBackend(session, info, options.max_num_seqs, max_model_len)
+        backend = OrtBackend(session, info, options, max_model_len)
         return cls(
             backend,
             options=options,
@@ -52,12 +52,20 @@ class OrtBackend:
     """
 
     def __init__(
-        self, session: ort.InferenceSession, info: DecoderInfo, num_slots: int, capacity: int
+        self,
+        session: ort.InferenceSession,
+        info: DecoderInfo,
+        options: EngineOptions,
+        max_model_len: int,
     ) -> None:
         self._session = session
-        self._capacity = capacity
+        self._max_model_len = max_model_len
         self._vocab_size = info.vocab_size
         self._step_inputs = {i.name for i in session.get_inputs()} - set(cache_names(info))
+        num_slots = options.max_num_seqs
+        # The attention wants room for the whole width of a step behind every text, also behind
+        # those that bring fewer tokens to it.
+        capacity = max_model_len + max(options.prefill_chunk, MIN_WIDTH)
         shape = (num_slots, info.num_kv_heads, capacity, info.head_size)
         # The system gives memory to zeros when they are first written, so a slot costs what
         # its texts have filled, not its capacity.
@@ -66,7 +74,7 @@ class OrtBackend:
         self._logits = np.empty((num_slots, info.vocab_size), np.float32)
 
     def forward(self, rows: Sequence[Row]) -> NDArray[np.float32]:
-        inputs = pack(rows, self._capacity)
+        inputs = pack(rows, self._max_model_len)
         binding = self._binding(len(inputs["query_seqlens"]))
         for name in self._step_inputs:
             binding.bind_cpu_input(name, inputs[name])

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import onnxruntime as ort
@@ -30,19 +31,28 @@ STEP_INPUTS = frozenset(
 attention does not rotate by itself."""
 
 
-def open_session(graph: Path, threads: int | None = None) -> ort.InferenceSession:
-    """Load a graph for the CPU; `threads` None takes one per core that the process may use.
+def open_session(
+    graph: Path, providers: Sequence[str], threads: int | None = None
+) -> ort.InferenceSession:
+    """Load a graph; `threads` None takes one per core that the process may use.
 
     Raises:
-        EngineError: the file is missing, damaged or takes weights from outside its folder.
+        EngineError: the file is missing, damaged or takes weights from outside its folder, or
+            this build of ONNX Runtime lacks one of `providers`.
     """
+    available: list[str] = ort.get_available_providers()
+    if missing := [name for name in providers if name not in available]:
+        raise EngineError(
+            f"{graph} was made for {missing[0]}, which this onnxruntime does not have; "
+            f"it has {', '.join(available)}"
+        )
     check_external_data(graph)
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
     try:
-        return ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(graph, options, providers=list(providers))
     except Exception as error:
         raise EngineError(f"{graph} cannot be opened: {error}") from error
 

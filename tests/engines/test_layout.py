@@ -9,7 +9,7 @@ from lifecycle.engines.layout import pack
 
 
 def test_a_chunk_beside_a_decoding_row_and_an_idle_slot() -> None:
-    inputs = pack([Row(2, 5, [11], 1), Row(0, 4, [21, 22, 23], 2)], capacity=64)
+    inputs = pack([Row(2, 5, [11], 1), Row(0, 4, [21, 22, 23], 2)], max_model_len=64)
     assert inputs["input_ids"].tolist() == [[11, 21, 22, 23]]
     assert inputs["position_ids"].tolist() == [[5, 4, 5, 6]]
     assert inputs["query_seqlens"].tolist() == [3, 0, 1]
@@ -21,12 +21,12 @@ def test_a_chunk_beside_a_decoding_row_and_an_idle_slot() -> None:
 
 
 def test_rows_are_two_wide_even_when_each_has_one_token() -> None:
-    inputs = pack([Row(slot, 7, [slot], 1) for slot in range(3)], capacity=64)
+    inputs = pack([Row(slot, 7, [slot], 1) for slot in range(3)], max_model_len=64)
     assert inputs["pad_index"].shape == (3, 2)
 
 
 def test_a_step_may_want_no_logits() -> None:
-    assert pack([Row(0, 0, [1, 2], 0)], capacity=8)["logit_index"].shape == (0,)
+    assert pack([Row(0, 0, [1, 2], 0)], max_model_len=8)["logit_index"].shape == (0,)
 
 
 rows = st.lists(
@@ -43,7 +43,7 @@ def test_laying_out_and_packing_again_gives_the_tokens_back(
     slots = np.random.default_rng(seed).permutation(8)[: len(texts)].tolist()
     inputs = pack(
         [Row(slot, start, tokens, 1) for slot, (start, tokens) in zip(slots, texts, strict=True)],
-        capacity=64,
+        max_model_len=64,
     )
     packed = inputs["input_ids"][0]
     per_row = packed[inputs["pad_index"]]

@@ -115,6 +115,21 @@ def test_the_context_can_be_filled_to_its_end(random_model: Model) -> None:
         engine.generate([[*text, 5]], FREE)
 
 
+def test_a_text_near_its_end_runs_beside_a_prompt_chunk(random_model: Model) -> None:
+    engine = OnnxEngine.open(random_model.graph, EngineOptions(max_model_len=64))
+    texts = prompts(160, [60, 60])
+    alone = [engine.generate([text], FREE)[0] for text in texts]
+    engine.submit(Request("0", texts[0], FREE))
+    engine.step()
+    engine.submit(Request("1", texts[1], FREE))
+    tokens: list[list[int]] = [[alone[0].token_ids[0]], []]
+    while engine.num_running or engine.num_waiting:
+        for event in engine.step():
+            assert event.token_id is not None
+            tokens[int(event.request_id)].append(event.token_id)
+    assert [tuple(row) for row in tokens] == [result.token_ids for result in alone]
+
+
 def test_the_model_says_where_texts_end(engine: Engine, stories: Model) -> None:
     assert engine.eos_token_ids == frozenset({2})
     assert engine.vocab_size == 160 and engine.max_model_len == 256
@@ -155,6 +170,7 @@ def test_a_cut_file_is_named(copy: Path, name: str) -> None:
         ({"vocab_size": 7}, "tensor 'logits'"),
         ({"kv_dtype": "int8"}, "int8 cache"),
         ({"format": 99}, "format 99"),
+        ({"providers": ["NoSuchProvider"]}, "made for NoSuchProvider"),
     ],
 )
 def test_a_graph_that_is_not_what_its_description_says_is_refused(

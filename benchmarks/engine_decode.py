@@ -1,0 +1,138 @@
+"""Decode speed beside the onnxruntime-genai Generator, on a 135M-parameter Llama in int4.
+
+    python benchmarks/engine_decode.py --pairs 9 --json
+
+Both run the same random weights: the peer the graph of its own builder (block 32,
+accuracy_level 4), this project its own export. They take turns, one pair after another, in one
+run; the ratio is the median over the pairs. Above 1, this project is faster.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.peers import Worker, cache_dir, environment
+from benchmarks.random_llama import SMOLLM2_135M, write_llama
+from lifecycle.engines.base import Engine, EngineOptions, Request, SamplingParams
+from lifecycle.engines.ort import OnnxEngine
+from lifecycle.graph.export import export_decoder
+from lifecycle.graph.int4 import Int4
+from lifecycle.graph.quantize import quantize_graph
+from lifecycle.graph.targets import Cpu
+
+PEER = ["onnxruntime-genai==0.18.0", "onnxruntime==1.32.0"]
+PROMPT = 128
+
+
+def decode(engine: Engine, batch: int, tokens: int) -> float:
+    """Seconds for `tokens` steps in which `batch` requests decode."""
+    rng = np.random.default_rng(0)
+    params = SamplingParams(max_tokens=10**6, ignore_eos=True)
+    for index in range(batch):
+        engine.submit(Request(str(index), rng.integers(3, 1000, PROMPT).tolist(), params))
+    while len(engine.step()) < batch:
+        pass
+    start = time.perf_counter()
+    for _ in range(tokens):
+        engine.step()
+    seconds = time.perf_counter() - start
+    for index in range(batch):
+        engine.cancel(str(index))
+    engine.step()
+    return seconds
+
+
+def our_model(folder: Path, checkpoint: Path) -> Path:
+    """The checkpoint as int4, exported by the code that is measured."""
+    full, int4 = folder / "fp32", folder / "int4"
+    for path in (full, int4):
+        path.mkdir(parents=True, exist_ok=True)
+    export_decoder(checkpoint, full, Cpu())
+    quantize_graph(full, int4, "int4", Int4(head=None))
+    return int4
+
+
+def peer_model(folder: Path, checkpoint: Path, python: Path, threads: int) -> Path:
+    """The checkpoint as the peer's builder makes it, built on the first call."""
+    out = folder / "genai"
+    config = out / "genai_config.json"
+    if not config.is_file():
+        write_tokenizer(checkpoint)
+        build = [str(python), "-m", "onnxruntime_genai.models.builder", "-i", str(checkpoint)]
+        build += ["-o", str(out), "-p", "int4", "-e", "cpu", "-c", str(folder / "cache")]
+        build += ["--extra_options", "int4_block_size=32", "int4_accuracy_level=4"]
+        subprocess.run(build, check=True, capture_output=True)
+    settings = json.loads(config.read_text())
+    settings["model"]["decoder"]["session_options"]["intra_op_num_threads"] = threads
+    config.write_text(json.dumps(settings, indent=2))
+    return out
+
+
+def write_tokenizer(folder: Path) -> None:
+    """The least tokeniser that lets the peer's builder go on."""
+    from tokenizers import Tokenizer, models
+
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2}
+    Tokenizer(models.WordLevel(vocabulary, "<unk>")).save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def compare(engine: Engine, peer: Worker, batch: int, pairs: int, tokens: int) -> dict[str, float]:
+    """Tokens per second of both at one batch size, and the ratio."""
+    ours: list[float] = []
+    theirs: list[float] = []
+    # The first pair warms both up.
+    for _ in range(pairs + 1):
+        ours.append(decode(engine, batch, tokens))
+        theirs.append(peer.ask(batch=batch, prompt=PROMPT, tokens=tokens)["seconds"])
+    ratios = [peer_s / our_s for our_s, peer_s in zip(ours[1:], theirs[1:], strict=True)]
+    return {
+        "ours": batch * tokens / statistics.median(ours[1:]),
+        "peer": batch * tokens / statistics.median(theirs[1:]),
+        "ratio": statistics.median(ratios),
+        "lowest": min(ratios),
+        "highest": max(ratios),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--pairs", type=int, default=9)
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    args = parser.parse_args()
+    folder = cache_dir() / "llama-135m"
+    checkpoint = folder / "hf"
+    if not (checkpoint / "model.safetensors").is_file():
+        write_llama(checkpoint, SMOLLM2_135M)
+    python = environment("onnxruntime-genai", PEER)
+    peer_folder = peer_model(folder, checkpoint, python, args.threads)
+    options = EngineOptions(max(args.batch), threads=args.threads)
+    engine = OnnxEngine.open(our_model(folder, checkpoint), options)
+    with Worker(python, "peer_genai.py", str(peer_folder)) as peer:
+        result = {
+            batch: compare(engine, peer, batch, args.pairs, args.tokens) for batch in args.batch
+        }
+    if args.json:
+        print(json.dumps(result))
+        return
+    for batch, r in result.items():
+        print(
+            f"batch {batch}: {r['ours']:.1f} tokens/s, onnxruntime-genai {r['peer']:.1f}; "
+            f"ratio {r['ratio']:.2f} ({r['lowest']:.2f} to {r['highest']:.2f})"
+        )
+
+
+if __name__ == "__main__":
+    main()
