@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,10 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+
+from lifecycle.graph.export import export_decoder
+from lifecycle.graph.quantize import Scheme, quantize_graph
+from lifecycle.graph.targets import Cpu
 
 VOCAB = 96
 SHAPE: dict[str, Any] = {
@@ -56,6 +61,7 @@ MODELS = {
         rope_parameters={"rope_type": "linear", "rope_theta": 10_000.0, "factor": 2.0}
     ),
     "llama-odd-heads": lambda: _llama(head_dim=24),
+    "llama-narrow": lambda: _llama(hidden_size=40, head_dim=16, tie_word_embeddings=True),
     "llama-relu": lambda: _llama(hidden_act="relu"),
     "llama-gelu": lambda: _llama(hidden_act="gelu"),
     "llama-gelu-tanh": lambda: _llama(hidden_act="gelu_pytorch_tanh"),
@@ -86,3 +92,23 @@ def torch_logits(model: PreTrainedModel, ids: list[int]) -> NDArray[np.float32]:
     """The logits after each of `ids`, [len, vocab], of one whole pass."""
     with torch.no_grad():
         return model(torch.tensor([ids])).logits[0].numpy()
+
+
+def export_quantized(checkpoint: Path, scheme: Scheme) -> Path:
+    """Export a saved model and quantise all of it; the folder of the result."""
+    fp32, out = checkpoint / "fp32", checkpoint / "quantized"
+    fp32.mkdir()
+    out.mkdir()
+    export_decoder(checkpoint, fp32, Cpu())
+    quantize_graph(fp32, out, "test", scheme)
+    return out
+
+
+def replace_matrices(
+    model: PreTrainedModel, change: Callable[[NDArray[np.float32]], NDArray[np.float32]]
+) -> None:
+    """Put `change(matrix)` in the place of every matrix of the model."""
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            matrix = parameter.detach().numpy()
+            matrix[:] = change(matrix)

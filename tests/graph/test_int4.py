@@ -1,0 +1,76 @@
+"""Blocked 4-bit weights: least error per block, and one store for a tied head and embedding."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from lifecycle.graph.int4 import BLOCK_SIZE, Int4, quantize
+from lifecycle.graph.quantize import quantize_graph
+from tests.graph.models import (
+    VOCAB,
+    export_quantized,
+    replace_matrices,
+    save_model,
+    torch_logits,
+)
+from tests.graph.running import GraphRunner
+
+
+def dequantize(packed: NDArray[np.uint8], scales: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The definition: (integer - 8) * scale, the lower half of a byte first."""
+    halves = np.stack([packed & 15, packed >> 4], axis=-1).astype(np.float32) - 8
+    blocks = halves.reshape(*scales.shape, BLOCK_SIZE) * scales[..., None]
+    return blocks.reshape(len(packed), -1)
+
+
+@given(st.integers(1, 5), st.integers(1, 3), st.integers(0, 2**32 - 1))
+def test_no_block_is_worse_than_rounded_by_its_largest(rows: int, blocks: int, seed: int) -> None:
+    shape = (rows * blocks, BLOCK_SIZE)
+    weights = np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+    found = dequantize(*quantize(weights.reshape(rows, -1))).reshape(shape)
+    largest = np.take_along_axis(weights, np.abs(weights).argmax(axis=1)[:, None], axis=1)
+    plain = np.clip(np.round(weights / (largest / -8)), -8, 7) * (largest / -8)
+    error, bound = (np.square(w - weights).sum(axis=1) for w in (found, plain))
+    assert (error <= bound * 1.0001).all()
+
+
+def test_zeros_stay_zeros() -> None:
+    packed, scales = quantize(np.zeros((2, 40), np.float32))
+    assert np.array_equal(dequantize(packed, scales), np.zeros((2, 64)))
+
+
+def test_normal_weights_lose_about_eight_percent() -> None:
+    weights = np.random.default_rng(0).standard_normal((64, 512)).astype(np.float32)
+    found = dequantize(*quantize(weights))
+    assert np.linalg.norm(found - weights) < 0.083 * np.linalg.norm(weights)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "llama-biases", "qwen3", "llama-narrow"])
+def test_logits_follow_the_dequantized_weights(name: str, tmp_path: Path) -> None:
+    model = save_model(name, tmp_path)
+    out = export_quantized(tmp_path, Int4())
+    replace_matrices(model, lambda w: dequantize(*quantize(w))[:, : w.shape[1]])
+    ids = np.random.default_rng(0).integers(3, VOCAB, 30).tolist()
+    wanted = torch_logits(model, ids)
+    # What remains is the activations' rounding to int8.
+    found = GraphRunner(out).prefill(ids)
+    assert np.linalg.norm(found - wanted) < 0.03 * np.linalg.norm(wanted)
+
+
+def test_a_tied_head_and_embedding_share_their_bytes(tiny: Path, tmp_path: Path) -> None:
+    quantize_graph(tiny, tmp_path, "int4", Int4())
+    graph = onnx.load(tmp_path / "model.onnx", load_external_data=False).graph
+    offsets = {
+        tensor.name: entry.value
+        for tensor in graph.initializer
+        for entry in tensor.external_data
+        if entry.key == "offset"
+    }
+    assert offsets["embed_tokens.weight.int4"] == offsets["embed_tokens.weight.int4_rows"]

@@ -1,0 +1,62 @@
+"""The stage: schemes by name, options, metrics."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from lifecycle.engines.decoder import DecoderInfo
+from lifecycle.errors import StageError
+from lifecycle.kinds import HfModel, OnnxModel
+from lifecycle.pipeline.artifact import Artifact
+from lifecycle.stages.export import Export
+from lifecycle.stages.quantize import Quantize
+from tests.conftest import RunStage, as_artifact
+from tests.graph.models import save_model
+
+
+def stage(**settings: Any) -> Quantize:
+    return Quantize.model_validate({"model": "onnx", **settings})
+
+
+@pytest.fixture
+def exported(tmp_path: Path, run_stage: RunStage) -> Artifact:
+    """A random Llama in float32 with a tokeniser file."""
+    save_model("llama-tied", tmp_path / "hf")
+    (tmp_path / "hf" / "tokenizer.json").write_text("{}")
+    base = as_artifact(HfModel, tmp_path / "hf")
+    return run_stage(Export.model_validate({"model": "base"}), base=base)
+
+
+@pytest.mark.parametrize(("scheme", "bits"), [("int8-rowwise", 9), ("int4", 6.5)])
+def test_a_scheme_shrinks_the_model(
+    scheme: str, bits: float, exported: Artifact, run_stage: RunStage
+) -> None:
+    made = run_stage(stage(scheme=scheme), onnx=exported)
+    assert DecoderInfo.load(made.path).scheme == scheme
+    assert made.metrics["bits_per_weight"] < bits
+    assert made.metrics["ratio"] < 0.35
+    assert (made.path / "tokenizer.json").is_file()
+
+
+def test_int8_parts_and_skipped_parts_are_larger(exported: Artifact, run_stage: RunStage) -> None:
+    sizes = [
+        run_stage(stage(scheme="int4", **options), onnx=exported).metrics["bytes"]
+        for options in ({"int8": []}, {}, {"int8": ["lm_head", "*.down_proj"]}, {"skip": ["*"]})
+    ]
+    assert sizes == sorted(set(sizes))
+
+
+def test_a_mistyped_scheme_names_the_near_one() -> None:
+    with pytest.raises(ValidationError, match="'int8-rowise'; did you mean 'int8-rowwise'"):
+        stage(scheme="int8-rowise")
+
+
+def test_a_target_may_not_run_a_scheme(exported: Artifact, run_stage: RunStage) -> None:
+    path = exported.path / "decoder.json"
+    path.write_text(path.read_text().replace('"int4"', '"int2"'))
+    with pytest.raises(StageError, match="'int4' does not run on target 'cpu'"):
+        run_stage(stage(scheme="int4"), onnx=as_artifact(OnnxModel, exported.path))
