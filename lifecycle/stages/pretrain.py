@@ -38,6 +38,7 @@ class Pretrain(LoopSettings, Stage):
     def run(self, ctx: Context) -> Metrics:
         from lifecycle.data.chat import ChatTokenizer
         from lifecycle.training.loop import Loop
+        from lifecycle.training.model_folder import write_new
         from lifecycle.training.runtime import isolated
 
         folder = ctx.input(self.tokenizer).path
@@ -48,7 +49,7 @@ class Pretrain(LoopSettings, Stage):
             ctx.progress.phase("training")
             loop = Loop(model, train, test, self, ctx.scratch, ctx.progress)
             metrics = loop.run()
-        model.save_pretrained(ctx.out)
+        write_new(model, ctx.out)
         ctx.link(folder)
         return {"parameters": model.num_parameters(), "tokens": train.input_ids.size, **metrics}
 

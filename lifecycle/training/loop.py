@@ -30,7 +30,7 @@ from lifecycle.training.snapshots import Snapshot, Snapshots
 
 _SAVING_SHARE = 0.05
 """Most of the time that writing snapshots may take."""
-_SMOOTHING = 0.05
+_SMOOTHING = 0.1
 """Weight of the newest step in the reported loss."""
 _WEIGHT, _OPTIMIZER = "weight.", "optimizer."
 
@@ -94,7 +94,7 @@ class Loop:
         for part in in_parts(indices, self._settings.micro_batch_size):
             loss, count = self._summed_loss(self._rows, part)
             loss.backward()
-            total, supervised = total + float(loss), supervised + count
+            total, supervised = total + loss.item(), supervised + count
         supervised = max(1, supervised)
         rate = learning_rate(step, self._batches.total, self._settings)
         norm = adamw.step(
@@ -137,7 +137,7 @@ class Loop:
         with torch.no_grad():
             for part in in_parts(self._evaluated_rows(), size):
                 loss, count = self._summed_loss(self._held_out, part)
-                total, supervised = total + float(loss), supervised + count
+                total, supervised = total + loss.item(), supervised + count
         self._model.train()
         mean = total / max(1, supervised)
         return {"loss": mean, "perplexity": math.exp(min(mean, 700.0))}

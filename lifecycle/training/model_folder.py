@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from lifecycle.pipeline.artifact import walk_files
 from lifecycle.pipeline.files import link_file
-from lifecycle.training.models import ADAPTER
+from lifecycle.training.models import ADAPTER, quiet
 
 TRAINING = "training.json"
 """What a training says about itself: the digest of its chat template."""
@@ -31,11 +31,17 @@ def stored_dtype(folder: Path) -> torch.dtype:
     return torch.float32
 
 
+def write_new(model: PreTrainedModel, out: Path) -> None:
+    """Write config, generation config and weights."""
+    quiet()
+    model.save_pretrained(out)
+
+
 def write_tuned(model: PreTrainedModel, base: Path, out: Path) -> None:
     """Write the weights of `model` in the type of `base`'s, and link all other files of `base`
     but its adapter."""
     cast("nn.Module", model).to(stored_dtype(base))
-    model.save_pretrained(out)
+    write_new(model, out)
     link_other_files(base, out)
 
 

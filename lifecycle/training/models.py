@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -18,6 +21,19 @@ ADAPTER = "adapter"
 """The folder of the PEFT adapter beside the files of its base model."""
 
 
+def quiet() -> None:
+    """Keep transformers from drawing progress bars over those of the run."""
+    transformers_logging.disable_progress_bar()
+
+
+@contextmanager
+def without_renaming_warnings() -> Iterator[None]:
+    """Inside, PEFT may use an attribute of transformers' models by its old name."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
+        yield
+
+
 def load_base(
     path: Path, dtype: torch.dtype | None = torch.float32, device: str = "cpu"
 ) -> PreTrainedModel:
@@ -29,7 +45,7 @@ def load_base(
         CheckpointError: the folder holds no model that transformers can read without running
             code from the folder.
     """
-    transformers_logging.disable_progress_bar()
+    quiet()
     try:
         model = AutoModelForCausalLM.from_pretrained(
             path,
@@ -57,7 +73,8 @@ def load_adapted(
 
     base = load_base(path, dtype, device)
     try:
-        adapted = PeftModel.from_pretrained(base, str(path / ADAPTER), local_files_only=True)
+        with without_renaming_warnings():
+            adapted = PeftModel.from_pretrained(base, str(path / ADAPTER), local_files_only=True)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path / ADAPTER} does not fit its model: {error}") from error
     return adapted.eval()

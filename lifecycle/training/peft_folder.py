@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from lifecycle.errors import StageError
 from lifecycle.pipeline.suggest import did_you_mean
 from lifecycle.training.adapters import Adapter
+from lifecycle.training.models import without_renaming_warnings
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -28,7 +29,8 @@ def put_on(adapter: Adapter, model: PreTrainedModel) -> PeftModel:
     if isinstance(named, list | set | tuple):
         _require_modules(cast("list[str]", sorted(named)), model)
     try:
-        return cast("PeftModel", get_peft_model(model, config))
+        with without_renaming_warnings():
+            return cast("PeftModel", get_peft_model(model, config))
     except ValueError as error:
         raise StageError(f"adapter '{adapter.use}' does not fit the model: {error}") from error
 
