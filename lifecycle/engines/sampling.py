@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 from lifecycle.engines.base import SamplingParams
 
 Floats = NDArray[np.float32]
-Ids = NDArray[np.intp]
 
 _GREEDY_BELOW = 1e-5
 """A temperature below this divides a float32 into infinities; the limit it tends to is greedy."""
+
+_BLOCK = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +53,7 @@ class Sampler:
         if self.is_greedy:
             token = int(logits.argmax())
         else:
-            ids, weights = candidates(logits, self.params)
-            token = int(ids[_draw(weights, self._random.random())])
+            token = _draw(token_weights(logits, self.params), self._random.random())
         if self.is_penalised:
             self._seen[token] = True
         return token
@@ -77,21 +77,21 @@ def sample(logits: Floats, samplers: Sequence[Sampler]) -> list[Choice | None]:
         ]
 
 
-def candidates(logits: Floats, params: SamplingParams) -> tuple[Ids, Floats]:
-    """The tokens that the filters leave, and their weights (not normalised).
+def token_weights(logits: Floats, params: SamplingParams) -> Floats:
+    """The chances of all tokens, [vocab_size], not normalised; 0 for those filtered out.
 
     `logits` are [vocab_size], already penalised, with a finite maximum.
     """
     weights = np.exp((logits - logits.max()) / np.float32(params.temperature))
-    ids = np.arange(len(weights))
-    if 0 < params.top_k < len(ids):
-        ids = ids[_top_k(weights, params.top_k)]
+    if 0 < params.top_k < len(weights):
+        least = np.partition(weights, -params.top_k)[-params.top_k]
+        _keep_largest(weights, params.top_k, least)
     if params.top_p < 1.0:
-        ids = ids[_top_p(weights[ids], params.top_p)]
+        _keep_nucleus(weights, params.top_p)
     if params.min_p > 0.0:
         # The largest weight is exp(0) = 1 and no filter removes it.
-        ids = ids[weights[ids] >= params.min_p]
-    return ids, weights[ids]
+        weights[weights < params.min_p] = 0.0
+    return weights
 
 
 def _choose(logits: Floats, sampler: Sampler, best: int) -> Choice:
@@ -107,37 +107,56 @@ def _penalise(logits: Floats, seen: NDArray[np.bool_], penalty: float) -> Floats
     return np.where(seen, penalised, logits)
 
 
-def _top_k(weights: Floats, k: int) -> Ids:
-    """Indices of the k largest; among equals the lower index stays."""
-    least = np.partition(weights, -k)[-k]
-    above = np.flatnonzero(weights > least)
-    level = np.flatnonzero(weights == least)[: k - len(above)]
-    return np.concatenate([above, level])
+def _keep_largest(weights: Floats, count: int, least: np.float32) -> None:
+    """Zero all but the `count` largest, the smallest of which is `least`; the lower of equals
+    stay."""
+    weights[weights < least] = 0.0
+    surplus = np.count_nonzero(weights) - count
+    if surplus > 0:
+        weights[np.flatnonzero(weights == least)[-surplus:]] = 0.0
 
 
-def _top_p(weights: Floats, top_p: float) -> Ids:
-    """Indices of the fewest largest whose share is at least `top_p`, largest first."""
+def _keep_nucleus(weights: Floats, top_p: float) -> None:
+    """Zero all but the fewest largest whose share is at least `top_p`."""
     total = float(weights.sum(dtype=np.float64))
     # All weights below (1 - p) / n of the total have less than 1 - p of it together, so the
-    # nucleus lies among the others: a few hundred to sort instead of a whole vocabulary.
-    likely = np.flatnonzero(weights >= np.float32((1.0 - top_p) * total / len(weights)))
-    order = likely[np.argsort(-weights[likely], kind="stable")]
-    share = np.cumsum(weights[order], dtype=np.float64)
-    return order[: int(np.searchsorted(share, top_p * total)) + 1]
+    # nucleus lies among the others: often a few hundred to sort instead of a vocabulary.
+    likely = weights[weights >= np.float32((1.0 - top_p) * total / len(weights))]
+    ranked = np.sort(likely)[::-1]
+    shares = np.cumsum(ranked, dtype=np.float64)
+    last = min(int(np.searchsorted(shares, top_p * total)), len(ranked) - 1)
+    _keep_largest(weights, last + 1, ranked[last])
 
 
 def _draw(weights: Floats, uniform: float) -> int:
-    """The index at which the running sum of `weights` passes `uniform` in [0, 1) of the total."""
-    share = np.cumsum(weights, dtype=np.float64)
-    index = int(np.searchsorted(share, uniform * float(share[-1]), side="right"))
-    return min(index, len(share) - 1)
+    """The index at which the running sum of `weights` passes `uniform` in [0, 1) of the total.
+
+    First the block, then the token in it: a running sum over a whole vocabulary takes longer
+    than everything else that sampling does.
+    """
+    blocks = np.add.reduceat(weights, np.arange(0, len(weights), _BLOCK), dtype=np.float64)
+    ends = np.cumsum(blocks)
+    target = uniform * float(ends[-1])
+    block = _first_above(ends, target)
+    start = block * _BLOCK
+    inside = np.cumsum(weights[start : start + _BLOCK], dtype=np.float64)
+    return start + _first_above(inside, target - float(ends[block] - blocks[block]))
+
+
+def _first_above(shares: NDArray[np.float64], target: float) -> int:
+    """The first index whose running sum is above `target`; it is never one of weight 0."""
+    # Rounding may bring the target up to the very end, which nothing is above.
+    below_end = float(np.nextafter(shares[-1], 0.0))
+    return int(np.searchsorted(shares, min(target, below_end), side="right"))
 
 
 def _report(logits: Floats, token: int, count: int) -> Choice:
     """`token` with the model's own log-probabilities: before penalty, temperature and filters."""
     shifted = logits - logits.max()
     logprobs = shifted - np.log(np.exp(shifted).sum(dtype=np.float64))
-    top = _top_k(logits, count) if count else np.empty(0, dtype=np.intp)
-    ranked = top[np.argsort(-logprobs[top], kind="stable")]
+    if count == 0:
+        return Choice(token, float(logprobs[token]))
+    top = np.flatnonzero(logits >= np.partition(logits, -count)[-count])
+    ranked = top[np.argsort(-logits[top], kind="stable")][:count]
     pairs = zip(ranked.tolist(), logprobs[ranked].tolist(), strict=True)
     return Choice(token, float(logprobs[token]), tuple(pairs))
