@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,12 @@ def export_decoder(
     source: Path,
     out: Path,
     target: Target,
-    on_write: Callable[[int], None] | None = None,
+    on_write: Callable[[int, int], None] | None = None,
 ) -> DecoderInfo:
     """Write `model.onnx`, `model.onnx.data` and `decoder.json` of the model in `source`.
 
     Weights are float32. Memory stays at a few blocks of `checkpoint.BLOCK` elements, whatever
-    the size of the model. `on_write(bytes)` follows the size of the weights.
+    the size of the model. `on_write(bytes, all)` follows the writing of the weights.
 
     Raises:
         UnsupportedArchitectureError: the graph builder does not know the architecture.
@@ -36,7 +37,9 @@ def export_decoder(
     config = read_json(source / "config.json")
     spec = read_spec(config)
     checkpoint = Checkpoint(source)
-    with WeightFile(out / WEIGHTS, on_write) as weights:
+    total = 4 * sum(prod(tensor.shape) for tensor in checkpoint.tensors.values())
+    report = on_write or (lambda done, total: None)
+    with WeightFile(out / WEIGHTS, lambda done: report(min(done, total), total)) as weights:
         graph = build_decoder(spec, checkpoint, weights, target)
     _require_all_read(checkpoint, spec)
     save_model(graph, out / GRAPH)

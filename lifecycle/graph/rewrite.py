@@ -17,8 +17,8 @@ from lifecycle.errors import StageError
 from lifecycle.graph.nodes import GraphNodes
 from lifecycle.graph.weights import WeightFile
 
-BLOCK = 1 << 20
-"""Elements that are quantised together: 4 MB of float32, which stays in a core's cache."""
+BLOCK = 1 << 18
+"""Elements that are quantised together: 1 MB of float32, which stays in a core's cache."""
 
 
 @dataclass(frozen=True, slots=True)
