@@ -26,6 +26,12 @@ def data_dir() -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def quickstart_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One store for all tests that run the reduced quickstart, so that it runs once."""
+    return tmp_path_factory.mktemp("quickstart") / "store"
+
+
 @pytest.fixture
 def workshop(tmp_path: Path) -> Workshop:
     """Recipes over toy stages, in a folder and on a store of their own."""

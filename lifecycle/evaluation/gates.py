@@ -117,13 +117,14 @@ def judge(metrics: Mapping[str, float], gates: Mapping[str, str]) -> list[Verdic
     ]
 
 
-def require_passed(verdicts: Collection[Verdict]) -> None:
+def require_passed(verdicts: Collection[Verdict], metrics: Mapping[str, float]) -> None:
     """Stop unless every verdict is good.
 
     Raises:
-        GateError: names every failed gate, its measured value beside its bound.
+        GateError: names every failed gate, its measured value beside its bound; carries all
+            `metrics`, since the report of a failed evaluation is not kept.
     """
     failed = [v for v in verdicts if not v.passed]
     if failed:
         lines = "; ".join(f"{v.metric} is {v.measured!r}, bound {v.bound}" for v in failed)
-        raise GateError(f"gates failed ({len(failed)} of {len(verdicts)}): {lines}")
+        raise GateError(f"gates failed ({len(failed)} of {len(verdicts)}): {lines}", dict(metrics))

@@ -84,7 +84,7 @@ class Evaluate(Stage):
             subjects = [stack.enter_context(opened(model)) for model in models]
             found = self._measure(ctx, subjects, data, wanted).settled(wanted)
         verdicts = judge(found.metrics, self.gates)
-        require_passed(verdicts)
+        require_passed(verdicts, found.metrics)
         found.require_finite()
         write_report(ctx.out, found, verdicts, models=models, data=data, split=self.split)
         return {**found.metrics, **found.counts}

@@ -99,14 +99,15 @@ def test_verdicts_keep_the_order_and_the_spelling_of_the_recipe() -> None:
         ("perplexity", "<= 9", True),
         ("accuracy", ">= 55 %", True),
     ]
-    require_passed(verdicts)
+    require_passed(verdicts, {})
 
 
 def test_every_failed_gate_is_named_beside_its_bound() -> None:
     metrics = {"accuracy": 0.5, "perplexity": math.nan, "kl": 0.0}
     gates = {"accuracy": ">= 55 %", "perplexity": "<= 9", "kl": "<= 1"}
     with pytest.raises(GateError) as raised:
-        require_passed(judge(metrics, gates))
+        require_passed(judge(metrics, gates), metrics)
+    assert raised.value.metrics == metrics
     assert str(raised.value) == (
         "gates failed (2 of 3): accuracy is 0.5, bound >= 55 %; perplexity is nan, bound <= 9"
     )
