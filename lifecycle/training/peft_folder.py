@@ -44,11 +44,22 @@ def _require_modules(names: list[str], model: PreTrainedModel) -> None:
         if isinstance(module, nn.Linear)
     }
     for name in names:
-        if not any(known == name or known.endswith(f".{name}") for known in present):
+        if not any(_is_named(known, [name]) for known in present):
             raise StageError(
                 f"adapter: target_modules: the model has no '{name}'{did_you_mean(name, linear)} "
                 f"(its linear layers: {', '.join(sorted(linear))}; or use all-linear)"
             )
+    shared = (model.get_input_embeddings(), model.get_output_embeddings())
+    for name, module in model.named_modules():
+        if model.config.tie_word_embeddings and module in shared and _is_named(name, names):
+            raise StageError(
+                f"adapter: target_modules: '{name}' shares its weights with another layer "
+                "(tie_word_embeddings), so its update could never be merged; take it out"
+            )
+
+
+def _is_named(module: str, names: list[str]) -> bool:
+    return any(module == name or module.endswith(f".{name}") for name in names)
 
 
 def save_adapter(model: PeftModel, folder: Path) -> None:
@@ -57,7 +68,7 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
     folder.mkdir(parents=True)
     tensors = {
         name: tensor.detach().cpu().contiguous()
-        for name, tensor in get_peft_model_state_dict(model).items()
+        for name, tensor in get_peft_model_state_dict(model, save_embedding_layers=False).items()
     }
     save_file(tensors, folder / WEIGHTS, {"format": "pt"})
     config: PeftConfig = model.peft_config["default"]

@@ -36,7 +36,7 @@ def test_the_loss_falls_and_the_metrics_say_so(tmp_path: Path) -> None:
     assert metrics["loss"] < losses[0]
     assert {"learning_rate", "tokens_per_second"} <= progress.updates[0].keys()
     evaluated = [update["done"] for update in progress.updates if "loss" in update]
-    assert evaluated == [done for done in range(20, len(losses), 20)]
+    assert evaluated == list(range(20, len(losses), 20))
 
 
 def test_the_same_settings_give_the_same_weights(tmp_path: Path, settings: LoopSettings) -> None:
