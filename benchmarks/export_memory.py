@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from random_llama import QWEN_HALF_BILLION, DType, write_llama
+from benchmarks.random_llama import QWEN_HALF_BILLION, DType, write_llama
 
 RUNS = 3
 

@@ -42,7 +42,9 @@ class GraphRewrite:
         self.weights = weights
         self.folder = folder
         self.quantized_elements = 0
+        """Weights that are stored as integers so far."""
         self.quantized_bytes = 0
+        """Bytes that stand for them, scales included."""
 
     def linears(self) -> list[Linear]:
         """All products with constant weights, in the order of the graph."""
