@@ -1,6 +1,6 @@
 """Kill -9 a run at random moments; every repeated run must end with the same artifacts.
 
-    python benchmarks/kill_resume.py --kills 30 quickstart [stage.field=value …]
+    python -m benchmarks.kill_resume --kills 30 quickstart [stage.field=value …]
 
 One undisturbed run gives the digests and the time T that a run takes. Then, on a fresh store
 each time, the same command is killed at a random moment of T and run again to its end.

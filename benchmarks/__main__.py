@@ -1,0 +1,28 @@
+"""`make bench`: every measurement in turn; each can be run by itself with `python -m`."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+MEASUREMENTS = {
+    "export_memory": "memory and time of exporting a 0.5B model, beside copying its bytes",
+    "engine_decode": "decoding speed beside onnxruntime-genai, int4, batch 1 and 8",
+}
+
+
+def main() -> int:
+    """Run all of them; the exit code is that of the first that failed."""
+    worst = 0
+    for name, text in MEASUREMENTS.items():
+        print(f"\n== {name}: {text}", flush=True)
+        worst = worst or subprocess.run([sys.executable, "-m", f"benchmarks.{name}"]).returncode
+    print(
+        "\nOn a run of the quickstart: python -m benchmarks.batch_invariance BUNDLE and "
+        "python -m benchmarks.kill_resume quickstart"
+    )
+    return worst
+
+
+if __name__ == "__main__":
+    sys.exit(main())
