@@ -56,7 +56,7 @@ def our_model(folder: Path, checkpoint: Path) -> Path:
     for path in (full, int4):
         path.mkdir(parents=True, exist_ok=True)
     export_decoder(checkpoint, full, Cpu())
-    quantize_graph(full, int4, "int4", Int4(head=None))
+    quantize_graph(full, int4, "int4", Int4())
     return int4
 
 

@@ -152,7 +152,13 @@ class Engine(ABC):
         params: SamplingParams | Sequence[SamplingParams],
         on_done: Callable[[int, int], None] | None = None,
     ) -> list[Generation]:
-        """Continue all prompts, batched; `on_done(finished, total)` after each one."""
+        """Continue all prompts, batched; `on_done(finished, total)` after each one. Needs an idle
+        engine, and leaves one behind also when it raises.
+
+        Raises:
+            RequestError: a prompt can never be served; nothing has been run.
+            EngineError: the runtime failed, or the output of a prompt is no finite number.
+        """
 
     @abstractmethod
     def close(self) -> None:

@@ -70,19 +70,16 @@ class OrtBackend:
         # The system gives memory to zeros when they are first written, so a slot costs what
         # its texts have filled, not its capacity.
         self._cache = {name: np.zeros(shape, np.float32) for name in cache_names(info)}
-        self._bindings: dict[int, ort.IOBinding] = {}
-        self._logits = np.empty((num_slots, info.vocab_size), np.float32)
+        self._bindings: dict[int, _Binding] = {}
 
     def forward(self, rows: Sequence[Row]) -> NDArray[np.float32]:
         inputs = pack(rows, self._max_model_len)
         binding = self._binding(len(inputs["query_seqlens"]))
         for name in self._step_inputs:
-            binding.bind_cpu_input(name, inputs[name])
-        logits = self._logits_buffer(len(inputs["logit_index"]))
-        shape = (1, *logits.shape)
-        binding.bind_output("logits", "cpu", 0, np.float32, shape, logits.ctypes.data)
+            binding.feed(name, inputs[name])
+        logits = binding.fetch(len(inputs["logit_index"]))
         try:
-            self._session.run_with_iobinding(binding)
+            self._session.run_with_iobinding(binding.binding)
         except Exception as error:
             raise EngineError(f"ONNX Runtime failed: {error}") from error
         return logits
@@ -92,18 +89,48 @@ class OrtBackend:
         self._cache.clear()
         del self._session
 
-    def _binding(self, num_rows: int) -> ort.IOBinding:
-        """The cache of the first `num_rows` slots, bound as past and as present."""
+    def _binding(self, num_rows: int) -> _Binding:
+        """What a step of `num_rows` rows is bound to."""
         if num_rows not in self._bindings:
-            binding = ort.IOBinding(self._session)
-            for name, cache in self._cache.items():
-                value = ort.OrtValue.ortvalue_from_numpy(cache[:num_rows])
-                binding.bind_ortvalue_input(name, value)
-                binding.bind_ortvalue_output(present_name(name), value)
-            self._bindings[num_rows] = binding
+            cache = {name: array[:num_rows] for name, array in self._cache.items()}
+            self._bindings[num_rows] = _Binding(self._session, cache, self._vocab_size)
         return self._bindings[num_rows]
 
-    def _logits_buffer(self, count: int) -> NDArray[np.float32]:
+
+class _Binding:
+    """The memory that a session reads and writes: bound once, filled again in every step."""
+
+    def __init__(
+        self,
+        session: ort.InferenceSession,
+        cache: dict[str, NDArray[np.float32]],
+        vocab_size: int,
+    ) -> None:
+        self.binding = ort.IOBinding(session)
+        for name, array in cache.items():
+            value = ort.OrtValue.ortvalue_from_numpy(array)
+            self.binding.bind_ortvalue_input(name, value)
+            self.binding.bind_ortvalue_output(present_name(name), value)
+        self._inputs: dict[str, NDArray[np.integer]] = {}
+        self._logits = np.empty((0, vocab_size), np.float32)
+        self._bound_rows = -1
+
+    def feed(self, name: str, array: NDArray[np.integer]) -> None:
+        """Set an input; while its shape stays, as in decoding, its memory does too."""
+        bound = self._inputs.get(name)
+        if bound is not None and bound.shape == array.shape:
+            bound[...] = array
+        else:
+            self._inputs[name] = array
+            self.binding.bind_cpu_input(name, array)
+
+    def fetch(self, count: int) -> NDArray[np.float32]:
+        """Where the next run writes `count` rows of logits."""
         if count > len(self._logits):
-            self._logits = np.empty((count, self._vocab_size), np.float32)
-        return self._logits[:count]
+            self._logits = np.empty((count, self._logits.shape[1]), np.float32)
+        logits = self._logits[:count]
+        if count != self._bound_rows:
+            self._bound_rows = count
+            shape, address = (1, *logits.shape), logits.ctypes.data
+            self.binding.bind_output("logits", "cpu", 0, np.float32, shape, address)
+        return logits

@@ -16,6 +16,9 @@ from lifecycle.engines.base import Engine, EngineOptions, FinishReason, Request,
 from lifecycle.engines.ort import OnnxEngine
 from lifecycle.engines.pytorch import TorchEngine
 from lifecycle.errors import EngineError, RequestError
+from lifecycle.graph.int4 import Int4
+from lifecycle.graph.int8 import Int8Rowwise
+from lifecycle.graph.quantize import Scheme, quantize_graph
 from tests.engines.conftest import Model
 
 FREE = SamplingParams(max_tokens=20, ignore_eos=True)
@@ -60,6 +63,16 @@ def test_no_neighbour_changes_a_request(random_model: Model) -> None:
     options = EngineOptions(max_num_seqs=4, prefill_chunk=16)
     identical, total = measure(OnnxEngine.open(random_model.graph, options), mixes=12, seed=0)
     assert identical == total > 50
+
+
+@pytest.mark.parametrize("scheme", [Int8Rowwise(weight_bits=8), Int4()])
+def test_no_neighbour_changes_a_quantised_request(
+    random_model: Model, tmp_path: Path, scheme: Scheme
+) -> None:
+    quantize_graph(random_model.graph, tmp_path, "test", scheme)
+    engine = OnnxEngine.open(tmp_path, EngineOptions(max_num_seqs=4, prefill_chunk=16))
+    identical, total = measure(engine, mixes=6, seed=2)
+    assert identical == total > 20
 
 
 def test_no_neighbour_changes_a_story(stories: Model) -> None:
