@@ -1,6 +1,6 @@
 """Whether the greedy text of a request depends on what else is in the batch.
 
-    python benchmarks/batch_invariance.py MODEL_FOLDER --mixes 500 --json
+    python -m benchmarks.batch_invariance MODEL_FOLDER --mixes 500 --json
 
 Each mix is a few requests of random lengths that arrive, and are sometimes cancelled, at random
 steps; afterwards each of its requests runs alone. A request is identical if it gave the same

@@ -1,6 +1,6 @@
 """Decode speed beside the onnxruntime-genai Generator, on a 135M-parameter Llama in int4.
 
-    python benchmarks/engine_decode.py --pairs 9 --json
+    python -m benchmarks.engine_decode --pairs 9 --json
 
 Both run the same random weights: the peer the graph of its own builder (block 32,
 accuracy_level 4), this project its own export. They take turns, one pair after another, in one
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import time
@@ -54,7 +55,8 @@ def our_model(folder: Path, checkpoint: Path) -> Path:
     """The checkpoint as int4, exported by the code that is measured."""
     full, int4 = folder / "fp32", folder / "int4"
     for path in (full, int4):
-        path.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(path, ignore_errors=True)
+        path.mkdir(parents=True)
     export_decoder(checkpoint, full, Cpu())
     quantize_graph(full, int4, "int4", Int4())
     return int4
