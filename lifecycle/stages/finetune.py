@@ -59,11 +59,10 @@ class Finetune(LoopSettings, Stage):
         train, test = self._rows(ctx, tokenizer)
         with isolated(self.threads):
             model = self._trainable(load_base(base.path), train)
-            ctx.progress.phase("training")
             loop = Loop(model, train, test, self, ctx.scratch, ctx.progress)
             metrics = loop.run()
         self._write(ctx, model, base)
-        return {**self._record(ctx, tokenizer, train), **metrics}
+        return {**metrics, **self._record(ctx, tokenizer, train)}
 
     def _rows(
         self, ctx: Context, tokenizer: ChatTokenizer

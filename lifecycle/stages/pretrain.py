@@ -46,12 +46,11 @@ class Pretrain(LoopSettings, Stage):
         with isolated(self.threads):
             model = self._new_model(tokenizer)
             train, test = self._rows(ctx, tokenizer)
-            ctx.progress.phase("training")
             loop = Loop(model, train, test, self, ctx.scratch, ctx.progress)
             metrics = loop.run()
         write_new(model, ctx.out)
         ctx.link(folder)
-        return {"parameters": model.num_parameters(), "tokens": train.input_ids.size, **metrics}
+        return {**metrics, "parameters": model.num_parameters(), "tokens": train.input_ids.size}
 
     def _new_model(self, tokenizer: ChatTokenizer) -> PreTrainedModel:
         from transformers import GenerationConfig

@@ -63,9 +63,9 @@ class Loop:
         """Train to the last step.
 
         Returns:
-            `steps`, `train_loss` (nats per supervised token, a moving average),
-            `tokens_per_second` (of this attempt, padding included), and `loss` and
-            `perplexity` of the held-out rows if there are any.
+            `loss` and `perplexity` of the held-out rows if there are any, `train_loss` (both
+            losses in nats per supervised token, this one a moving average), `steps`, and
+            `tokens_per_second` of this attempt, padding included.
 
         Raises:
             InterruptedRun: the run was asked to stop; a snapshot was written before.
@@ -76,13 +76,17 @@ class Loop:
         self._next_save = started + self._settings.save_seconds
         tokens, speed = 0, 0.0
         self._model.train()
+        self._progress.phase("training")
         for step in range(first, total):
             tokens += self._train(step)
             self._save_if_due(step + 1)
             speed = tokens / (time.monotonic() - started)
             self._report(step + 1, tokens_per_second=speed)
-        metrics = {"steps": total, "train_loss": self._average, "tokens_per_second": round(speed)}
-        return metrics | self._evaluate()
+        return self._evaluate() | {
+            "train_loss": self._average,
+            "steps": total,
+            "tokens_per_second": round(speed),
+        }
 
     def _train(self, step: int) -> int:
         """One optimiser step; returns how many tokens were read."""
@@ -131,21 +135,25 @@ class Loop:
     def _evaluate(self) -> dict[str, float]:
         if self._held_out is None:
             return {}
+        self._progress.phase("evaluating")
         self._model.eval()
         total, supervised = 0.0, 0
+        rows = self._evaluated_rows(self._held_out)
         size = self._settings.micro_batch_size or self._settings.batch_size
         with torch.no_grad():
-            for part in in_parts(self._evaluated_rows(), size):
+            for number, part in enumerate(in_parts(rows, size)):
+                self._progress.update(number * size, len(rows))
                 loss, count = self._summed_loss(self._held_out, part)
                 total, supervised = total + loss.item(), supervised + count
         self._model.train()
+        self._progress.phase("training")
         mean = total / max(1, supervised)
         return {"loss": mean, "perplexity": math.exp(min(mean, 700.0))}
 
-    def _evaluated_rows(self) -> NDArray[np.int64]:
-        """Evenly spread over the held-out rows, so that no document stands for all."""
-        count = 0 if self._held_out is None else len(self._held_out.input_ids)
-        return np.unique(np.linspace(0, count - 1, self._settings.evaluate_rows).astype(np.int64))
+    def _evaluated_rows(self, rows: Packed) -> NDArray[np.int64]:
+        """Evenly spread, so that no document stands for all."""
+        last = len(rows.input_ids) - 1
+        return np.unique(np.linspace(0, last, self._settings.evaluate_rows).astype(np.int64))
 
     def _save_if_due(self, done: int) -> None:
         begun = time.monotonic()
