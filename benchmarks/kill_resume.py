@@ -69,9 +69,7 @@ def kill_once(
 
 def digests(command: list[str], store: Path) -> dict[str, str]:
     """Run to the end; the digest of every artifact by name."""
-    done = subprocess.run(
-        [*command, "--store", str(store)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    done = subprocess.run([*command, "--store", str(store)], capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(done.stderr)
     stages = json.loads(done.stdout.splitlines()[-1])["stages"]

@@ -67,13 +67,11 @@ def _call(name: str, args: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except ModuleNotFoundError as error:
-        from lifecycle.pipeline.registry import EXTRA_OF
-
-        extra = EXTRA_OF.get((error.name or "").partition(".")[0])
-        if extra is None:
+        missing = MissingExtraError.explain(f"lifecycle {name}", error)
+        if missing is None:
             raise
-        print(f"error: {MissingExtraError(f'lifecycle {name}', extra)}", file=sys.stderr)
-        return MissingExtraError.exit_code
+        print(f"error: {missing}", file=sys.stderr)
+        return missing.exit_code
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:

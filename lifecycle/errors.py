@@ -9,6 +9,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+_EXTRA_OF = {
+    "torch": "train",
+    "transformers": "train",
+    "peft": "train",
+    "accelerate": "train",
+    "onnx": "export",
+    "onnx_ir": "export",
+    "fastapi": "serve",
+    "uvicorn": "serve",
+    "pyarrow": "data",
+    "huggingface_hub": "train",
+}
+"""Which extra of this distribution brings a module."""
+
 
 class LifecycleError(Exception):
     """Base of all errors raised on purpose; `str()` of it is fit to be shown to a user."""
@@ -50,6 +64,12 @@ class MissingExtraError(LifecycleError):
             f"{what} needs packages that are not installed; "
             f"install them with: pip install 'lifecycle-toolkit[{extra}]'"
         )
+
+    @classmethod
+    def explain(cls, what: str, error: ModuleNotFoundError) -> MissingExtraError | None:
+        """The error for a failed import, if the module belongs to one of our extras."""
+        extra = _EXTRA_OF.get((error.name or "").partition(".")[0])
+        return None if extra is None else cls(what, extra)
 
 
 class DataError(LifecycleError):

@@ -81,28 +81,13 @@ def load(group: str, use: str, base: type[T], roots: Iterable[Path] = ()) -> typ
         try:
             found = entry.load()
         except ModuleNotFoundError as error:
-            if error.name and error.name.split(".")[0] in EXTRA_OF:
-                raise MissingExtraError(f"'{use}'", EXTRA_OF[error.name.split(".")[0]]) from error
-            raise PluginError(f"{group} '{use}' cannot be imported: {error}") from error
+            missing = MissingExtraError.explain(f"'{use}'", error)
+            raise missing or PluginError(f"{group} '{use}' cannot be imported: {error}") from error
         except (ImportError, AttributeError) as error:
             raise PluginError(f"{group} '{use}' cannot be imported: {error}") from error
     if not (isinstance(found, type) and issubclass(found, base)):
         raise PluginError(f"'{use}' is no {base.__name__}: {found!r}")
     return found
-
-
-EXTRA_OF = {
-    "torch": "train",
-    "transformers": "train",
-    "peft": "train",
-    "accelerate": "train",
-    "onnx": "export",
-    "onnx_ir": "export",
-    "fastapi": "serve",
-    "uvicorn": "serve",
-    "pyarrow": "data",
-    "huggingface_hub": "train",
-}
 
 
 def _load_file(use: str, roots: Iterable[Path]) -> object:

@@ -21,6 +21,7 @@ from lifecycle.errors import (
     CorruptArtifactError,
     InterruptedRun,
     LifecycleError,
+    MissingExtraError,
     StageError,
 )
 from lifecycle.pipeline import files, registry, runs
@@ -285,6 +286,9 @@ def _named(entry: Entry, progress: StageProgress) -> Generator[None]:
         if error.errno in NO_SPACE:
             raise
         raise StageError(f"{type(error).__name__}: {error}") from error
+    except ModuleNotFoundError as error:
+        missing = MissingExtraError.explain(f"the stage {entry.use}", error)
+        raise missing or StageError(f"{type(error).__name__}: {error}") from error
     except MemoryError as error:
         raise StageError(f"{entry.use} ran out of memory") from error
     except Exception as error:

@@ -11,6 +11,7 @@ from lifecycle.errors import (
     DataError,
     GateError,
     InterruptedRun,
+    MissingExtraError,
     RecipeError,
     StageError,
     StoreError,
@@ -163,6 +164,8 @@ def test_a_gate_that_fails_stops_the_run(workshop: Workshop) -> None:
         ("space", StoreError, "no space left"),
         ("SafetensorError: No space left on device", StoreError, "no space left"),
         ("odd", StageError, "RuntimeError: odd"),
+        ("torch", MissingExtraError, "pip install 'lifecycle-toolkit[train]'"),
+        ("elsewhere", StageError, "No module named 'elsewhere'"),
     ],
 )
 def test_what_a_stage_does_wrong(workshop: Workshop, how: str, kind: type, words: str) -> None:

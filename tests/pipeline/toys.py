@@ -149,6 +149,8 @@ class Misbehaving(Stage):
                 raise OSError(28, os.strerror(28))
             case "nan":
                 return write(ctx, 1) | {"loss": float("nan")}
+            case "torch" | "elsewhere" as name:
+                raise ModuleNotFoundError(f"No module named '{name}'", name=name)
             case other:
                 raise RuntimeError(other)
         return {}
