@@ -29,7 +29,7 @@ def write_manifest(folder: Path, content: Mapping[str, Any]) -> dict[str, Any]:
     files = [asdict(entry) for entry in hash_tree(folder) if entry.path != MANIFEST]
     manifest = {**content, "format": FORMAT, "files": files}
     manifest["digest"] = digest_of(manifest)
-    text = json.dumps(manifest, indent=2, sort_keys=True, ensure_ascii=False)
+    text = json.dumps(manifest, indent=2, sort_keys=True)
     (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
     return manifest
 
@@ -66,7 +66,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         raise StoreError(
             f"{path} is no bundle: it has no {MANIFEST}; the bundle stage of a recipe makes one"
         ) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CorruptArtifactError(f"{file} is damaged: {error}") from error
     if not isinstance(found, dict) or not isinstance(found.get("format"), int):
         raise CorruptArtifactError(f"{file} is damaged: it has no format number")
@@ -102,7 +102,7 @@ def _entries(file: Path, manifest: dict[str, Any]) -> list[FileEntry]:
 def _check_file(root: Path, entry: FileEntry) -> None:
     pure = PurePosixPath(entry.path)
     file = root / pure
-    outside = pure.is_absolute() or ".." in pure.parts or "\0" in entry.path
+    outside = pure.is_absolute() or ".." in pure.parts or not entry.path.isprintable()
     if outside or pure.name in ("", artifact.MANIFEST):
         raise CorruptArtifactError(f"{root / MANIFEST}: '{entry.path}' is no path inside a bundle")
     if not file.resolve().is_relative_to(root.resolve()):

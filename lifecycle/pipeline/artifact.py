@@ -30,10 +30,13 @@ class FileEntry:
 
 
 def canonical_json(value: object) -> bytes:
-    """`value` as JSON with one spelling only, so that equal values have equal hashes."""
+    """`value` as JSON with one spelling only, so that equal values have equal hashes.
+
+    File names need not be Unicode; `json.loads` of the bytes gives them back.
+    """
     return json.dumps(
         value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
-    ).encode()
+    ).encode("utf-8", "surrogatepass")
 
 
 def digest_of(value: object) -> str:
@@ -53,7 +56,7 @@ def walk_files(root: Path) -> Iterator[Path]:
         folders.sort()
         for name in sorted(names):
             path = Path(folder, name)
-            if path != root / MANIFEST:
+            if path != root / MANIFEST and path.is_file():
                 yield path
 
 

@@ -91,6 +91,8 @@ def _read(path: Path) -> Run | None:
         run = Run(**value, stages=stages)
     except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
         return None
+    if run.run != path.parent.name:  # a copy, or a name that would lead elsewhere
+        return None
     if run.status == "running" and not _alive(run.pid):
         run.status = "killed"
     return run
@@ -108,10 +110,8 @@ def _alive(pid: int) -> bool:
 
 def newest_first(store: Store) -> Iterator[Run]:
     """All runs of a store."""
-    for path in sorted((store.root / "runs").iterdir(), reverse=True):
-        run = _read(path / "run.json")
-        if run is not None:
-            yield run
+    found = (_read(path / "run.json") for path in (store.root / "runs").iterdir())
+    yield from sorted(filter(None, found), key=lambda run: run.started, reverse=True)
 
 
 def find(store: Store, name: str) -> Run:
@@ -148,9 +148,10 @@ def find_bundle(name: str, store: Path | None = None) -> Path:
     run = good[0] if good else find(opened, name)
     if run.status != "ok":
         raise StoreError(f"run {run.run} of '{run.recipe}' is {run.status}: it has no bundle")
-    paths = [s.path for s in run.stages.values() if s.kind == "bundle" and s.path]
-    if not paths:
+    made = [s.digest for s in run.stages.values() if s.kind == "bundle" and s.digest]
+    if not made:
         raise StoreError(f"run {run.run} of '{run.recipe}' made no bundle")
-    if not Path(paths[-1]).is_dir():
-        raise StoreError(f"{paths[-1]} is gone; make it again with: lifecycle run {run.source}")
-    return Path(paths[-1])
+    path = opened.path(made[-1])
+    if not path.is_dir():
+        raise StoreError(f"{path} is gone; make it again with: lifecycle run {run.source}")
+    return path

@@ -15,6 +15,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -40,6 +41,8 @@ FORMAT = 1
 DEFAULT = ".lifecycle"
 VARIABLE = "LIFECYCLE_STORE"
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 A = TypeVar("A", bound=Artifact)
 
@@ -80,6 +83,8 @@ class Record:
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Self:
         """As read from `records/`."""
+        if not _DIGEST.fullmatch(value["digest"]):  # it becomes part of a path
+            raise ValueError(f"{value['digest']!r} is no digest")
         action = Action(**value["action"])
         return cls(value["key"], value["digest"], action, value["metrics"], value["seconds"])
 
@@ -123,8 +128,9 @@ class Store:
             try:
                 found = json.loads(marker.read_text(encoding="utf-8"))["format"]
             except FileNotFoundError:
+                if not root.exists() or not any(root.iterdir()):
+                    files.write_atomic(root / ".gitignore", b"*\n")
                 files.write_atomic(marker, canonical_json({"format": FORMAT}))
-                files.write_atomic(root / ".gitignore", b"*\n")
                 found = FORMAT
             except (ValueError, KeyError, TypeError, NotADirectoryError) as error:
                 raise StoreError(f"{root} is no store: {marker} cannot be read") from error
@@ -162,11 +168,11 @@ class Store:
             artifact = kind(path, manifest)
             if artifact.digest != digest:
                 raise CorruptArtifactError(f"{path / MANIFEST} belongs to another artifact")
+            if verify and digest not in self._verified:
+                artifact.verify()
+                self._verified.add(digest)
         except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
             raise CorruptArtifactError(f"{path / MANIFEST} is missing or damaged") from error
-        if verify and digest not in self._verified:
-            artifact.verify()
-            self._verified.add(digest)
         return artifact
 
     def discard(self, digest: str) -> None:
@@ -261,10 +267,13 @@ class Store:
             "made_by": {**asdict(action), "key": key, "lineage": lineage},
         }
         with disk_errors(self.root):
+            # Never written through: it may be a link to the manifest of another artifact.
+            (out / MANIFEST).unlink(missing_ok=True)
             (out / MANIFEST).write_bytes(canonical_json(manifest))
             files.make_read_only(out)
             files.fsync_tree(out)
-            self._move_in(out, digest, kind)
+            with self.lock(digest):  # another key may be giving the same bytes
+                self._move_in(out, digest, kind)
             record = Record(key, digest, action, metrics, seconds)
             files.write_atomic(
                 self.root / "records" / f"{key}.json", canonical_json(record.to_json())

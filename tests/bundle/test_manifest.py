@@ -87,7 +87,7 @@ def test_a_newer_format_asks_for_an_upgrade(bundle: Path) -> None:
         verify_bundle(bundle)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": "1"}', "\x00"])
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": "1"}', "\x00", "[" * 10**5])
 def test_a_broken_manifest_is_damaged(bundle: Path, text: str) -> None:
     (bundle / MANIFEST).write_text(text)
     with pytest.raises(CorruptArtifactError, match=r"manifest\.json is damaged"):
@@ -102,7 +102,7 @@ def test_a_broken_list_of_files_is_damaged(bundle: Path, files: object) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["../secret", "/etc/hostname", "sub/../../secret", "", ".", "a\0b"]
+    "path", ["../secret", "/etc/hostname", "sub/../../secret", "", ".", "a\0b", "\ud800"]
 )
 def test_a_path_cannot_leave_the_folder(bundle: Path, path: str) -> None:
     (bundle.parent / "secret").write_text("s")

@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import json
+import shutil
+import time
+
 import pytest
 
 from lifecycle.errors import RecipeError, StoreError
@@ -48,6 +52,9 @@ def test_the_bundle_of_the_last_good_run_is_served(workshop: Workshop) -> None:
     found = runs.find_bundle("toy", workshop.store_path)
     assert str(found) == good.stages["a"].path
     assert runs.find_bundle(good.run, workshop.store_path) == found
+    moved = workshop.store_path.rename(workshop.root / "moved")
+    assert runs.find_bundle("toy", moved).is_dir()
+    moved.rename(workshop.store_path)
     workshop.store.discard(good.stages["a"].digest or "")
     with pytest.raises(StoreError, match=r"is gone; make it again with: lifecycle run"):
         runs.find_bundle("toy", workshop.store_path)
@@ -57,3 +64,27 @@ def test_damaged_run_records_are_passed_over(workshop: Workshop) -> None:
     run = workshop.run(ONE)
     (runs.folder(workshop.store, run.run) / "run.json").write_text("{")
     assert list(runs.newest_first(workshop.store)) == []
+
+
+def test_a_run_is_known_by_its_folder_only(workshop: Workshop) -> None:
+    run = workshop.run(ONE)
+    folder = runs.folder(workshop.store, run.run)
+    shutil.copytree(folder, folder.with_name("copy"))
+    assert [found.run for found in runs.newest_first(workshop.store)] == [run.run]
+    path = folder / "run.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"run": "../../elsewhere"}))
+    assert list(runs.newest_first(workshop.store)) == []
+
+
+def test_runs_of_machines_in_different_time_zones_are_in_order(
+    workshop: Workshop, monkeypatch
+) -> None:
+    ids = []
+    for zone in ("UTC-5", "UTC+5"):
+        monkeypatch.setenv("TZ", zone)
+        time.tzset()
+        ids.append(workshop.run(ONE).run)
+    monkeypatch.undo()
+    time.tzset()
+    assert ids == sorted(ids, reverse=True)
+    assert [run.run for run in runs.newest_first(workshop.store)] == ids[::-1]

@@ -5,6 +5,7 @@ import os
 import stat
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -168,3 +169,62 @@ def test_equal_values_have_equal_digests(value: dict[str, object]) -> None:
     shuffled = dict(reversed(list(value.items())))
     assert digest_of(value) == digest_of(shuffled)
     assert json.loads(canonical_json(value)) == value
+
+
+def test_a_record_cannot_name_a_folder_outside_the_store(tmp_path: Path) -> None:
+    store = Store.open(tmp_path / "s")
+    put(store, {"a": b"1"}, value=1)
+    (tmp_path / "precious").mkdir()
+    path = next((store.root / "records").iterdir())
+    for digest in ("../../precious", "", "../objects"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"digest": digest}))
+        assert store.record(path.stem) is None
+
+
+def test_a_linked_manifest_is_never_written_through(tmp_path: Path) -> None:
+    store = Store.open(tmp_path)
+    digest = put(store, {"a": b"1"}, value=1)
+    manifest = store.path(digest) / "artifact.json"
+    before = manifest.read_bytes()
+    action = Action("copy", 1, {}, {})
+    out = store.new_output(action.key)
+    files.link_tree(store.path(digest), out)
+    assert store.commit(action, out, Number, {"copied": 1}, 0.0, []).digest == digest
+    assert manifest.read_bytes() == before
+
+
+def test_a_folder_of_the_users_keeps_its_gitignore(tmp_path: Path) -> None:
+    (tmp_path / ".gitignore").write_text("mine\n")
+    Store.open(tmp_path)
+    assert (tmp_path / ".gitignore").read_text() == "mine\n"
+    Store.open(tmp_path / "new")
+    assert (tmp_path / "new" / ".gitignore").read_text() == "*\n"
+
+
+def test_a_manifest_without_its_keys_is_damage(tmp_path: Path) -> None:
+    store = Store.open(tmp_path)
+    digest = put(store, {"a": b"1"})
+    manifest = store.path(digest) / "artifact.json"
+    manifest.chmod(0o644)
+    manifest.write_text(manifest.read_text().replace('"files"', '"fjles"'))
+    with pytest.raises(CorruptArtifactError, match=r"artifact\.json is missing or damaged"):
+        Store.open(tmp_path).artifact(digest, Number)
+
+
+def test_equal_bytes_of_two_keys_move_in_one_after_the_other(tmp_path: Path) -> None:
+    store = Store.open(tmp_path)
+    digest = put(store, {"a": b"1"}, value=1)
+    with store.lock(digest):
+        other = threading.Thread(target=put, args=(Store.open(tmp_path), {"a": b"1"}, 2))
+        other.start()
+        other.join(0.1)
+        assert other.is_alive()
+    other.join(10)
+    assert not other.is_alive()
+    assert len(list((tmp_path / "records").iterdir())) == 2
+
+
+def test_a_file_name_need_not_be_unicode(tmp_path: Path) -> None:
+    store = Store.open(tmp_path)
+    digest = put(store, {"\udcff": b"1"})
+    assert Store.open(tmp_path).artifact(digest, Number).files[0].path == "\udcff"
