@@ -19,6 +19,7 @@ from typing import Any, cast
 
 from lifecycle.errors import (
     CorruptArtifactError,
+    DataError,
     InterruptedRun,
     LifecycleError,
     MissingExtraError,
@@ -50,19 +51,28 @@ def action_of(entry: Entry, inputs: Mapping[str, str]) -> Action:
             value = getattr(stage, name)
             if value is not None:
                 source[name] = _fingerprint(value)
-    if (code := registry.source_hash(cls)) is not None:
-        source["code"] = code
+        elif isinstance(value := getattr(stage, name), registry.Plugin):
+            source |= _code(type(value), f"{name}.code")
+    source |= _code(cls, "code")
     use = entry.use.rpartition(":")[2] if registry.is_file_use(entry.use) else entry.use
     return Action(use, cls.version, settings, inputs, source)
+
+
+def _code(cls: type, name: str) -> dict[str, str]:
+    code = registry.source_hash(cls)
+    return {} if code is None else {name: code}
 
 
 def _fingerprint(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_fingerprint(item) for item in cast("list[Path]", value)]
     path = cast(Path, value)
-    if path.is_dir():
-        return {entry.path: entry.sha256 for entry in hash_tree(path)}
-    return {path.name: hash_file(path)}
+    try:
+        if path.is_dir():
+            return {entry.path: entry.sha256 for entry in hash_tree(path)}
+        return {path.name: hash_file(path)}
+    except OSError as error:
+        raise DataError(f"{error.filename}: cannot be read: {error.strerror}") from error
 
 
 @dataclass(frozen=True)
@@ -160,7 +170,7 @@ class Runner:
             text = json.dumps(recipe.resolved(), indent=1)
             files.write_atomic(folder / "recipe.json", text.encode())
             runs.save(self.store, run)
-            error = self._run_all(run, entries, forced, folder)
+            error = self._run_all(run, entries, forced)
             run.status, run.ended = ("failed" if error else "ok"), time.time()
             if isinstance(error, InterruptedRun):
                 run.status = "interrupted"
@@ -171,15 +181,13 @@ class Runner:
         kind = type(entry.stage).produces.kind
         return StageRun(entry.use, kind=kind, inputs=dict(entry.inputs))
 
-    def _run_all(
-        self, run: Run, entries: list[Entry], forced: set[str], folder: Path
-    ) -> LifecycleError | None:
+    def _run_all(self, run: Run, entries: list[Entry], forced: set[str]) -> LifecycleError | None:
         made: dict[str, Artifact] = {}
         with self._signals():
             for entry in entries:
                 state = run.stages[entry.name]
                 try:
-                    made[entry.name] = self._stage(entry, made, state, entry.name in forced, folder)
+                    made[entry.name] = self._stage(entry, made, run, entry.name in forced)
                 except (LifecycleError, KeyboardInterrupt) as caught:
                     error = _interrupted(caught)
                     state.status = "failed"
@@ -190,32 +198,30 @@ class Runner:
                 runs.save(self.store, run)
         return None
 
-    def _stage(
-        self, entry: Entry, made: Mapping[str, Artifact], state: StageRun, force: bool, folder: Path
-    ) -> Artifact:
+    def _stage(self, entry: Entry, made: Mapping[str, Artifact], run: Run, force: bool) -> Artifact:
         """Take the stage's artifact from the store, or make it."""
         if self.stop.requested:
             raise InterruptedRun("interrupted")
-        kind = type(entry.stage).produces
+        state, kind = run.stages[entry.name], type(entry.stage).produces
         action = action_of(entry, {f: made[n].digest for f, n in entry.inputs.items()})
         state.key = key = action.key
-        progress = StageProgress(
-            entry.name, entry.use, self.display, folder / f"{entry.name}.jsonl", self.stop
-        )
+        rows = runs.folder(self.store, run.run) / f"{entry.name}.jsonl"
+        progress = StageProgress(entry.name, entry.use, self.display, rows, self.stop)
         with self.store.lock(key, lambda: progress.log("waiting for another run to make it")):
             record = None if force else self._sound(key, kind, progress)
-            state.status = "cached" if record else "done"
+            status = "cached" if record else "done"
             if record is None:
                 self.display.started(entry.name, entry.use)
+                runs.save(self.store, run)  # with the key, so that `gc` keeps the scratch
                 begin = time.monotonic()
                 try:
                     record = self._make(entry, action, made, progress)
                 finally:
                     state.seconds = round(time.monotonic() - begin, 3)
             artifact = self.store.artifact(record.digest, kind)
-        state.digest, state.path, state.metrics = record.digest, str(artifact.path), record.metrics
-        text = brief(record.metrics)
-        self.display.ended(entry.name, entry.use, state.status, state.seconds, text)
+        state.status, state.digest, state.path = status, record.digest, str(artifact.path)
+        state.metrics = record.metrics
+        self.display.ended(entry.name, entry.use, status, state.seconds, brief(record.metrics))
         return artifact
 
     def _sound(self, key: str, kind: type[Artifact], progress: StageProgress) -> Record | None:
@@ -314,8 +320,12 @@ def _interrupted(error: LifecycleError | KeyboardInterrupt) -> LifecycleError:
     return error if isinstance(error, LifecycleError) else InterruptedRun("interrupted")
 
 
-def finite(value: Metrics) -> Metrics:
-    """Metrics that JSON can hold: NaN and infinity become null."""
+def finite(value: object) -> Metrics:
+    """Metrics that JSON can hold: NaN and infinity become null.
+
+    Raises:
+        StageError: they are no mapping, or hold something that JSON has no word for.
+    """
 
     def clean(item: Any) -> Any:
         if isinstance(item, float) and not math.isfinite(item):
@@ -325,9 +335,13 @@ def finite(value: Metrics) -> Metrics:
             return {str(key): clean(part) for key, part in pairs.items()}
         if isinstance(item, (list, tuple)):
             return [clean(part) for part in cast("list[Any]", item)]
-        return item
+        if item is None or isinstance(item, (str, int, float)):
+            return item
+        raise StageError(f"a metric must be a number, a text, a list or a dict, not {item!r}")
 
-    return {name: clean(item) for name, item in value.items()}
+    if not isinstance(value, Mapping):
+        raise StageError(f"run() must return what it measured as a dict, not {value!r}")
+    return clean(value)
 
 
 def continuation(recipe: Recipe, overrides: Iterable[str], options: Iterable[str] = ()) -> str:

@@ -18,6 +18,7 @@ from lifecycle.errors import (
 )
 from lifecycle.pipeline import runs
 from lifecycle.pipeline.recipe import load
+from lifecycle.pipeline.runner import action_of
 from tests.workshop import Workshop, statuses
 
 CHAIN = """
@@ -95,9 +96,38 @@ def test_the_code_of_a_local_stage_is_part_of_the_key(workshop: Workshop) -> Non
         path = folder / "recipe.yaml"
         path.write_text("stages:\n  a: {use: ./mine.py:Mine}\n")
     first, second = (load(str(workshop.root / n / "recipe.yaml")) for n in ("one", "two"))
-    from lifecycle.pipeline.runner import action_of
-
     assert action_of(first.entries["a"], {}).key != action_of(second.entries["a"], {}).key
+
+
+def test_the_code_of_a_local_plug_in_is_part_of_the_key(workshop: Workshop) -> None:
+    (workshop.root / "mine.py").write_text(
+        "from lifecycle.pipeline.stage import Stage\nfrom tests.pipeline.toys import Number, Shape\n"
+        "class Shaped(Stage):\n    produces = Number\n    shape: Shape\n"
+        "    def run(self, ctx): return {}\n"
+    )
+    shape = workshop.root / "shape.py"
+    shape.write_text("from tests.pipeline.toys import Square\nclass Wide(Square): ...\n")
+    entry = workshop.load("  a: {use: ./mine.py:Shaped, shape: ./shape.py:Wide}\n").entries["a"]
+    first = action_of(entry, {})
+    assert first == action_of(entry, {})
+    shape.write_text(shape.read_text() + "# the next version\n")
+    assert first.key != action_of(entry, {}).key
+
+
+def test_a_source_folder_with_files_that_cannot_be_read(workshop: Workshop, monkeypatch) -> None:
+    folder = workshop.root / "texts"
+    folder.mkdir()
+    (folder / "gone").symlink_to("nowhere")
+    (folder / "a.txt").write_text("1")
+    entry = workshop.load("  a: {use: toy:FromFile, path: texts}\n").entries["a"]
+    assert list(action_of(entry, {}).source["path"]) == ["a.txt"]
+
+    def refuse(path: Path) -> str:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("lifecycle.pipeline.artifact.hash_file", refuse)
+    with pytest.raises(DataError, match=r"texts/a\.txt: cannot be read: Permission denied"):
+        action_of(entry, {})
 
 
 def test_a_flipped_byte_is_named_and_mended(workshop: Workshop) -> None:
@@ -164,6 +194,8 @@ def test_a_gate_that_fails_stops_the_run(workshop: Workshop) -> None:
         ("space", StoreError, "no space left"),
         ("SafetensorError: No space left on device", StoreError, "no space left"),
         ("odd", StageError, "RuntimeError: odd"),
+        ("nothing", StageError, "must return what it measured as a dict, not None"),
+        ("path", StageError, "a metric must be a number, a text, a list or a dict, not PosixPath"),
         ("torch", MissingExtraError, "pip install 'lifecycle-toolkit[train]'"),
         ("elsewhere", StageError, "No module named 'elsewhere'"),
     ],
@@ -268,7 +300,11 @@ def test_kill_leaves_no_half_artifact_and_the_run_is_listed_as_killed(workshop: 
     wait_for(workshop.store_path, "scratch/*/step")
     process.kill()
     process.communicate()
-    assert [r.status for r in runs.newest_first(workshop.store)] == ["killed"]
+    (killed,) = runs.newest_first(workshop.store)
+    assert killed.status == "killed"
+    assert killed.stages["a"].status == "skipped"
+    (scratch,) = (workshop.store_path / "scratch").iterdir()
+    assert killed.stages["a"].key == scratch.name  # which is how `gc` knows to keep it
     assert statuses(workshop.run(stages)) == "a=done b=done"
 
 

@@ -147,6 +147,10 @@ class Misbehaving(Stage):
                 raise DataError("data.jsonl:3: no JSON")
             case "space":
                 raise OSError(28, os.strerror(28))
+            case "nothing":
+                return write(ctx, 1) and None  # type: ignore[return-value]
+            case "path":
+                return write(ctx, 1) | {"where": ctx.out}
             case "nan":
                 return write(ctx, 1) | {"loss": float("nan")}
             case "torch" | "elsewhere" as name:
