@@ -55,7 +55,8 @@ def _add_middleware(app: FastAPI, settings: ServerSettings) -> None:
             CORSMiddleware,
             allow_origins=settings.allowed_origins,
             allow_methods=["GET", "POST"],
-            allow_headers=["Authorization", "Content-Type"],
+            # Any, for the official client sends a dozen of its own with each request.
+            allow_headers=["*"],
             expose_headers=["x-request-id"],
         )
     app.add_middleware(RequestContext)

@@ -28,8 +28,9 @@ class ApiKeys:
     def accept(self, authorization: str) -> bool:
         """Whether an `Authorization` header carries one of the keys."""
         scheme, _, key = authorization.partition(" ")
-        # Headers are bytes, which Starlette shows as Latin-1; a key may be any UTF-8.
-        given = _digest(key.strip().encode("latin-1"))
+        # Headers are bytes, which Starlette shows as Latin-1; a key may be any UTF-8. Only ASCII
+        # spaces are stripped: "à" in UTF-8 ends with what is a space in Latin-1.
+        given = _digest(key.strip(" ").encode("latin-1"))
         # Hashes of one length, compared in constant time and all of them: the time taken
         # tells nothing about the keys.
         matches = [hmac.compare_digest(given, digest) for digest in self._digests]

@@ -26,6 +26,9 @@ from pydantic_core import PydanticCustomError
 from lifecycle.pipeline.suggest import did_you_mean
 
 MAX_CHOICES = 128
+MAX_ITEMS = 2048
+"""Messages of a chat, prompts of a completion. A wrong item costs an error of over 1 kB, so that
+a body of 4 MB with a million of them would take gigabytes."""
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 256
 
@@ -57,7 +60,7 @@ def _is_text(value: str) -> str:
 
 
 def _printable(name: str) -> str:
-    return name.encode(errors="backslashreplace").decode()
+    return name[:64].encode(errors="backslashreplace").decode()
 
 
 Text = Annotated[str, AfterValidator(_is_text)]
@@ -81,17 +84,19 @@ def _content(value: object) -> object:
     return "\n".join(texts)
 
 
-def _prompts(value: object) -> object:
+def _prompts(value: object) -> list[str] | list[list[int]]:
     """A prompt in any of its four forms as a list of strings or of lists of token ids."""
     match value:
         case str():
-            return [value]
-        case [*items] if items and all(isinstance(item, str) for item in items):
-            return items
+            return [_is_text(value)]
         case [*items] if items and all(type(item) is int for item in items):
-            return [items]
+            return [cast("list[int]", items)]
+        case [*items] if len(items) > MAX_ITEMS:
+            raise PydanticCustomError("prompt", "has more than {most} prompts", {"most": MAX_ITEMS})
+        case [*items] if items and all(isinstance(item, str) for item in items):
+            return [_is_text(item) for item in cast("list[str]", items)]
         case [*items] if items and all(_is_tokens(item) for item in items):
-            return items
+            return cast("list[list[int]]", items)
         case _:
             raise PydanticCustomError(
                 "prompt",
@@ -119,10 +124,11 @@ class _Body(BaseModel):
         fields = cast("Mapping[str, object]", data)
         for name in fields:
             if name not in cls.model_fields:
+                shown = _printable(name)
                 raise PydanticCustomError(
                     "unknown_field",
                     "unknown field{hint}",
-                    {"param": _printable(name), "hint": did_you_mean(name, cls.model_fields)},
+                    {"param": shown, "hint": did_you_mean(shown, cls.model_fields)},
                 )
         return {name: value for name, value in fields.items() if value is not None}
 
@@ -151,8 +157,8 @@ class GenerationBody(_Body):
     seed: int | None = Field(default=None, ge=-_INT64, lt=_INT64)
     stop: Annotated[
         list[Annotated[Text, Field(min_length=1, max_length=MAX_STOP_LENGTH)]],
-        BeforeValidator(_as_list),
         Field(max_length=MAX_STOPS),
+        BeforeValidator(_as_list),
     ] = []
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -209,7 +215,7 @@ class ChatMessage(_Body):
 class ChatBody(GenerationBody):
     """`POST /v1/chat/completions`."""
 
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_ITEMS)
     max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool = False
     top_logprobs: int = Field(default=0, ge=0, le=20)
@@ -254,7 +260,7 @@ class ChatBody(GenerationBody):
 class CompletionBody(GenerationBody):
     """`POST /v1/completions`."""
 
-    prompt: Annotated[list[Text] | list[list[int]], BeforeValidator(_prompts)]
+    prompt: Annotated[list[str] | list[list[int]], BeforeValidator(_prompts)]
     logprobs: int | None = Field(default=None, ge=0, le=5)
     echo: bool = False
 

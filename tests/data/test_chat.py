@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
+import time
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -82,6 +84,17 @@ def test_same_ids_and_text_as_transformers(folder: Path) -> None:
     assert ours.vocab_size == len(theirs)
     assert (ours.bos_token_id, ours.eos_token_id) == (theirs.bos_token_id, theirs.eos_token_id)
     assert theirs.eos_token_id in ours.eos_token_ids
+
+
+def test_other_threads_run_while_a_long_text_is_encoded(data_dir: Path) -> None:
+    chat = ChatTokenizer.load(data_dir / "stories260K/hf")
+    encoding = threading.Thread(target=chat.encode, args=("a" * 500_000,))
+    encoding.start()
+    ticks = 0
+    while encoding.is_alive():
+        time.sleep(0.001)
+        ticks += 1
+    assert ticks > 5
 
 
 @pytest.mark.parametrize("flags", [(True, False), (True, True), (False, False)])

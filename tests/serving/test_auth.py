@@ -14,7 +14,7 @@ from tests.serving.conftest import MakeService
 from tests.serving.running import client, running
 from tests.serving.test_errors import error_of
 
-KEYS = ("first-key", "zweiter-Schlüssel")
+KEYS = ("first-key", "zweiter-Schlüssel", "voilà")
 ORIGIN = "https://app.example"
 
 
@@ -75,9 +75,16 @@ def test_keys_are_not_kept() -> None:
 
 
 def test_a_browser_may_ask_from_an_allowed_origin(http: httpx.Client) -> None:
-    asking = {"Origin": ORIGIN, "Access-Control-Request-Method": "POST"}
+    asking = {
+        "Origin": ORIGIN,
+        "Access-Control-Request-Method": "POST",
+        # The second is one of those that the official client sends.
+        "Access-Control-Request-Headers": "authorization, x-stainless-lang",
+    }
     response = http.options("/v1/chat/completions", headers=asking)
+    assert response.status_code == 200
     assert response.headers["access-control-allow-origin"] == ORIGIN
+    assert "x-stainless-lang" in response.headers["access-control-allow-headers"]
     other = http.options(
         "/v1/chat/completions", headers=asking | {"Origin": "https://evil.example"}
     )

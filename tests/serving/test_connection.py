@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import socket
@@ -16,6 +17,7 @@ import httpx2 as httpx
 import pytest
 
 from lifecycle.errors import EngineError
+from serving.server import bind
 from serving.service import Service
 from serving.settings import ServerSettings
 from tests.serving.conftest import MakeService
@@ -46,6 +48,23 @@ def in_background(work: Callable[[], Any]) -> tuple[threading.Thread, list[Any]]
     thread = threading.Thread(target=lambda: results.append(work()))
     thread.start()
     return thread, results
+
+
+def test_a_response_waits_for_no_acknowledgement() -> None:
+    async def has_no_delay() -> int:
+        accepted: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+        def accept(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            connection = writer.get_extra_info("socket")
+            accepted.set_result(connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            writer.close()
+
+        with bind("127.0.0.1", 0) as listener:
+            async with await asyncio.start_server(accept, sock=listener):
+                with socket.create_connection(listener.getsockname()[:2]):
+                    return await accepted
+
+    assert asyncio.run(has_no_delay())
 
 
 def test_a_full_queue_refuses_at_once(make_service: MakeService) -> None:

@@ -9,7 +9,9 @@ import httpx2 as httpx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
+from serving.schemas import ChatBody, CompletionBody
 from tests.serving.running import client
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -127,6 +129,30 @@ def test_wrong_chats(http: httpx.Client, fields: dict[str, Any], param: str) -> 
 def test_wrong_completions(http: httpx.Client, fields: dict[str, Any], param: str | None) -> None:
     error = error_of(http.post(COMPLETIONS, json=VALID[COMPLETIONS] | fields), 400)
     assert error["param"] == param
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"messages": [1] * 5000},
+        {"messages": MESSAGES * 5000},
+        {"prompt": ["x"] * 5000},
+        {"prompt": [[1]] * 5000},
+        {"prompt": ["x", "\ud800"]},
+        {"stop": [1] * 5000},
+    ],
+)
+def test_a_long_list_costs_one_error(fields: dict[str, Any]) -> None:
+    body, route = (ChatBody, CHAT) if "messages" in fields else (CompletionBody, COMPLETIONS)
+    with pytest.raises(ValidationError) as caught:
+        body.model_validate(VALID[route] | fields)
+    (error,) = caught.value.errors()
+    assert error["loc"] == tuple(fields)
+
+
+def test_a_long_name_is_not_sent_back(http: httpx.Client) -> None:
+    body = VALID[CHAT] | {"x" * 1_000_000: 1}
+    assert len(error_of(http.post(CHAT, json=body), 400)["message"]) < 100
 
 
 def test_null_is_the_default(http: httpx.Client) -> None:
