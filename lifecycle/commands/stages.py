@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+import types
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from lifecycle.commands.output import Parser, emit, say, table
 from lifecycle.pipeline import registry
-from lifecycle.pipeline.stage import Stage, field_markers, ref_kinds
+from lifecycle.pipeline.registry import Plugin
+from lifecycle.pipeline.stage import Ref, Stage, field_markers
 
 
 def main(argv: list[str]) -> int:
@@ -61,21 +63,41 @@ def describe(cls: type[Stage]) -> list[dict[str, Any]]:
     return [_describe_field(cls, name, info) for name, info in cls.model_fields.items()]
 
 
+def type_name(annotation: Any) -> str:
+    """A type in the words of a recipe: `name of a hf-model`, `'cosine' | 'linear'`, `path`."""
+    origin, args = get_origin(annotation), get_args(annotation)
+    if origin is Ref:
+        kinds = get_args(args[0]) or args
+        return "name of a " + " or ".join(kind.kind for kind in kinds)
+    if origin is Annotated:
+        return type_name(args[0])
+    if origin in (Union, types.UnionType):
+        return " | ".join(type_name(a) for a in args if a is not type(None))
+    if origin is Literal:
+        return " | ".join(repr(a) for a in args)
+    if origin in (list, tuple):
+        return f"list of {type_name(args[0])}"
+    if origin is not None:
+        return "mapping"
+    if annotation is Any:
+        return "any"
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation.__name__.lower() if issubclass(annotation, Plugin) else "mapping"
+    return _WORDS.get(annotation) or str(annotation.__name__).lower()
+
+
+_WORDS: dict[Any, str] = {str: "text", int: "integer", float: "number", bool: "true | false"}
+
+
 def _describe_field(cls: type[Stage], name: str, info: FieldInfo) -> dict[str, Any]:
-    kinds = ref_kinds(cls, name)
-    if kinds:
-        kind = "name of a " + " or ".join(k.kind for k in kinds)
-    else:
-        kind = inspect.formatannotation(info.annotation).replace("typing.", "")
-        kind = kind.replace("pathlib._local.", "").replace("pathlib.", "")
     default: Any = None
     if not info.is_required():
         default = info.get_default(call_default_factory=True, validated_data={})
     if isinstance(default, BaseModel):
-        default = default.model_dump(mode="json")
+        default = default.model_dump(mode="json", exclude_none=True) or None
     return {
         "name": name,
-        "type": kind,
+        "type": type_name(info.annotation),
         "required": info.is_required(),
         "default": default,
         "doc": (info.description or "").replace("\n", " "),
