@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from lifecycle.errors import StageError
+from lifecycle.errors import DataError, StageError
 from lifecycle.kinds import Conversations, HfModel
 from lifecycle.pipeline.artifact import Metrics
-from lifecycle.pipeline.files import write_atomic
 from lifecycle.pipeline.stage import Context, Ref, Stage
 from lifecycle.training.adapters import Adapter, Lora
 from lifecycle.training.settings import LoopSettings
@@ -67,16 +66,19 @@ class Finetune(LoopSettings, Stage):
     def _rows(
         self, ctx: Context, tokenizer: ChatTokenizer
     ) -> tuple[PackedSamples, PackedSamples | None]:
-        """The rows of the train split, and of the test split if there is anything in it."""
+        """The rows of the train split, and of the test split if anything in it is trained."""
         from lifecycle.training.samples import conversation_rows, log_left_out
 
         ctx.progress.phase("tokenising")
         data = ctx.input(self.data)
         train = conversation_rows(data, "train", tokenizer, self.context_length, self.on_long)
         log_left_out(train, self.context_length, ctx.progress)
-        if not any(True for _ in data.rows("test")):
+        try:
+            test = conversation_rows(data, "test", tokenizer, self.context_length, self.on_long)
+        except DataError as error:
+            ctx.progress.log(f"no loss on the test split: {error}")
             return train, None
-        return train, conversation_rows(data, "test", tokenizer, self.context_length, self.on_long)
+        return train, test
 
     def _trainable(
         self, model: PreTrainedModel, rows: PackedSamples
@@ -126,5 +128,7 @@ class Finetune(LoopSettings, Stage):
             "unsupervised": rows.unsupervised,
         }
         text = json.dumps(record, indent=2, sort_keys=True) + "\n"
-        write_atomic(ctx.out / TRAINING, text.encode())
+        # The base's own record may be a hard link into the store: replaced, never written to.
+        (ctx.out / TRAINING).unlink(missing_ok=True)
+        (ctx.out / TRAINING).write_text(text, encoding="utf-8")
         return record

@@ -140,7 +140,8 @@ def test_long_conversations_are_counted_and_said(
     counts = {key: tuned.metrics[key] for key in ("truncated", "too_long", "unsupervised")}
     assert counts == {"truncated": truncated, "too_long": too_long, "unsupervised": 1}
     progress: QuietProgress = tuned.ctx.progress  # type: ignore[attr-defined]
-    assert len(progress.lines) == 2
+    assert len(progress.lines) == 3
+    assert "no loss on the test split" in progress.lines[-1]
     assert "loss" not in tuned.metrics
 
 
@@ -168,6 +169,20 @@ def test_a_tokeniser_of_another_model_is_refused(run_stage: RunStage, tmp_path: 
     data = conversations(tmp_path / "data", [conversation("0", "9")], [])
     with pytest.raises(StageError, match="'base' has 50 tokens"):
         run_stage(stage(), base=small, chats=data)
+
+
+def test_tuning_a_merged_model_leaves_its_own_record_alone(
+    run_stage: RunStage, unlearnt: HfModel, chats: Conversations, tmp_path: Path
+) -> None:
+    first = run_stage(stage(epochs=1), base=unlearnt, chats=chats)
+    merged = run_stage(Merge.model_validate({"model": "tuned"}), tuned=first)
+    record = merged.path / "training.json"
+    record.chmod(0o444)
+    before = hash_file(record)
+    fewer = conversations(tmp_path / "fewer", ROWS, ROWS)
+    second = run_stage(stage(epochs=1), base=merged, chats=fewer)
+    assert hash_file(record) == before
+    assert json.loads((second.path / "training.json").read_text()) != json.loads(record.read_text())
 
 
 def test_adapters_are_not_stacked(
