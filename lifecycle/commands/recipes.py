@@ -23,7 +23,10 @@ def main(argv: list[str]) -> int:
     if args.name is None:
         parser.error(f"{args.action} needs the name of a recipe")
     path = shipped.find_recipe(args.name)
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise RecipeError("not UTF-8 text", file=path) from error
     if args.action == "show":
         emit({"name": path.stem, "text": text}) if args.json else say(text.rstrip())
         return 0

@@ -1,7 +1,7 @@
 """Reading YAML 1.2 with the line of every value, and nothing that YAML can do but should not.
 
-`no` and `on` are strings, `1e-4` is a number, a duplicate key is an error, tags and recursive
-aliases are refused. PyYAML parses; its YAML 1.1 idea of scalars is not used.
+`no` and `on` are strings, `1e-4` is a number, a duplicate key is an error, tags, recursive
+aliases and aliases that multiply into millions of values are refused. PyYAML parses; its YAML 1.1 idea of scalars is not used.
 """
 
 from __future__ import annotations
@@ -17,6 +17,10 @@ from lifecycle.errors import RecipeError
 
 KeyPath = tuple[str | int, ...]
 
+MOST_VALUES = 100_000
+LONGEST_NUMBER = 1000
+"""Characters; what is longer is text, as Python refuses to spell it out."""
+
 _INT = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 _SPECIAL: dict[str, Any] = {
@@ -27,12 +31,16 @@ _SPECIAL: dict[str, Any] = {
     **dict.fromkeys(("-.inf", "-.Inf", "-.INF"), float("-inf")),
     **dict.fromkeys((".nan", ".NaN", ".NAN"), float("nan")),
 }
+_PLAIN_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("str", "seq", "map")}
+"""What a value without a tag of its own is given."""
 
 
 def scalar(text: str) -> Any:
     """A plain scalar by the YAML 1.2 core schema."""
     if text in _SPECIAL:
         return _SPECIAL[text]
+    if len(text) > LONGEST_NUMBER:
+        return text
     if _INT.fullmatch(text):
         digits = text.lstrip("+-")
         return int(text, 0) if digits[:2] in ("0o", "0x") else int(text, 10)
@@ -107,10 +115,12 @@ def _build(
     where = ".".join(map(str, path))
     if id(node) in above:
         raise RecipeError("an alias that contains itself", file=file, line=line, where=where)
+    if len(lines) > MOST_VALUES:
+        raise RecipeError(f"more than {MOST_VALUES:,} values", file=file, line=lines[path[:1]])
+    if node.tag not in _PLAIN_TAGS:
+        raise RecipeError(f"tag {node.tag} is not allowed", file=file, line=line, where=where)
     above = above | {id(node)}
     if isinstance(node, yaml.ScalarNode):
-        if node.tag != "tag:yaml.org,2002:str":
-            raise RecipeError(f"tag {node.tag} is not allowed", file=file, line=line, where=where)
         return scalar(node.value) if node.style is None else node.value
     if isinstance(node, yaml.SequenceNode):
         return [_build(n, (*path, i), file, lines, above) for i, n in enumerate(node.value)]

@@ -109,7 +109,7 @@ def _child(node: Any, key: str, text: str) -> Any:
     if isinstance(node, dict):
         return cast("dict[str, Any]", node).get(key)
     items = cast("list[Any]", node)
-    if not key.isdigit() or int(key) >= len(items):
+    if not key.isdecimal() or int(key) >= len(items):
         raise RecipeError(f"'{text}': '{key}' is no index of a list of {len(items)}")
     return items[int(key)]
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, cast
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from lifecycle.errors import RecipeError
+from lifecycle.pipeline import registry
 from lifecycle.pipeline.document import KeyPath
 from lifecycle.pipeline.layers import Layers
-from lifecycle.pipeline.stage import Stage
+from lifecycle.pipeline.stage import Stage, parts_of
 from lifecycle.pipeline.suggest import did_you_mean
 
 
@@ -38,14 +40,14 @@ class Problems:
 
 
 def explain(
-    error: ValidationError, cls: type[Stage], settings: dict[str, Any]
+    error: ValidationError, cls: type[Stage], settings: dict[str, Any], roots: tuple[Path, ...]
 ) -> Iterator[tuple[KeyPath, str]]:
     """Each fault of the settings: where, and what a user can do about it."""
     for item in error.errors(include_url=False):
         where = _written_path(item["loc"], settings)
         kind, key = item["type"], str(item["loc"][-1]) if item["loc"] else ""
         if kind == "extra_forbidden":
-            known = list(cls.model_fields) if len(item["loc"]) == 1 else []
+            known = _known_keys(cls, item["loc"], settings, roots)
             more = f" (known: {', '.join(known)})" if known else ""
             yield where, f"unknown key '{key}'{did_you_mean(key, known)}{more}"
         elif kind == "missing":
@@ -61,6 +63,27 @@ def explain(
             yield where, f"{message}, not {_shown(item['input'])}"
 
 
+def _known_keys(
+    cls: type[BaseModel],
+    loc: tuple[str | int, ...],
+    settings: dict[str, Any],
+    roots: tuple[Path, ...],
+) -> list[str]:
+    """The keys that the mapping around the last part of `loc` takes; none if it is unclear."""
+    node: Any = settings
+    for part in loc[:-1]:
+        field = cls.model_fields.get(str(part))
+        parts = parts_of(field.annotation) if field else ()
+        model = next((p for p in parts if isinstance(p, type) and issubclass(p, BaseModel)), None)
+        if model is None:
+            return []
+        node = node[part]
+        if issubclass(model, registry.Plugin):
+            model = registry.load(model.group, str(node["use"]), model, roots)
+        cls = model
+    return list(cls.model_fields)
+
+
 def _written_path(loc: tuple[str | int, ...], settings: dict[str, Any]) -> KeyPath:
     """`loc` without the parts that name branches of a union rather than keys of the file."""
     node: Any = settings
@@ -68,8 +91,8 @@ def _written_path(loc: tuple[str | int, ...], settings: dict[str, Any]) -> KeyPa
     for i, part in enumerate(loc):
         if isinstance(node, dict) and part in node:
             node = cast("dict[str | int, Any]", node)[part]
-        elif isinstance(node, list) and isinstance(part, int):
-            node = cast("list[Any]", node)[part]
+        elif isinstance(node, list) and part in range(len(cast("list[Any]", node))):
+            node = cast("list[Any]", node)[int(part)]
         elif i < len(loc) - 1:
             continue
         elif not isinstance(node, dict):

@@ -118,12 +118,13 @@ class LiveDisplay:
 
         self.console = Console(stderr=True)
         self._bar = Progress(
-            TextColumn("[bold]{task.fields[stage]}[/bold] {task.description}"),
+            TextColumn("{task.fields[stage]}", style="bold", markup=False),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             TextColumn("{task.percentage:>3.0f}%"),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
-            TextColumn("[dim]{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", style="dim", markup=False),
             console=self.console,
             transient=True,
         )
@@ -148,16 +149,18 @@ class LiveDisplay:
 
     def ended(self, name: str, use: str, status: str, seconds: float, metrics: str) -> None:
         """Replace the bar by a line."""
+        from rich.text import Text
+
         if self._task is not None:
             self._bar.remove_task(self._task)
             self._task = None
         color = {"cached": "blue", "done": "green", "failed": "red"}.get(status, "yellow")
         took = "" if status in ("cached", "skipped") else f"{seconds:7.1f} s"
-        self.console.print(
-            f"[{color}]{status:>7}[/{color}] [bold]{name:<14}[/bold] {use:<16} {took:>9}  "
-            f"[dim]{metrics}",
-            highlight=False,
-        )
+        line = Text.assemble(
+            (f"{status:>7} ", color), (f"{name:<14}", "bold"), f" {use:<16} {took:>9}  ",
+            (metrics, "dim"),
+        )  # fmt: skip
+        self.console.print(line)
 
     def close(self) -> None:
         """Take the bar down."""

@@ -142,10 +142,13 @@ def _entry(
     except LifecycleError as error:
         problems.add((*path, "use"), str(error))
         return None
+    if not hasattr(cls, "produces"):
+        problems.add((*path, "use"), f"'{use}' does not say which kind of artifact it `produces`")
+        return None
     try:
         stage = cls.model_validate(settings, context={"roots": roots})
     except ValidationError as error:
-        for where, message in explain(error, cls, settings):
+        for where, message in explain(error, cls, settings, roots):
             problems.add((*path, *where), message)
         return None
     return Entry(name, use, stage, {f: str(ref) for f, ref in references(stage).items()})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import inspect
 import sys
 from collections.abc import Iterable, Mapping
 from functools import cache
@@ -35,6 +36,15 @@ FORMATS = "lifecycle.formats"
 GROUPS = (STAGES, ADAPTERS, TARGETS, ENGINES, FORMATS)
 
 T = TypeVar("T")
+
+SETTINGS = ConfigDict(
+    extra="forbid",
+    frozen=True,
+    allow_inf_nan=False,
+    use_attribute_docstrings=True,
+    protected_namespaces=(),
+)
+"""How the settings of stages and plug-ins are read."""
 
 
 @cache
@@ -73,6 +83,8 @@ def load(group: str, use: str, base: type[T], roots: Iterable[Path] = ()) -> typ
     else:
         entry = _entries(group).get(use)
         if entry is None:
+            if use.endswith(".py"):
+                raise PluginError(f"'{use}' names a file but no class in it; write {use}:CLASS")
             known = names(group)
             what = group.removeprefix("lifecycle.").removesuffix("s")
             raise PluginError(
@@ -83,17 +95,23 @@ def load(group: str, use: str, base: type[T], roots: Iterable[Path] = ()) -> typ
         except ModuleNotFoundError as error:
             missing = MissingExtraError.explain(f"'{use}'", error)
             raise missing or PluginError(f"{group} '{use}' cannot be imported: {error}") from error
-        except (ImportError, AttributeError) as error:
+        except Exception as error:
             raise PluginError(f"{group} '{use}' cannot be imported: {error}") from error
     if not (isinstance(found, type) and issubclass(found, base)):
         raise PluginError(f"'{use}' is no {base.__name__}: {found!r}")
+    if inspect.isabstract(found):
+        missing = ", ".join(sorted(cast("Any", found).__abstractmethods__))
+        raise PluginError(f"'{use}' does not define what a {base.__name__} needs: {missing}")
     return found
 
 
 def _load_file(use: str, roots: Iterable[Path]) -> object:
     name, _, attribute = use.rpartition(":")
-    candidates = [(root / name).resolve() for root in (*roots, Path.cwd())]
-    path = next((c for c in candidates if c.is_file()), None)
+    try:
+        candidates = [(root / name).resolve() for root in (*roots, Path.cwd())]
+        path = next((c for c in candidates if c.is_file()), None)
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a null byte, a circle
+        raise PluginError(f"'{use}' cannot be looked for: {error}") from error
     if path is None:
         raise PluginError(f"'{use}': no such file: {candidates[0]}")
     module_name = "_lifecycle_" + hashlib.sha256(str(path).encode()).hexdigest()[:16]
@@ -107,7 +125,7 @@ def _load_file(use: str, roots: Iterable[Path]) -> object:
             spec.loader.exec_module(module)
         except BaseException as error:
             del sys.modules[module_name]
-            if isinstance(error, Exception):
+            if isinstance(error, (Exception, SystemExit)):
                 raise PluginError(f"'{use}' cannot be imported: {error}") from error
             raise
     if not hasattr(module, attribute):
@@ -136,9 +154,7 @@ class Plugin(BaseModel):
     A field typed with a subclass that sets `group` takes `{use: name, …}` or just `name`.
     """
 
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=()
-    )
+    model_config = SETTINGS
 
     group: ClassVar[str]
     """The entry-point group of the family."""

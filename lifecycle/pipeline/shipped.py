@@ -29,8 +29,11 @@ def find_recipe(source: str) -> Path:
         RecipeError: there is neither.
     """
     path = Path(source)
-    if path.is_file():
-        return path
+    try:
+        if path.is_file():
+            return path
+    except OSError as error:
+        raise RecipeError(f"cannot be read: {error.strerror}", file=source) from error
     known = recipes()
     if source in known:
         return known[source]

@@ -22,7 +22,6 @@ from typing import (
 
 from pydantic import (
     BaseModel,
-    ConfigDict,
     GetCoreSchemaHandler,
     GetJsonSchemaHandler,
     ValidationInfo,
@@ -33,7 +32,7 @@ from pydantic_core import CoreSchema, core_schema
 
 from lifecycle.pipeline.artifact import MANIFEST, Artifact, Metrics
 from lifecycle.pipeline.files import link_tree
-from lifecycle.pipeline.registry import roots_of
+from lifecycle.pipeline.registry import SETTINGS, roots_of
 from lifecycle.pipeline.suggest import did_you_mean
 
 K = TypeVar("K", bound=Artifact)
@@ -74,10 +73,13 @@ def _resolve(path: Path, info: ValidationInfo) -> Path:
     """The path itself if absolute, else the first that exists beside the recipe or below the
     current directory."""
     roots = roots_of(info) or (Path.cwd(),)
-    candidates = list(dict.fromkeys((root / path.expanduser()).resolve() for root in roots))
-    for candidate in candidates:
-        if candidate.exists():
-            return candidate
+    try:
+        candidates = list(dict.fromkeys((root / path.expanduser()).resolve() for root in roots))
+        found = next((c for c in candidates if c.is_file() or c.is_dir()), None)
+    except (OSError, RuntimeError) as error:  # too long, not permitted, no such user, a circle
+        raise ValueError(f"cannot be looked for: {error}") from error
+    if found is not None:
+        return found
     tried = " and ".join(str(c) for c in candidates)
     near = [p.name for c in candidates if c.parent.is_dir() for p in c.parent.iterdir()]
     raise ValueError(f"no such file or folder: looked for {tried}{did_you_mean(path.name, near)}")
@@ -146,9 +148,7 @@ class Stage(BaseModel, ABC):
     Import heavy libraries inside `run`: the class itself is loaded to check recipes.
     """
 
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=()
-    )
+    model_config = SETTINGS
 
     produces: ClassVar[type[Artifact]]
     """The kind of the artifact that `run` writes."""
@@ -165,24 +165,24 @@ class Stage(BaseModel, ABC):
         return {}
 
 
-def _parts(annotation: Any) -> Iterator[Any]:
+def parts_of(annotation: Any) -> Iterator[Any]:
     """The annotation and everything inside its unions, lists and `Annotated`."""
     yield annotation
     if get_origin(annotation) in (Annotated, Union, types.UnionType, list, tuple):
         for part in get_args(annotation):
-            yield from _parts(part)
+            yield from parts_of(part)
 
 
 def field_markers(stage: type[Stage], field: str) -> set[str]:
     """The roles of the markers on a field: 'runtime', 'source'."""
     info = stage.model_fields[field]
-    found = [*info.metadata, *_parts(info.annotation)]
+    found = [*info.metadata, *parts_of(info.annotation)]
     return {item.role for item in found if isinstance(item, Marker)}
 
 
 def ref_kinds(stage: type[Stage], field: str) -> tuple[type[Artifact], ...]:
     """The kinds that a `Ref` field takes; empty when the field is no reference."""
-    for part in _parts(stage.model_fields[field].annotation):
+    for part in parts_of(stage.model_fields[field].annotation):
         if get_origin(part) is Ref:
             kinds = get_args(part)[0]
             if get_origin(kinds) in (Union, types.UnionType):

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from lifecycle.errors import GateError, StageError
 from lifecycle.kinds import Bundle, OnnxModel, Report
 from lifecycle.pipeline.artifact import Metrics
+from lifecycle.pipeline.registry import SETTINGS
 from lifecycle.pipeline.stage import Context, Ref, Stage
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ be timings."""
 class GenerationDefaults(BaseModel):
     """How a server samples where a request does not say; named as in `generation_config.json`."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = SETTINGS
 
     temperature: float | None = Field(default=None, ge=0)
     """0 is greedy."""

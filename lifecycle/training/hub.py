@@ -9,6 +9,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from huggingface_hub.utils import disable_progress_bars
 
 from lifecycle.errors import CheckpointError
+from lifecycle.pipeline.store import NO_SPACE
 from lifecycle.training.checkpoint import PATTERNS
 
 
@@ -24,7 +25,9 @@ def download(repo: str, revision: str, folder: Path) -> None:
     try:
         snapshot_download(repo, revision=revision, local_dir=folder, allow_patterns=list(PATTERNS))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        if isinstance(error, OSError) and error.errno in NO_SPACE:
+            raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(
             f"cannot fetch {repo} at {revision}: {reason} (without network, fetch it elsewhere "
             "and give its folder as 'path'; for a gated model, log in with 'hf auth login')"

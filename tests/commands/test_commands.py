@@ -153,6 +153,8 @@ def test_recipes_list_show_copy(tmp_path: Path, monkeypatch, capsys) -> None:
     assert main(["recipes", "copy", "quickstart"]) == 2
     assert "exists already" in capsys.readouterr().err
     assert main(["plan", "quickstart.yaml", "--json"]) == 0
+    (tmp_path / "no-text").write_bytes(b"\xff")
+    assert main(["recipes", "show", "no-text"]) == 2
 
 
 def test_stages_lists_and_describes(capsys) -> None:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lifecycle.errors import RecipeError
-from lifecycle.pipeline.document import parse, read
+from lifecycle.pipeline.document import parse, read, scalar
 
 
 @pytest.mark.parametrize(
@@ -47,12 +47,24 @@ def test_lines_are_known_for_every_value() -> None:
     assert doc.line(("absent",)) == 1
 
 
+BOMB = "a0: &a0 [1]\n" + "".join(
+    f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 9)
+)
+
+
+def test_a_number_of_many_digits_is_text() -> None:
+    for text in ("9" * 5000, "0x" + "9" * 5000):
+        assert scalar(text) == text
+
+
 @pytest.mark.parametrize(
     ("text", "line", "words"),
     [
         ("a: 1\na: 2", 2, "duplicate key 'a' (first on line 1)"),
         ("a: 1\nb: [1,", 2, "not YAML"),
         ("a: !!python/object:os.system x", 1, "tag"),
+        ("a: 1\nb: !set {x: 1}", 2, "tag"),
+        (BOMB, 6, "more than 100,000 values"),
         ("a: &x [*x]", 1, "contains itself"),
         ("? [1]\n: 2", 1, "a key must be a string"),
         ("\t- a", 1, "not YAML"),

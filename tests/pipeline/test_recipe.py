@@ -55,6 +55,17 @@ def test_until_takes_what_is_needed(workshop: Workshop) -> None:
         ("  'a b': {use: toy:Const}\n", 3, "no name for an artifact"),
         ("  a: {use: ./gone.py:Stage}\n", 3, "no such file"),
         ("  a: {use: toy:Number}\n", 3, "is no Stage"),
+        ("  a: {use: toy:Const, rate: .nan}\n", 3, "should be a finite number"),
+        ("  a:\n    use: toy:Shaped\n    shape:\n      use: toy:Square\n      sid: 2\n", 7,
+         "unknown key 'sid'; did you mean 'side'? (known: use, side)"),
+        ("  a:\n    use: toy:Shaped\n    corner:\n      hight: 2\n", 6, "did you mean 'height'?"),
+        ("  a:\n    use: toy:Shaped\n    size: [1]\n", 5, "is missing"),
+        ("  a: {use: toy:FromFile, path: ~no-such-user/x}\n", 3, "cannot be looked for"),
+        ("  a: {use: toy:FromFile, path: " + "x" * 5000 + "}\n", 3, "File name too long"),
+        ('  a: {use: "toy\\0.py:Const"}\n', 3, "cannot be looked for"),
+        ("  a: {use: ./file.py}\n", 3, "write ./file.py:CLASS"),
+        ("  a: {use: toy:Unfinished}\n", 3, "does not define what a Stage needs: run"),
+        ("  a: {use: toy:Unkind}\n", 3, "which kind of artifact it `produces`"),
     ],
 )  # fmt: skip
 def test_every_fault_names_its_place_and_the_way_out(
@@ -97,6 +108,8 @@ def test_unknown_recipe_names_the_near_one() -> None:
         load("quikstart")
     with pytest.raises(RecipeError, match="no such file"):
         load("nowhere/recipe.yaml")
+    with pytest.raises(RecipeError, match="File name too long"):
+        load("x" * 5000)
 
 
 def test_overrides(workshop: Workshop) -> None:
@@ -118,6 +131,7 @@ def test_overrides(workshop: Workshop) -> None:
         ("a.value=x", "command line: stages.a.value: "),
         ("a.value=[", "command line:"),
         ("total.others.5=a", "no index of a list of 1"),
+        ("total.others.²=a", "no index of a list of 1"),
         ("a.value.deep=1", "is no mapping"),
     ],
 )

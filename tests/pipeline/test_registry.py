@@ -61,7 +61,9 @@ def test_bad_plug_ins_are_named(value: object, words: str) -> None:
     assert words in str(caught.value)
 
 
-@pytest.mark.parametrize("code", ["import nowhere_at_all", "x = (", "1 / 0", "x = 1"])
+@pytest.mark.parametrize(
+    "code", ["import nowhere_at_all", "x = (", "1 / 0", "x = 1", "raise SystemExit(0)"]
+)
 def test_a_local_file_that_cannot_be_used(tmp_path: Path, code: str) -> None:
     (tmp_path / "bad.py").write_text(code)
     with pytest.raises(PluginError, match=r"bad\.py"):

@@ -6,10 +6,12 @@ import os
 import time
 from typing import Annotated, Literal
 
+from pydantic import BaseModel
+
 from lifecycle.errors import DataError, GateError
 from lifecycle.kinds import Text, Tokenizer
 from lifecycle.pipeline.artifact import Artifact, Metrics
-from lifecycle.pipeline.registry import Plugin
+from lifecycle.pipeline.registry import SETTINGS, Plugin
 from lifecycle.pipeline.stage import RUNTIME, Context, Ref, SourcePath, Stage
 
 
@@ -35,6 +37,36 @@ class Shape(Plugin):
 class Square(Shape):
     use: str = "square"
     side: int = 1
+
+
+class Corner(BaseModel):
+    model_config = SETTINGS
+    height: int = 1
+
+
+class Shaped(Stage):
+    """Takes settings inside settings."""
+
+    produces = Number
+    shape: Shape | None = None
+    corner: Corner | None = None
+    size: tuple[int, int] = (1, 1)
+
+    def run(self, ctx: Context) -> Metrics:
+        return write(ctx, 0)
+
+
+class Unfinished(Stage):
+    """Lacks its `run`."""
+
+    produces = Number
+
+
+class Unkind(Stage):
+    """Does not say what it produces."""
+
+    def run(self, ctx: Context) -> Metrics:
+        return {}
 
 
 class Const(Stage):

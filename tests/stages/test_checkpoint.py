@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,28 @@ def test_a_hub_out_of_reach_is_one_clear_error(
 
     monkeypatch.setattr(hub, "snapshot_download", fetch)
     with pytest.raises(CheckpointError, match=r"org/model .*network is unreachable \(.*'path'"):
+        run_stage(Checkpoint(repo="org/model", revision=COMMIT))
+
+
+@pytest.mark.parametrize(
+    ("error", "expected", "message"),
+    [
+        (OSError(), CheckpointError, "cannot fetch org/model .*: OSError"),
+        (OSError(errno.ENOSPC, "No space left on device"), OSError, "No space left"),
+    ],
+)
+def test_a_full_disk_is_not_blamed_on_the_hub(
+    run_stage: RunStage,
+    monkeypatch: pytest.MonkeyPatch,
+    error: OSError,
+    expected: type[Exception],
+    message: str,
+) -> None:
+    def fetch(repo: str, **options: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(hub, "snapshot_download", fetch)
+    with pytest.raises(expected, match=message):
         run_stage(Checkpoint(repo="org/model", revision=COMMIT))
 
 
