@@ -1,7 +1,7 @@
 """The one text layer of training, evaluation and serving: conversations to tokens and back.
 
 It needs neither torch nor transformers, and gives the token ids that transformers'
-`AutoTokenizer` gives.
+`AutoTokenizer` gives, but for special tokens that a message spells: those are text here.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from typing import Any, Self, cast
 
 from tokenizers import Tokenizer
 
+from lifecycle.data.spelled import SpelledTokens
 from lifecycle.data.stream import StreamDecoder
-from lifecycle.data.supervision import Encoded, rendered_turns, supervised_tokens
+from lifecycle.data.supervision import rendered_turns, supervised_tokens
 from lifecycle.data.template import ChatTemplate, Message
 from lifecycle.errors import CheckpointError, DataError
 
@@ -40,8 +41,7 @@ class ChatTokenizer:
         """The named special tokens: `bos_token`, `eos_token`, …"""
         self._template = None if template is None else ChatTemplate(template, self.special_tokens)
         self._configured_eos = eos
-        added = tokenizer.get_added_tokens_decoder()
-        self._special_ids = frozenset(id for id, token in added.items() if token.special)
+        self._spelled = SpelledTokens(tokenizer)
 
     @classmethod
     def load(cls, folder: Path) -> Self:
@@ -93,7 +93,7 @@ class ChatTokenizer:
         named = self.eos_token_id
         known = self._configured_eos | (set() if named is None else {named})
         try:
-            ids, supervised = self._encode_supervised(_PROBE, self._special_ids | known)
+            ids, supervised = self._encode_supervised(_PROBE, self._spelled.ids | known)
         except DataError:
             return frozenset(known)
         trained = [id for id, flag in zip(ids, supervised, strict=True) if flag]
@@ -121,7 +121,7 @@ class ChatTokenizer:
 
     def stream(self, skip_special_tokens: bool = True) -> StreamDecoder:
         """A decoder for the tokens of one answer as they come."""
-        skip = self._special_ids if skip_special_tokens else frozenset[int]()
+        skip = self._spelled.ids if skip_special_tokens else frozenset[int]()
         return StreamDecoder(self._tokenizer, skip)
 
     def render(
@@ -140,11 +140,14 @@ class ChatTokenizer:
     ) -> list[int]:
         """The tokens of a conversation, by default ready for the assistant's next message.
 
+        Special tokens come from the template only: in a message, `<|im_end|>` is text.
+
         Raises:
             DataError: as `render`.
         """
-        text = self.render(messages, add_generation_prompt, **variables)
-        return self.encode(text, add_special_tokens=False)
+        mark = self._spelled.mark
+        text = self.render(mark(messages), add_generation_prompt, **mark(variables))
+        return self._spelled.encode(text).ids
 
     def encode_supervised(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
         """The tokens of a whole conversation, and whether each is trained: what the assistant
@@ -154,14 +157,13 @@ class ChatTokenizer:
             DataError: the template refuses the messages, renders them differently in training
                 than in serving, or never ends a turn.
         """
-        return self._encode_supervised(messages, self._special_ids | self.eos_token_ids)
+        return self._encode_supervised(messages, self._spelled.ids | self.eos_token_ids)
 
     def _encode_supervised(
         self, messages: Sequence[Message], stops: frozenset[int]
     ) -> tuple[list[int], list[bool]]:
-        text, turns = rendered_turns(self._chat, messages)
-        encoding = self._tokenizer.encode(text, add_special_tokens=False)
-        encoded = Encoded(encoding.ids, cast("list[tuple[int, int]]", encoding.offsets))
+        text, turns = rendered_turns(self._chat, self._spelled.mark(messages))
+        encoded = self._spelled.encode(text)
         return encoded.ids, supervised_tokens(encoded, turns, stops)
 
     @property
