@@ -43,7 +43,10 @@ def main(argv: list[str]) -> int:
 
 
 def _doomed(store: Store, keep: int) -> Iterator[Path]:
-    """What can go: records before the objects they name, so that a crash leaves no dangling one."""
+    """What can go: records before the objects they name, so that a crash leaves no dangling one.
+
+    Scratch goes with its run, or when there is nothing left to resume.
+    """
     kept: dict[str, int] = {}
     keys: set[str] = set()
     digests: set[str] = set()
@@ -58,7 +61,8 @@ def _doomed(store: Store, keep: int) -> Iterator[Path]:
     yield from old
     yield from (p for p in (store.root / "records").iterdir() if p.stem not in keys)
     yield from (p for p in (store.root / "objects").iterdir() if p.name not in digests)
-    yield from (p for p in (store.root / "scratch").iterdir() if p.name not in keys)
+    scratch = (store.root / "scratch").iterdir()
+    yield from (p for p in scratch if p.name not in keys or store.record(p.name))
     yield from (store.root / "tmp").iterdir()
     locks = (store.root / "locks").iterdir()
     yield from (p for p in locks if p.stem not in keys and p.stem != "store")

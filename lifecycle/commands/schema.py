@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import sys
 from typing import Any
 
 from lifecycle.commands.output import Parser, say
-from lifecycle.errors import LifecycleError
+from lifecycle.commands.stages import installed
 from lifecycle.pipeline import registry
 from lifecycle.pipeline.recipe import TOP_KEYS
 from lifecycle.pipeline.stage import Stage
@@ -31,12 +30,7 @@ def recipe_schema() -> dict[str, Any]:
     definitions: dict[str, Any] = {}
     branches: list[dict[str, Any]] = []
     known = registry.names(registry.STAGES)
-    for use in known:
-        try:
-            cls = registry.load(registry.STAGES, use, Stage)
-        except LifecycleError as error:
-            sys.stderr.write(f"warning: stage '{use}' is left out: {error}\n")
-            continue
+    for use, cls in installed():
         reference = {"$ref": f"#/$defs/{use}"}
         definitions[use] = stage_schema(use, cls, definitions)
         condition = {"properties": {"use": {"const": use}}}

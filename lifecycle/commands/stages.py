@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import inspect
+import sys
 import types
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from lifecycle.commands.output import Parser, emit, say, table
+from lifecycle.errors import LifecycleError
 from lifecycle.pipeline import registry
 from lifecycle.pipeline.registry import Plugin
 from lifecycle.pipeline.stage import Ref, Stage, field_markers
@@ -22,7 +25,7 @@ def main(argv: list[str]) -> int:
     parser.add_json()
     args = parser.parse_args(argv)
     if args.name is None:
-        found = {name: _load(name) for name in registry.names(registry.STAGES)}
+        found = dict(installed())
         if args.json:
             emit({"stages": {name: _about(cls) for name, cls in found.items()}})
         else:
@@ -40,6 +43,15 @@ def main(argv: list[str]) -> int:
     ]
     table(("setting", "type", "default", "meaning"), rows)
     return 0
+
+
+def installed() -> Iterator[tuple[str, type[Stage]]]:
+    """Every installed stage; for one that cannot be loaded, a warning."""
+    for name in registry.names(registry.STAGES):
+        try:
+            yield name, _load(name)
+        except LifecycleError as error:
+            sys.stderr.write(f"warning: stage '{name}' is left out: {error}\n")
 
 
 def _load(name: str) -> type[Stage]:

@@ -6,12 +6,13 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
 
 from lifecycle.cli import COMMANDS, main
-from lifecycle.pipeline import shipped
+from lifecycle.pipeline import registry, shipped
 from tests.workshop import Workshop
 
 RECIPE = "  a: {use: toy:Const, value: 2}\n  b: {use: toy:Add, left: a, plus: 1}\n"
@@ -199,6 +200,28 @@ def test_gc_removes_what_only_old_runs_used(workshop: Workshop, toy: str, capsys
     assert {p["status"] for p in planned.values()} == {"cached"}
     main(["plan", toy, "b.plus=1", "--json"])
     assert last_json(capsys)["stages"]["b"]["status"] == "run"
+
+
+def test_gc_keeps_scratch_only_where_there_is_something_to_resume(workshop: Workshop) -> None:
+    stages = "  a: {use: toy:Const}\n  b: {use: toy:Slow, steps: 5, fail_at: 3}\n"
+    run = workshop.run(stages)
+    left = workshop.store.scratch(run.stages["a"].key or "")
+    assert main(["gc", "--store", str(workshop.store_path)]) == 0
+    assert not left.exists()
+    assert (workshop.store.scratch(run.stages["b"].key or "") / "step").exists()
+
+
+@pytest.mark.parametrize("command", ["stages", "schema"])
+def test_a_broken_plug_in_hides_no_other(command: str, capsys, monkeypatch) -> None:
+    known = registry._entries
+    broken = EntryPoint("broken", "tests.nowhere:Broken", registry.STAGES)
+    found = {"broken": broken, "corpus": known(registry.STAGES)["corpus"]}
+    groups = {registry.STAGES: found}
+    monkeypatch.setattr(registry, "_entries", lambda group: groups.get(group) or known(group))
+    assert main([command, "--json"]) == 0
+    captured = capsys.readouterr()
+    assert "warning: stage 'broken' is left out" in captured.err
+    assert "corpus" in captured.out
 
 
 def test_a_reader_that_goes_away_is_no_error(toy: str) -> None:
