@@ -82,9 +82,11 @@ def _curves(store: Store, run: Run) -> list[dict[str, str]]:
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
+    """The rows that were written to their end."""
     if not path.is_file():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("}\n")]
 
 
 def _polyline(points: list[tuple[float, float]]) -> dict[str, str]:

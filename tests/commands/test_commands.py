@@ -134,6 +134,9 @@ def test_a_run_as_a_page(workshop: Workshop, toy: str, tmp_path: Path, monkeypat
     monkeypatch.setattr("lifecycle.pipeline.progress.RECORD_EVERY", 0)
     path = workshop.write("  a: {use: toy:Slow, steps: 5}\n  b: {use: toy:Add, left: a}\n")
     assert main(["run", str(path), "name=<b>bold</b>"]) == 0
+    (rows,) = workshop.store_path.glob("runs/*/a.jsonl")
+    with rows.open("a") as file:
+        file.write('{"time": 1')  # as a kill or a full disk may leave it
     page = tmp_path / "run.html"
     assert main(["runs", "show", "<b>bold</b>", "--html", str(page)]) == 0
     text = page.read_text()
