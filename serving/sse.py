@@ -66,5 +66,6 @@ async def _with_pauses(generation: Generation, seconds: float) -> AsyncIterator[
 
 
 def _frame(content: Mapping[str, Any]) -> bytes:
-    text = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
+    # In ASCII, for many clients take more than "\n" for the end of a line, such as U+2028.
+    text = json.dumps(content, separators=(",", ":"))
     return f"data: {text}\n\n".encode()

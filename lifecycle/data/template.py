@@ -37,6 +37,7 @@ _FAILURES = (
     AttributeError,
     LookupError,
     ArithmeticError,
+    MemoryError,
     RecursionError,
 )
 

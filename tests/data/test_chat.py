@@ -256,6 +256,7 @@ def test_refuses_a_template_without_an_end_of_turn(universal: Path) -> None:
         ("{{ messages.__class__.__mro__ }}{{ ''.__class__() }}", "refused the messages"),
         ("{{ messages.append(1) }}", "refused the messages"),
         ("{% for i in range(99999) %}{{ 'x' * 999 }}{% endfor %}", "wrote more than"),
+        ("{{ [0] * 10 ** 15 }}", "refused the messages"),
         (" " * 300_000, "more than 262,144 are refused"),
     ],
 )

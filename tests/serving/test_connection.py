@@ -161,6 +161,15 @@ def test_an_unexpected_failure_is_a_500_with_its_id(
         assert "division" not in response.text
 
 
+def test_no_character_of_an_answer_ends_its_line(make_service: MakeService) -> None:
+    with served(make_service, text="a\u2028b\x85c") as (http, _, _b):
+        body = SHORT | {"stream": True, "max_tokens": 20}
+        with http.stream("POST", ROUTE, json=body) as response:
+            lines = [line for line in response.iter_lines() if line]
+    chunks = [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
+    assert "\u2028b\x85c" in "".join(chunk["choices"][0]["text"] for chunk in chunks)
+
+
 def test_a_silent_stream_is_kept_alive(make_service: MakeService) -> None:
     with served(make_service, ServerSettings(keep_alive=0.05)) as (http, _, backend):
         backend.gate.clear()
