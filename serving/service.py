@@ -101,8 +101,14 @@ class Service:
         request_id: str,
         prompts: Sequence[tuple[Sequence[int], SamplingParams]],
         stops: Sequence[str] = (),
+        *,
+        continued: bool = False,
     ) -> Generation:
         """Begin to answer prompts, one answer each; the result must be read or closed.
+
+        Args:
+            continued: the answers go on with the text of their prompts, and are no texts of
+                their own.
 
         Raises:
             ApiError: the engine is busy, stopped, or refuses a prompt.
@@ -113,8 +119,11 @@ class Service:
             if not params.ignore_eos:
                 params = replace(params, stop_token_ids=params.stop_token_ids | own_stops)
             requests.append(Request(f"{request_id}-{index}", prompt, params))
-        texts = [AnswerText(self.tokenizer.stream(), stops) for _ in requests]
-        return Generation(await self.worker.submit(requests), requests, texts)
+        # First, for a prompt may hold what is no token until the engine has taken it.
+        call = await self.worker.submit(requests)
+        start = self.tokenizer.continuation if continued else lambda _: self.tokenizer.stream()
+        texts = [AnswerText(start(prompt), stops) for prompt, _ in prompts]
+        return Generation(call, requests, texts)
 
 
 def open_service(

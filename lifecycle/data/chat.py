@@ -124,6 +124,12 @@ class ChatTokenizer:
         skip = self._spelled.ids if skip_special_tokens else frozenset[int]()
         return StreamDecoder(self._tokenizer, skip)
 
+    def continuation(self, prompt: Sequence[int]) -> StreamDecoder:
+        """A decoder for an answer that goes on with the text of a prompt: where there is such a
+        text, the answer keeps the space that a text's first token loses."""
+        context = self.encode("a", add_special_tokens=False) if self.decode(prompt[-8:]) else ()
+        return StreamDecoder(self._tokenizer, self._spelled.ids, context)
+
     def render(
         self, messages: Sequence[Message], add_generation_prompt: bool = False, **variables: Any
     ) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from tokenizers import Tokenizer
 
@@ -19,11 +20,14 @@ class StreamDecoder:
     changes what the whole run stands for.
     """
 
-    def __init__(self, tokenizer: Tokenizer, skip: frozenset[int]) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, skip: frozenset[int], context: Sequence[int] = ()
+    ) -> None:
+        """`context` are tokens of whole characters that the first one comes behind."""
         self._tokenizer = tokenizer
         self._skip = skip
-        self._context: list[int] = []
-        self._context_text = ""
+        self._context = list(context)
+        self._context_text = self._decode(self._context)
         self._pending: list[int] = []
 
     def push(self, token_id: int) -> str:

@@ -30,7 +30,7 @@ async def completions(body: CompletionBody, request: Request) -> Response:
         room = service.room(prompt, body.max_tokens, DEFAULT_MAX_TOKENS, "prompt")
         prompts += choices(prompt, replace(params, max_tokens=room), body.n)
     request_id: str = request.state.request_id
-    generation = await service.generate(request_id, prompts, body.stop)
+    generation = await service.generate(request_id, prompts, body.stop, continued=True)
     form = CompletionFormat(
         id=request_id.replace("req_", "cmpl-"),
         card=service.card,

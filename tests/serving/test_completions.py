@@ -74,6 +74,13 @@ def test_the_published_text_comes_out(
     assert answer.usage.completion_tokens == len(ids) - 1
 
 
+def test_an_answer_keeps_the_space_to_its_prompt(http: httpx.Client, story: str) -> None:
+    for echo in (False, True):
+        (choice,) = complete(http, prompt="Once", max_tokens=3, echo=echo)["choices"]
+        text = choice["text"] if echo else "Once" + choice["text"]
+        assert text == "Once upon a time" == story[: len(text)]
+
+
 def test_the_published_text_comes_out_as_a_stream(api: openai.OpenAI, story: str) -> None:
     chunks = list(
         api.completions.create(
