@@ -17,7 +17,11 @@ def main(argv: list[str]) -> int:
         description="Remove all but the newest runs, and whatever only the removed ones used.",
     )
     parser.add_argument(
-        "--keep", type=int, default=10, metavar="N", help="runs to keep of each recipe (default 10)"
+        "--keep",
+        type=int,
+        default=10,
+        metavar="N",
+        help="runs to keep of each recipe, besides the last that succeeded (default 10; 0 keeps none)",
     )
     parser.add_argument("--dry-run", action="store_true", help="only say what would be removed")
     parser.add_store()
@@ -51,9 +55,13 @@ def _doomed(store: Store, keep: int) -> Iterator[Path]:
     keys: set[str] = set()
     digests: set[str] = set()
     old: list[Path] = []
+    succeeded: set[str] = set()
     for run in runs.newest_first(store):
         kept[run.recipe] = kept.get(run.recipe, 0) + 1
-        if kept[run.recipe] > keep:
+        # Its bundle may be what is served, however many runs have failed since.
+        last_good = run.status == "ok" and run.recipe not in succeeded
+        succeeded |= {run.recipe} if last_good else set[str]()
+        if kept[run.recipe] > keep and not (last_good and keep):
             old.append(runs.folder(store, run.run))
             continue
         keys |= {stage.key for stage in run.stages.values() if stage.key}

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from lifecycle.errors import DataError
 from lifecycle.kinds import Text
@@ -39,6 +40,14 @@ class Corpus(Stage):
     """The fraction of documents, or of the library's functions, that is held out."""
     seed: int = 0
     """Another seed holds out other documents; functions are chosen by their source alone."""
+
+    @field_validator("pattern")
+    @classmethod
+    def _pattern_stays_inside(cls, pattern: str) -> str:
+        # What lies outside the folder is no part of the fingerprint.
+        if not pattern or PurePath(pattern).is_absolute() or ".." in PurePath(pattern).parts:
+            raise ValueError(f"'{pattern}' must match files below 'path', such as **/*.txt")
+        return pattern
 
     @model_validator(mode="after")
     def _one_origin(self) -> Self:

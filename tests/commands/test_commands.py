@@ -227,6 +227,18 @@ def test_a_broken_plug_in_hides_no_other(command: str, capsys, monkeypatch) -> N
     assert "corpus" in captured.out
 
 
+def test_gc_keeps_the_last_run_that_succeeded(workshop: Workshop, toy: str, capsys) -> None:
+    main(["run", toy])
+    path = workshop.write("  a: {use: toy:Slow, fail_at: 1}\n", name="bad.yaml")
+    for _ in range(3):
+        assert main(["run", str(path)]) == 1
+    capsys.readouterr()
+    main(["gc", "--keep", "1", "--json"])
+    assert last_json(capsys)["runs"] == 2
+    main(["plan", toy, "--json"])
+    assert {p["status"] for p in last_json(capsys)["stages"].values()} == {"cached"}
+
+
 def test_a_reader_that_goes_away_is_no_error(toy: str) -> None:
     command = f"{sys.executable} -m lifecycle.cli stages | head -1"
     done = subprocess.run(

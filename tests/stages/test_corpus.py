@@ -80,3 +80,9 @@ def test_exactly_one_origin(settings: dict[str, str]) -> None:
 def test_only_the_library_is_fingerprinted(tmp_path: Path) -> None:
     assert Corpus(path=tmp_path).fingerprint() == {}
     assert Corpus(source="python-stdlib").fingerprint() == library_fingerprint()
+
+
+@pytest.mark.parametrize("pattern", ["", "../*.txt", "/etc/*.conf", "a/../../b"])
+def test_a_pattern_cannot_leave_the_folder(tmp_path: Path, pattern: str) -> None:
+    with pytest.raises(ValidationError, match="must match files below 'path'"):
+        Corpus.model_validate({"path": tmp_path, "pattern": pattern})
