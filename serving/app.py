@@ -57,6 +57,6 @@ def _add_middleware(app: FastAPI, settings: ServerSettings) -> None:
             allow_methods=["GET", "POST"],
             # Any, for the official client sends a dozen of its own with each request.
             allow_headers=["*"],
-            expose_headers=["x-request-id"],
+            expose_headers=["x-request-id", "retry-after", "x-should-retry"],
         )
     app.add_middleware(RequestContext)

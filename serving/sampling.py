@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, cast
 
-from lifecycle.errors import CheckpointError
+from lifecycle.engines.base import SamplingParams
+from lifecycle.engines.limits import check_params
+from lifecycle.errors import CheckpointError, RequestError
 
 FILE = "generation_config.json"
 
@@ -44,10 +46,15 @@ class Defaults:
         if not isinstance(found, Mapping):
             raise CheckpointError(f"{path} is damaged: it holds no JSON object")
         config = cast("Mapping[str, Any]", found)
-        values = {name: config[name] for name in _NUMBERS if config.get(name) is not None}
-        for name, value in values.items():
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise CheckpointError(f"{path}: {name} is {value!r}; it must be a number")
+        given = {name: config[name] for name in _NUMBERS if config.get(name) is not None}
+        if given.get("top_k") == -1:
+            given["top_k"] = 0
         if config.get("do_sample") is False:
-            values["temperature"] = 0.0
-        return cls(**values, max_tokens=config.get("max_new_tokens"))
+            given["temperature"] = 0.0
+        if (most := config.get("max_new_tokens")) is not None:
+            given["max_tokens"] = most
+        try:
+            check_params(SamplingParams(**given), vocab_size=0)
+        except RequestError as error:
+            raise CheckpointError(f"{path} is damaged: {error}") from error
+        return cls(**given)

@@ -214,16 +214,29 @@ def _eos_ids(folder: Path) -> set[int]:
     found: set[int] = set()
     for name in ("generation_config.json", "config.json"):
         value = _read_json(folder / name).get("eos_token_id")
-        found.update([value] if isinstance(value, int) else value or [])
+        ids = cast("list[Any]", value if isinstance(value, list) else [value])
+        if not all(id is None or type(id) is int for id in ids):
+            raise CheckpointError(f"{folder / name} is damaged: eos_token_id is {value!r}")
+        found.update(id for id in ids if id is not None)
     return found
 
 
 def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
     path = folder / TEMPLATE
     if path.is_file():
-        return path.read_text(encoding="utf-8")
+        try:
+            return path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise CheckpointError(f"{path} is damaged: {error}") from error
     template = config.get("chat_template")
     if isinstance(template, list):
-        named = cast("list[dict[str, str]]", template)
-        template = {entry["name"]: entry["template"] for entry in named}.get("default")
-    return cast("str | None", template)
+        for named in cast("list[Any]", template):
+            match named:
+                case {"name": "default", "template": str(text)}:
+                    return text
+                case _:
+                    continue
+        return None
+    if not isinstance(template, str | None):
+        raise CheckpointError(f"{folder / CONFIG} is damaged: its chat_template is no text")
+    return template

@@ -293,6 +293,21 @@ def test_a_damaged_folder_is_named(tmp_path: Path) -> None:
         ChatTokenizer.load(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("chat_template.jinja", b"\xff"),
+        ("tokenizer_config.json", b'{"chat_template": 5}'),
+        ("generation_config.json", b'{"eos_token_id": "</s>"}'),
+        ("config.json", b'{"eos_token_id": [1, 2.5]}'),
+    ],
+)
+def test_a_damaged_file_is_named(universal: Path, name: str, content: bytes) -> None:
+    (universal / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match=f"{name} is damaged"):
+        ChatTokenizer.load(universal)
+
+
 @pytest.fixture(scope="module")
 def loaded(data_dir: Path) -> list[ChatTokenizer]:
     return [ChatTokenizer.load(data_dir / name) for name in FOLDERS]

@@ -85,6 +85,8 @@ def test_a_browser_may_ask_from_an_allowed_origin(http: httpx.Client) -> None:
     assert response.status_code == 200
     assert response.headers["access-control-allow-origin"] == ORIGIN
     assert "x-stainless-lang" in response.headers["access-control-allow-headers"]
+    refused = http.get("/v1/models", headers={"Origin": ORIGIN})
+    assert "retry-after" in refused.headers["access-control-expose-headers"]
     other = http.options(
         "/v1/chat/completions", headers=asking | {"Origin": "https://evil.example"}
     )
