@@ -30,10 +30,11 @@ STEP_INPUTS = frozenset(
 """The inputs of every decoder graph besides its cache; `position_ids` is there where the
 attention does not rotate by itself."""
 
-_SPIN_US = "20"
+_SPIN_US = "200"
 """How long a thread without work keeps its core: long enough to reach the next operator without
 going to sleep. The default, long enough to reach the next step, starves whatever else runs on the
-machine, the server's own event loop included: on two busy cores it took twice the time."""
+machine, the server's own event loop included: on two busy cores it took twice the time. With 20,
+a step of one row takes 4 % longer on idle cores, and one of eight rows 14 % less on busy ones."""
 
 
 def open_session(

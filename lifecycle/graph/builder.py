@@ -77,12 +77,22 @@ class _DecoderBuilder:
             self.position_ids = g.node("Reshape", "positions", positions, column)
         self.pad_index = g.input("pad_index", INT64, ("B", "S"))
         unpad = g.input("unpad_index", INT64, (1, "T"))
-        self.unpad_index = g.node("Reshape", "unpad_index.flat", unpad, flat)
+        self.unpad_index = self._places(g.node("Reshape", "unpad_index.flat", unpad, flat))
         self.logit_index = g.input("logit_index", INT64, ("L",))
         self.seqlens_k = g.input("seqlens_k", INT32, ("B",))
         self.query_seqlens = g.input("query_seqlens", INT32, ("B",))
         self.total_length = g.input("total_sequence_length", INT32, (1,))
         self._rope_tables()
+
+    def _places(self, flat: ir.Value) -> ir.Value:
+        """Places in B·S as pairs (row, place in the row), [T, 2]: made once, they let every layer
+        gather from [B, S, width] without a node that changes its shape."""
+        g = self.g
+        width = g.node("Shape", "pad_width", self.pad_index, start=1, end=2)
+        last = g.integers("axis.last", -1)
+        row, place = g.node("Div", "row", flat, width), g.node("Mod", "place", flat, width)
+        columns = [g.node("Unsqueeze", f"{v.name}.column", v, last) for v in (row, place)]
+        return g.node("Concat", "unpad_places", *columns, axis=-1)
 
     def _rope_tables(self) -> None:
         spec = self.spec
@@ -109,8 +119,7 @@ class _DecoderBuilder:
             qkv = self._rotate(name, qkv)
         padded = g.node("Gather", f"{name}.pad", qkv, self.pad_index)
         attended = self._attend(i, padded)
-        rows = g.node("Reshape", f"{name}.rows", attended, g.integers("shape.q", -1, spec.q_size))
-        packed = g.node("Gather", f"{name}.unpad", rows, self.unpad_index)
+        packed = g.node("GatherND", f"{name}.unpad", attended, self.unpad_index)
         return self._linear(
             f"{name}.o_proj", packed, ("o_proj",), (spec.hidden_size, spec.q_size), spec.o_bias
         )
