@@ -276,7 +276,8 @@ class Store:
                 self._move_in(out, digest, kind)
             record = Record(key, digest, action, metrics, seconds)
             files.write_atomic(
-                self.root / "records" / f"{key}.json", canonical_json(record.to_json())
+                self.root / "records" / f"{key}.json",
+                json.dumps(record.to_json(), allow_nan=False).encode(),
             )
             files.remove_tree(self.root / "scratch" / key)
         self._verified.add(digest)

@@ -39,6 +39,7 @@ def test_second_run_is_cached(workshop: Workshop) -> None:
     second = workshop.run(CHAIN)
     assert statuses(second) == "a=cached b=cached c=cached"
     assert [s.digest for s in second.stages.values()] == [s.digest for s in first.stages.values()]
+    assert [list(s.metrics) for s in second.stages.values()] == [["value"]] * 3
     assert second.status == "ok"
 
 
