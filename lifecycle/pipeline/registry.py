@@ -173,6 +173,8 @@ class Plugin(BaseModel):
         settings = dict(cast("Mapping[str, Any]", value))
         use = settings.get("use", "")
         if not use:
+            if "group" in vars(cls):  # The family itself, which is no plug-in.
+                raise ValueError(f"'use' is missing; it names one of {', '.join(names(cls.group))}")
             return handler(settings)
         roots = roots_of(info)
         try:

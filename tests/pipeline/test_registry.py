@@ -52,6 +52,7 @@ def test_a_plug_in_is_picked_by_use_and_dumped_whole(tmp_path: Path) -> None:
         ("cup", "unknown target 'cup'; did you mean 'cpu'"),
         ({"use": "cpu"}, "is no Shape"),
         ({"use": "./gone.py:X"}, "no such file"),
+        ({}, "'use' is missing; it names one of cpu"),
         (3, "valid dictionary"),
     ],
 )
