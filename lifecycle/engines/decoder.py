@@ -5,10 +5,10 @@ A decoder graph runs one step over B slots that carry T new tokens in all; row b
 
 | input | type, shape | meaning |
 |---|---|---|
-| `input_ids` | int64 [1, T] | the new tokens, row after row |
-| `position_ids` | int64 [1, T] | position of each in its row (absent with fused rotary) |
+| `input_ids` | int64 [T] | the new tokens, row after row |
+| `position_ids` | int64 [T, 1] | position of each in its row (absent with fused rotary) |
 | `pad_index` | int64 [B, S] | where in T each row's tokens stand; any index where there is none |
-| `unpad_index` | int64 [1, T] | where in B·S each packed token stands |
+| `unpad_index` | int64 [T, 2] | where in [B, S] each packed token stands |
 | `logit_index` | int64 [L] | the packed tokens whose logits are wanted |
 | `seqlens_k` | int32 [B] | tokens in the row after the step, minus 1, never below 0 |
 | `query_seqlens` | int32 [B] | new tokens of the row; 0 is an idle row |
@@ -20,7 +20,7 @@ longest row plus the widest step. Keep S at 2 or more: for S = 1 the CPU provide
 way through attention, no faster, whose sums differ in their last bits. With S >= 2 what a row gets
 does not depend on the other rows of the step.
 
-Outputs: `logits` float32 [1, L, vocab_size]; `present.{i}.key`, `.value`, which may be bound
+Outputs: `logits` float32 [L, vocab_size]; `present.{i}.key`, `.value`, which may be bound
 to the memory of the past.
 """
 
@@ -35,7 +35,7 @@ from lifecycle.errors import EngineError
 FILE = "decoder.json"
 GRAPH = "model.onnx"
 WEIGHTS = "model.onnx.data"
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True, slots=True)

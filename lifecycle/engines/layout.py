@@ -27,10 +27,10 @@ def pack(rows: Sequence[Row], max_model_len: int) -> Inputs:
     num_slots = max(row.slot for row in rows) + 1
     width = max(MIN_WIDTH, *(len(row.tokens) for row in rows))
     total = sum(len(row.tokens) for row in rows)
-    input_ids = np.empty((1, total), dtype=np.int64)
-    position_ids = np.empty((1, total), dtype=np.int64)
+    input_ids = np.empty(total, dtype=np.int64)
+    position_ids = np.empty((total, 1), dtype=np.int64)
     pad_index = np.zeros((num_slots, width), dtype=np.int64)
-    unpad_index = np.empty((1, total), dtype=np.int64)
+    unpad_index = np.empty((total, 2), dtype=np.int64)
     seqlens_k = np.zeros(num_slots, dtype=np.int32)
     query_seqlens = np.zeros(num_slots, dtype=np.int32)
     logit_index: list[int] = []
@@ -38,10 +38,11 @@ def pack(rows: Sequence[Row], max_model_len: int) -> Inputs:
     for row in rows:
         count = len(row.tokens)
         end = begin + count
-        input_ids[0, begin:end] = row.tokens
-        position_ids[0, begin:end] = np.arange(row.start, row.start + count)
+        input_ids[begin:end] = row.tokens
+        position_ids[begin:end, 0] = np.arange(row.start, row.start + count)
         pad_index[row.slot, :count] = np.arange(begin, end)
-        unpad_index[0, begin:end] = np.arange(row.slot * width, row.slot * width + count)
+        unpad_index[begin:end, 0] = row.slot
+        unpad_index[begin:end, 1] = np.arange(count)
         seqlens_k[row.slot] = row.start + count - 1
         query_seqlens[row.slot] = count
         logit_index.extend(range(end - row.num_logits, end))
@@ -56,3 +57,12 @@ def pack(rows: Sequence[Row], max_model_len: int) -> Inputs:
         "query_seqlens": query_seqlens,
         "total_sequence_length": np.array([max_model_len], dtype=np.int32),
     }
+
+
+def advance(inputs: Inputs, rows: Sequence[Row]) -> None:
+    """Turn the inputs of a decoding step, one token per row, into those of the next one over the
+    same slots: only tokens and positions move on."""
+    slots, starts = [row.slot for row in rows], [row.start for row in rows]
+    inputs["input_ids"][:] = [row.tokens[0] for row in rows]
+    inputs["position_ids"][:, 0] = starts
+    inputs["seqlens_k"][slots] = starts

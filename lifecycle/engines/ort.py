@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
@@ -18,7 +20,7 @@ from lifecycle.engines.backend import Row
 from lifecycle.engines.base import EngineOptions
 from lifecycle.engines.batched import BatchedEngine
 from lifecycle.engines.decoder import GRAPH, DecoderInfo
-from lifecycle.engines.layout import MIN_WIDTH, pack
+from lifecycle.engines.layout import MIN_WIDTH, Inputs, advance, pack
 from lifecycle.engines.limits import context_length
 from lifecycle.engines.ort_session import cache_names, check_signature, open_session, present_name
 from lifecycle.errors import EngineError
@@ -67,17 +69,25 @@ class OrtBackend:
         # those that bring fewer tokens to it.
         capacity = max_model_len + max(options.prefill_chunk, MIN_WIDTH)
         shape = (num_slots, info.num_kv_heads, capacity, info.head_size)
-        # The system gives memory to zeros when they are first written, so a slot costs what
-        # its texts have filled, not its capacity.
-        self._cache = {name: np.zeros(shape, np.float32) for name in cache_names(info)}
+        self._cache = {name: _lazy_zeros(shape) for name in cache_names(info)}
         self._bindings: dict[int, _Binding] = {}
+        self._inputs: Inputs = {}
+        self._decoding: list[int] = []
+        """The slots, if every row of the last step had one token."""
 
     def forward(self, rows: Sequence[Row]) -> NDArray[np.float32]:
-        inputs = pack(rows, self._max_model_len)
-        binding = self._binding(len(inputs["query_seqlens"]))
-        for name in self._step_inputs:
-            binding.feed(name, inputs[name])
-        logits = binding.fetch(len(inputs["logit_index"]))
+        decodes = all(len(row.tokens) == row.num_logits == 1 for row in rows)
+        slots = [row.slot for row in rows] if decodes else []
+        if decodes and slots == self._decoding:
+            advance(self._inputs, rows)
+            binding = self._binding(len(self._inputs["query_seqlens"]))
+        else:
+            self._inputs = pack(rows, self._max_model_len)
+            binding = self._binding(len(self._inputs["query_seqlens"]))
+            for name in self._step_inputs:
+                binding.binding.bind_cpu_input(name, self._inputs[name])
+        self._decoding = slots
+        logits = binding.fetch(len(self._inputs["logit_index"]))
         try:
             self._session.run_with_iobinding(binding.binding)
         except Exception as error:
@@ -98,7 +108,7 @@ class OrtBackend:
 
 
 class _Binding:
-    """The memory that a session reads and writes: bound once, filled again in every step."""
+    """The cache and the logits of steps over so many slots, bound once."""
 
     def __init__(
         self,
@@ -111,18 +121,8 @@ class _Binding:
             value = ort.OrtValue.ortvalue_from_numpy(array)
             self.binding.bind_ortvalue_input(name, value)
             self.binding.bind_ortvalue_output(present_name(name), value)
-        self._inputs: dict[str, NDArray[np.integer]] = {}
         self._logits = np.empty((0, vocab_size), np.float32)
         self._bound_rows = -1
-
-    def feed(self, name: str, array: NDArray[np.integer]) -> None:
-        """Set an input; while its shape stays, as in decoding, its memory does too."""
-        bound = self._inputs.get(name)
-        if bound is not None and bound.shape == array.shape:
-            bound[...] = array
-        else:
-            self._inputs[name] = array
-            self.binding.bind_cpu_input(name, array)
 
     def fetch(self, count: int) -> NDArray[np.float32]:
         """Where the next run writes `count` rows of logits."""
@@ -131,6 +131,16 @@ class _Binding:
         logits = self._logits[:count]
         if count != self._bound_rows:
             self._bound_rows = count
-            shape, address = (1, *logits.shape), logits.ctypes.data
-            self.binding.bind_output("logits", "cpu", 0, np.float32, shape, address)
+            address = logits.ctypes.data
+            self.binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, address)
         return logits
+
+
+def _lazy_zeros(shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """Zeros that take memory page by page as they are written, so that a slot costs what its texts
+    have filled and not its capacity. `numpy.zeros` asks for huge pages, one of which spans several
+    heads: the first tokens of a text then took the memory of its whole slot."""
+    memory = mmap.mmap(-1, 4 * math.prod(shape))
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return np.frombuffer(memory, np.float32).reshape(shape)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isfinite
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +41,7 @@ class Sampler:
         self.params = params
         self.is_greedy = params.temperature < _GREEDY_BELOW
         self.is_penalised = params.repetition_penalty != 1.0
+        self.is_plain = self.is_greedy and not self.is_penalised
         seed = secrets.randbits(64) if params.seed is None else params.seed % 2**64
         self._random = np.random.Generator(np.random.Philox(seed))
         self._seen = np.zeros(vocab_size if self.is_penalised else 0, dtype=np.bool_)
@@ -65,16 +67,11 @@ def sample(logits: Floats, samplers: Sequence[Sampler]) -> list[Choice | None]:
     None stands for a row that has NaN or +inf in it, or nothing but -inf.
     """
     # One pass over the logits serves greedy rows and the check: argmax finds NaN first.
-    best = logits.argmax(axis=1)
-    usable = np.isfinite(logits[np.arange(len(best)), best])
-    # Masked logits near the lowest float may overflow to -inf, which is what they mean.
-    with np.errstate(over="ignore"):
-        return [
-            _choose(row, sampler, token) if ok else None
-            for row, sampler, token, ok in zip(
-                logits, samplers, best.tolist(), usable.tolist(), strict=True
-            )
-        ]
+    best = logits.argmax(axis=1).tolist()
+    return [
+        _choose(row, sampler, token) if isfinite(row[token]) else None
+        for row, sampler, token in zip(logits, samplers, best, strict=True)
+    ]
 
 
 def token_weights(logits: Floats, params: SamplingParams) -> Floats:
@@ -95,10 +92,13 @@ def token_weights(logits: Floats, params: SamplingParams) -> Floats:
 
 
 def _choose(logits: Floats, sampler: Sampler, best: int) -> Choice:
-    params = sampler.params
-    is_plain = sampler.is_greedy and not sampler.is_penalised
-    token = best if is_plain else sampler.choose(logits)
-    return Choice(token) if params.logprobs is None else _report(logits, token, params.logprobs)
+    count = sampler.params.logprobs
+    if sampler.is_plain and count is None:
+        return Choice(best)
+    # Masked logits near the lowest float may overflow to -inf, which is what they mean.
+    with np.errstate(over="ignore"):
+        token = best if sampler.is_plain else sampler.choose(logits)
+        return Choice(token) if count is None else _report(logits, token, count)
 
 
 def _penalise(logits: Floats, seen: NDArray[np.bool_], penalty: float) -> Floats:

@@ -2,7 +2,8 @@
 
 Tokens are packed: activations are [T, width], rows of all sequences one after another. Only
 attention needs them laid out per sequence, [B, S, width]; a Gather before it and one after it
-go there and back.
+go there and back. No node hides the dimension T from shape inference: ONNX Runtime reuses the
+memory of a value only for one whose shape it knows to be the same.
 """
 
 from __future__ import annotations
@@ -68,31 +69,16 @@ class _DecoderBuilder:
 
     def _inputs(self) -> None:
         g = self.g
-        flat = g.integers("shape.flat", -1)
-        ids = g.input("input_ids", INT64, (1, "T"))
-        self.tokens = g.node("Reshape", "tokens", ids, flat)
+        self.tokens = g.input("input_ids", INT64, ("T",))
         if not self.fused_rotary:
-            positions = g.input("position_ids", INT64, (1, "T"))
-            column = g.integers("shape.column", -1, 1)
-            self.position_ids = g.node("Reshape", "positions", positions, column)
+            self.position_ids = g.input("position_ids", INT64, ("T", 1))
         self.pad_index = g.input("pad_index", INT64, ("B", "S"))
-        unpad = g.input("unpad_index", INT64, (1, "T"))
-        self.unpad_index = self._places(g.node("Reshape", "unpad_index.flat", unpad, flat))
+        self.unpad_index = g.input("unpad_index", INT64, ("T", 2))
         self.logit_index = g.input("logit_index", INT64, ("L",))
         self.seqlens_k = g.input("seqlens_k", INT32, ("B",))
         self.query_seqlens = g.input("query_seqlens", INT32, ("B",))
         self.total_length = g.input("total_sequence_length", INT32, (1,))
         self._rope_tables()
-
-    def _places(self, flat: ir.Value) -> ir.Value:
-        """Places in B·S as pairs (row, place in the row), [T, 2]: made once, they let every layer
-        gather from [B, S, width] without a node that changes its shape."""
-        g = self.g
-        width = g.node("Shape", "pad_width", self.pad_index, start=1, end=2)
-        last = g.integers("axis.last", -1)
-        row, place = g.node("Div", "row", flat, width), g.node("Mod", "place", flat, width)
-        columns = [g.node("Unsqueeze", f"{v.name}.column", v, last) for v in (row, place)]
-        return g.node("Concat", "unpad_places", *columns, axis=-1)
 
     def _rope_tables(self) -> None:
         spec = self.spec
@@ -156,12 +142,13 @@ class _DecoderBuilder:
         sizes = g.integers("split.qkv", spec.q_size, spec.kv_size, spec.kv_size)
         parts = [f"{name}.{part}" for part in "qkv"]
         q, k, v = g.nodes("Split", f"{name}.split_heads", (qkv, sizes), parts, axis=-1)
-        heads = g.integers("shape.heads", -1, spec.head_size)
         normed: list[ir.Value] = []
         for part, value, size in (("q", q, spec.q_size), ("k", k, spec.kv_size)):
+            # 0 keeps the dimension T.
+            heads = g.integers(f"shape.{part}_heads", 0, size // spec.head_size, spec.head_size)
             rows = g.node("Reshape", f"{name}.{part}_heads", value, heads)
             rows = self._norm(f"{name}.{part}_norm", rows, spec.head_size)
-            whole = g.integers(f"shape.{part}", -1, size)
+            whole = g.integers(f"shape.{part}", 0, size)
             normed.append(g.node("Reshape", f"{name}.{part}_normed", rows, whole))
         return g.node("Concat", f"{name}.join_heads", *normed, v, axis=-1)
 
@@ -173,12 +160,10 @@ class _DecoderBuilder:
         parts = (f"{name}.qk", f"{name}.unrotated_v")
         qk, v = g.nodes("Split", f"{name}.split_rotary", (qkv, sizes), parts, axis=-1)
         # As T sequences of one token: the operator refuses a sequence longer than its tables.
-        tokens = g.integers("shape.qk_tokens", -1, 1, rotated_size)
-        batch = g.node("Reshape", f"{name}.qk_batch", qk, tokens)
+        axis = g.integers("axis.token", 1)
+        batch = g.node("Unsqueeze", f"{name}.qk_batch", qk, axis)
         rotated = g.node("RotaryEmbedding", f"{name}.rotary", batch, self.position_ids, *self.rope)
-        rows = g.node(
-            "Reshape", f"{name}.qk_rows", rotated, g.integers("shape.qk", -1, rotated_size)
-        )
+        rows = g.node("Squeeze", f"{name}.qk_rows", rotated, axis)
         return g.node("Concat", f"{name}.join_rotary", rows, v, axis=-1)
 
     def _mlp(self, i: int, x: ir.Value) -> ir.Value:
@@ -206,7 +191,7 @@ class _DecoderBuilder:
         return self.g.node(op, name, x, **attributes)
 
     def _head(self, normed: ir.Value, embedding: ir.Value) -> None:
-        """The logits of the wanted tokens, [1, L, vocab]."""
+        """The logits of the wanted tokens, [L, vocab]."""
         g, spec = self.g, self.spec
         wanted = g.node("Gather", "wanted", normed, self.logit_index)
         head = embedding
@@ -214,9 +199,7 @@ class _DecoderBuilder:
             shape = (spec.vocab_size, spec.hidden_size)
             head = self._weight("lm_head.weight", shape, ["lm_head.weight"])
         logits = g.node("Gemm", "lm_head", wanted, head, transB=1)
-        batch = g.integers("shape.logits", 1, -1, spec.vocab_size)
-        value = g.node("Reshape", "logits", logits, batch)
-        g.output(value, "logits", FLOAT, (1, "L", spec.vocab_size))
+        g.output(logits, "logits", FLOAT, ("L", spec.vocab_size))
 
     def _linear(
         self, name: str, x: ir.Value, sources: Sequence[str], shape: tuple[int, int], bias: bool

@@ -72,10 +72,10 @@ class GraphRewrite:
 
     def replace(self, node: ir.Node, value: ir.Value) -> None:
         """Let `value` stand where the output of `node` stood."""
-        name = node.outputs[0].name
-        ir.convenience.replace_all_uses_with(node.outputs[0], value)
+        old = node.outputs[0]
+        ir.convenience.replace_all_uses_with(old, value, replace_graph_outputs=True)
         self.graph.remove(node, safe=True)
-        value.name = name
+        value.name, value.type, value.shape = old.name, old.type, old.shape
 
     def blocks(self, weight: ir.Value) -> Iterator[NDArray[np.float32]]:
         """The rows of a weight matrix in order, some at a time: [rows, in]."""

@@ -24,7 +24,7 @@ class Export(Stage):
     """Write the graph of a decoder in float32, its weights streamed tensor by tensor."""
 
     produces = OnnxModel
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     model: Ref[HfModel]
     """A Llama, Mistral, Qwen2 or Qwen3 model without an adapter beside it."""

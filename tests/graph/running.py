@@ -41,16 +41,16 @@ class GraphRunner:
         ids = [token for b in slots for token in new.get(b, ())]
         self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
         feeds: dict[str, NDArray[np.generic]] = {
-            "input_ids": np.array([ids], np.int64),
+            "input_ids": np.array(ids, np.int64),
             "pad_index": pad.astype(np.int64),
-            "unpad_index": np.flatnonzero(valid)[None].astype(np.int64),
+            "unpad_index": np.argwhere(valid),
             "logit_index": np.arange(len(ids), dtype=np.int64),
             "seqlens_k": np.maximum(np.array(self.lengths) - 1, 0).astype(np.int32),
             "query_seqlens": np.array(counts, np.int32),
             "total_sequence_length": np.array([self.cache[0].shape[2]], np.int32),
         }
         if self.takes_positions:
-            feeds["position_ids"] = np.array([positions], np.int64)
+            feeds["position_ids"] = np.array(positions, np.int64)[:, None]
         logits = self._run(feeds)
         return {b: logits[starts[b] : starts[b + 1]] for b in slots if counts[b]}
 
@@ -65,7 +65,7 @@ class GraphRunner:
             binding.bind_ortvalue_input(f"past_key_values.{part}", memory)
             binding.bind_ortvalue_output(f"present.{part}", memory)
         self.session.run_with_iobinding(binding)
-        return binding.copy_outputs_to_cpu()[0][0]
+        return binding.copy_outputs_to_cpu()[0]
 
     def prefill(self, ids: Sequence[int]) -> NDArray[np.float32]:
         """The logits after each of `ids`, in one step of slot 0."""
