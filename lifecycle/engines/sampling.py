@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
 from math import isfinite
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,8 +25,7 @@ _GREEDY_BELOW = 1e-5
 _BLOCK = 256
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
+class Choice(NamedTuple):
     """The next token of a request, with its log-probability where that was asked for."""
 
     token_id: int
@@ -67,10 +66,13 @@ def sample(logits: Floats, samplers: Sequence[Sampler]) -> list[Choice | None]:
     None stands for a row that has NaN or +inf in it, or nothing but -inf.
     """
     # One pass over the logits serves greedy rows and the check: argmax finds NaN first.
-    best = logits.argmax(axis=1).tolist()
+    best = logits.argmax(axis=1)
+    tops = logits[np.arange(len(best)), best]
     return [
-        _choose(row, sampler, token) if isfinite(row[token]) else None
-        for row, sampler, token in zip(logits, samplers, best, strict=True)
+        _choose(logits[i], sampler, token) if isfinite(top) else None
+        for i, (sampler, token, top) in enumerate(
+            zip(samplers, best.tolist(), tops.tolist(), strict=True)
+        )
     ]
 
 

@@ -39,6 +39,8 @@ class RequestState:
     def next_row(self, prefill_chunk: int) -> Row:
         """The tokens that the next step computes."""
         start = self.num_computed
+        if start + 1 == len(self.tokens):
+            return Row(self.slot, start, self.tokens[start:], num_logits=1)
         boundary = (start // prefill_chunk + 1) * prefill_chunk
         end = min(boundary, self.num_prompt) if self.is_prefilling else len(self.tokens)
         is_last = end == len(self.tokens)
