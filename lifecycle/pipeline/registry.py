@@ -8,8 +8,10 @@ import inspect
 import sys
 from collections.abc import Iterable, Mapping
 from functools import cache
+from importlib.machinery import SourceFileLoader
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
+from types import ModuleType
 from typing import Any, ClassVar, TypeVar, cast
 
 from pydantic import (
@@ -36,6 +38,10 @@ FORMATS = "lifecycle.formats"
 GROUPS = (STAGES, ADAPTERS, TARGETS, ENGINES, FORMATS)
 
 T = TypeVar("T")
+
+_FROM_FILE = "_lifecycle_"
+"""How the names of modules begin that were loaded from a `./file.py:Class`."""
+_DIGEST = "__lifecycle_sha256__"
 
 SETTINGS = ConfigDict(
     extra="forbid",
@@ -114,32 +120,43 @@ def _load_file(use: str, roots: Iterable[Path]) -> object:
         raise PluginError(f"'{use}' cannot be looked for: {error}") from error
     if path is None:
         raise PluginError(f"'{use}': no such file: {candidates[0]}")
-    module_name = "_lifecycle_" + hashlib.sha256(str(path).encode()).hexdigest()[:16]
-    module = sys.modules.get(module_name)
-    if module is None:
-        spec = importlib.util.spec_from_file_location(module_name, path)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[module_name] = module
-        try:
-            spec.loader.exec_module(module)
-        except BaseException as error:
-            del sys.modules[module_name]
-            if isinstance(error, (Exception, SystemExit)):
-                raise PluginError(f"'{use}' cannot be imported: {error}") from error
-            raise
+    try:
+        module = _module(path)
+    except (Exception, SystemExit) as error:
+        raise PluginError(f"'{use}' cannot be imported: {error}") from error
     if not hasattr(module, attribute):
         raise PluginError(f"{path} has no '{attribute}'{did_you_mean(attribute, vars(module))}")
     return getattr(module, attribute)
 
 
+def _module(path: Path) -> ModuleType:
+    """The module in a file, executed once for each content of the file."""
+    code = path.read_bytes()
+    digest = hashlib.sha256(code).hexdigest()
+    name = _FROM_FILE + hashlib.sha256(f"{path}\0{digest}".encode()).hexdigest()[:16]
+    if name in sys.modules:
+        return sys.modules[name]
+    loader = SourceFileLoader(name, str(path))
+    spec = importlib.util.spec_from_file_location(name, path, loader=loader)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    vars(module)[_DIGEST] = digest
+    sys.modules[name] = module
+    try:
+        # What was hashed is what runs; the loader would read the file a second time.
+        exec(loader.source_to_code(code, path), vars(module))
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
 def source_hash(cls: type) -> str | None:
-    """SHA-256 of the file that a `./file.py:Class` came from; None for installed classes."""
-    if not cls.__module__.startswith("_lifecycle_"):
+    """SHA-256 of the code that a `./file.py:Class` was loaded from, whatever the file holds by
+    now; None for installed classes."""
+    if not cls.__module__.startswith(_FROM_FILE):
         return None
-    file = sys.modules[cls.__module__].__file__
-    assert file is not None
-    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
+    return vars(sys.modules[cls.__module__])[_DIGEST]
 
 
 def roots_of(info: ValidationInfo) -> tuple[Path, ...]:

@@ -30,7 +30,7 @@ from lifecycle.pipeline.artifact import Artifact, Metrics, hash_file, hash_tree
 from lifecycle.pipeline.progress import Display, StageProgress, Stop, brief
 from lifecycle.pipeline.recipe import Entry, Recipe
 from lifecycle.pipeline.runs import Run, StageRun
-from lifecycle.pipeline.stage import Context, field_markers, ref_kinds
+from lifecycle.pipeline.stage import Context, Stage, field_markers, ref_kinds
 from lifecycle.pipeline.store import NO_SPACE, Action, Record, Store, disk_errors
 
 GRACE_SECONDS = 10
@@ -41,21 +41,25 @@ def action_of(entry: Entry, inputs: Mapping[str, str]) -> Action:
     """What a stage will compute from inputs with the given digests."""
     stage, cls = entry.stage, type(entry.stage)
     settings = stage.model_dump(mode="json")
-    source = dict(stage.fingerprint())
+    source = sources_of(stage)
     for name in cls.model_fields:
-        roles = field_markers(cls, name)
-        if ref_kinds(cls, name) or "runtime" in roles:
+        if ref_kinds(cls, name) or field_markers(cls, name) & {"runtime", "source"}:
             settings.pop(name)
-        elif "source" in roles:
-            settings.pop(name)
-            value = getattr(stage, name)
-            if value is not None:
-                source[name] = _fingerprint(value)
         elif isinstance(value := getattr(stage, name), registry.Plugin):
             source |= _code(type(value), f"{name}.code")
     source |= _code(cls, "code")
     use = entry.use.rpartition(":")[2] if registry.is_file_use(entry.use) else entry.use
     return Action(use, cls.version, settings, inputs, source)
+
+
+def sources_of(stage: Stage) -> dict[str, Any]:
+    """What a stage reads from outside the store, by field, as hashes or versions."""
+    found = dict(stage.fingerprint())
+    for name in type(stage).model_fields:
+        value = getattr(stage, name)
+        if value is not None and "source" in field_markers(type(stage), name):
+            found[name] = _fingerprint(value)
+    return found
 
 
 def _code(cls: type, name: str) -> dict[str, str]:
@@ -248,6 +252,7 @@ class Runner:
             begin = time.monotonic()
             with disk_errors(self.store.root), _named(entry, progress):
                 metrics = finite(entry.stage.run(ctx))
+                _unchanged(entry, action)
             seconds = round(time.monotonic() - begin, 3)
             kind = type(entry.stage).produces
             return self.store.commit(action, out, kind, metrics, seconds, lineage(inputs.values()))
@@ -277,6 +282,18 @@ class Runner:
             signal.setitimer(signal.ITIMER_REAL, 0)
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def _unchanged(entry: Entry, action: Action) -> None:
+    """Refuse a result whose sources are no longer those of its key: what the stage has read may
+    be the old bytes, the new ones or some of both."""
+    for name, now in sources_of(entry.stage).items():
+        if action.source.get(name) != now:
+            where = getattr(entry.stage, name, None)
+            what = f"{name} ({where})" if where is not None else f"its source '{name}'"
+            raise DataError(
+                f"{entry.name}: {what} changed while the stage read it; nothing was kept, run again"
+            )
 
 
 @contextmanager

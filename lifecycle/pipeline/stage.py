@@ -155,6 +155,15 @@ class Stage(BaseModel, ABC):
     version: ClassVar[int] = 1
     """Raise it when the same settings and inputs now give a different output."""
 
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        for name, info in cls.model_fields.items():
+            if _hides_reference(info.annotation):
+                raise TypeError(
+                    f"{cls.__name__}.{name}: a reference in {info.annotation} would be no input of "
+                    "the stage; an input is a field of its own: Ref[Kind], or list[Ref[Kind]]"
+                )
+
     @abstractmethod
     def run(self, ctx: Context) -> Metrics:
         """Write the artifact's files below `ctx.out`; return what was measured."""
@@ -171,6 +180,31 @@ def parts_of(annotation: Any) -> Iterator[Any]:
     if get_origin(annotation) in (Annotated, Union, types.UnionType, list, tuple):
         for part in get_args(annotation):
             yield from parts_of(part)
+
+
+def _hides_reference(annotation: Any, top: bool = True) -> bool:
+    """Whether references stand where `references` does not look: in dicts, in lists of lists,
+    in models inside the stage."""
+    origin, parts = get_origin(annotation), get_args(annotation)
+    if origin is Ref:
+        return False
+    if origin in (Annotated, Union, types.UnionType):
+        return any(_hides_reference(part, top) for part in parts)
+    if origin in (list, tuple) and top:
+        return any(_hides_reference(part, top=False) for part in parts)
+    return any(get_origin(part) is Ref for part in _everything(annotation, set()))
+
+
+def _everything(annotation: Any, seen: set[type]) -> Iterator[Any]:
+    """All that an annotation is made of, the fields of models included."""
+    yield annotation
+    for part in get_args(annotation):
+        yield from _everything(part, seen)
+    if isinstance(annotation, type) and annotation not in seen:
+        seen.add(annotation)
+        if issubclass(annotation, BaseModel):
+            for field in annotation.model_fields.values():
+                yield from _everything(field.annotation, seen)
 
 
 def field_markers(stage: type[Stage], field: str) -> set[str]:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import time
 from pathlib import Path
@@ -108,11 +109,29 @@ def test_the_code_of_a_local_plug_in_is_part_of_the_key(workshop: Workshop) -> N
     )
     shape = workshop.root / "shape.py"
     shape.write_text("from tests.pipeline.toys import Square\nclass Wide(Square): ...\n")
-    entry = workshop.load("  a: {use: ./mine.py:Shaped, shape: ./shape.py:Wide}\n").entries["a"]
+    stages = "  a: {use: ./mine.py:Shaped, shape: ./shape.py:Wide}\n"
+    entry = workshop.load(stages).entries["a"]
     first = action_of(entry, {})
-    assert first == action_of(entry, {})
     shape.write_text(shape.read_text() + "# the next version\n")
-    assert first.key != action_of(entry, {}).key
+    assert first == action_of(entry, {}), "the code that was loaded is what runs"
+    assert first.key != action_of(workshop.load(stages).entries["a"], {}).key
+
+
+def test_a_source_that_changes_while_it_is_read_is_not_kept(workshop: Workshop) -> None:
+    (workshop.root / "mine.py").write_text(
+        "from lifecycle.pipeline.stage import SourcePath, Stage\n"
+        "from tests.pipeline.toys import Number, write\n"
+        "class Restless(Stage):\n    produces = Number\n    path: SourcePath\n"
+        "    def run(self, ctx):\n        value = int(self.path.read_text())\n"
+        "        if value < 2: self.path.write_text(str(value + 1))\n"
+        "        return write(ctx, value)\n"
+    )
+    (workshop.root / "n.txt").write_text("1")
+    stages = "  a: {use: ./mine.py:Restless, path: n.txt}\n"
+    assert statuses(workshop.run(stages)) == "a=failed"
+    assert re.search(r"a: path \(.*n\.txt\) changed while the stage read it", str(workshop.error))
+    assert leftovers(workshop) == []
+    assert workshop.run(stages).stages["a"].metrics == {"value": 2}
 
 
 def test_a_source_folder_with_files_that_cannot_be_read(workshop: Workshop, monkeypatch) -> None:
