@@ -13,6 +13,7 @@ import uvicorn
 
 from lifecycle.errors import LifecycleError
 from serving.app import create_app
+from serving.protocol import Protocol
 from serving.service import Service
 from serving.settings import ServerSettings
 
@@ -70,6 +71,7 @@ def run(
     """
     config = uvicorn.Config(
         create_app(service, settings),
+        http=Protocol,
         ws="none",
         log_config=None,
         server_header=False,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,11 @@ from serving.worker import EngineWorker
 
 QUEUE_PER_SLOT = 4
 """Requests that may wait for each that can run, unless `max_queue` says otherwise."""
+
+LONG_TEXT = 64 * 1024
+"""Characters from which a text is tokenised with no other long one beside it."""
+MAX_LONG_TEXTS = 8
+"""Long texts that may wait to be tokenised."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +60,8 @@ class Service:
         self.defaults = defaults
         self.max_model_len = engine.max_model_len
         self.worker = EngineWorker(engine, max_queue)
+        self._one_long = asyncio.Semaphore(1)
+        self._long_waiting = 0
 
     async def chat_tokens(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """The prompt for the assistant's next message.
@@ -66,9 +73,9 @@ class Service:
             raise errors.bad_request(
                 f"'{self.card.name}' has no chat template; use /v1/completions", param="messages"
             )
+        size = sum(len(str(message.get("content", ""))) for message in messages)
         try:
-            # Tokenising a long text takes a while; the event loop must not wait for it.
-            return await asyncio.to_thread(self.tokenizer.encode_chat, messages)
+            return await self._tokenise(size, lambda: self.tokenizer.encode_chat(messages))
         except DataError as error:
             raise errors.bad_request(str(error), param="messages") from error
 
@@ -76,7 +83,24 @@ class Service:
         """The token ids of a plain prompt."""
         if isinstance(prompt, list):
             return prompt
-        return await asyncio.to_thread(self.tokenizer.encode, prompt)
+        return await self._tokenise(len(prompt), lambda: self.tokenizer.encode(prompt))
+
+    async def _tokenise(self, size: int, work: Callable[[], list[int]]) -> list[int]:
+        """Tokenise a text of `size` characters in a thread: the event loop must not wait for it.
+
+        Long texts wait for each other, and only so many: ten of 4 MB at once took 3 GB, every
+        core, and with them the answers of all other clients.
+        """
+        if size < LONG_TEXT:
+            return await asyncio.to_thread(work)
+        if self._long_waiting >= MAX_LONG_TEXTS:
+            raise errors.queue_full()
+        self._long_waiting += 1
+        try:
+            async with self._one_long:
+                return await asyncio.to_thread(work)
+        finally:
+            self._long_waiting -= 1
 
     def room(
         self, prompt: Sequence[int], asked: int | None, default: int | None, param: str

@@ -70,7 +70,9 @@ def _say_hello(service: Service) -> None:
 def _read_line() -> str | None:
     """The next line without its break; None at the end of the input."""
     try:
-        return input("> " if sys.stdin.isatty() else "").strip()
+        line = input("> " if sys.stdin.isatty() else "").strip()
+        # Bytes that are no UTF-8 come as half surrogates, which no tokeniser takes.
+        return line.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
     except EOFError:
         return None
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lifecycle.commands.output import Parser, emit, say
 from lifecycle.pipeline import files, runs
-from lifecycle.pipeline.store import Store
+from lifecycle.pipeline.store import DIGEST, Store
 
 
 def main(argv: list[str]) -> int:
@@ -29,7 +29,7 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     if args.keep < 0:
         parser.error("--keep takes 0 or more")
-    store = Store.open(args.store)
+    store = Store.look(args.store).require()
     with store.exclusive():
         doomed = list(_doomed(store, args.keep))
         freed = sum(_size(path) for path in doomed)
@@ -67,13 +67,19 @@ def _doomed(store: Store, keep: int) -> Iterator[Path]:
         keys |= {stage.key for stage in run.stages.values() if stage.key}
         digests |= {stage.digest for stage in run.stages.values() if stage.digest}
     yield from old
-    yield from (p for p in (store.root / "records").iterdir() if p.stem not in keys)
-    yield from (p for p in (store.root / "objects").iterdir() if p.name not in digests)
-    scratch = (store.root / "scratch").iterdir()
+    yield from (p for p in _named(store, "records") if p.stem not in keys)
+    yield from (p for p in _named(store, "objects") if p.name not in digests)
+    scratch = _named(store, "scratch")
     yield from (p for p in scratch if p.name not in keys or store.record(p.name))
     yield from (store.root / "tmp").iterdir()
     locks = (store.root / "locks").iterdir()
     yield from (p for p in locks if p.stem not in keys and p.stem != "store")
+
+
+def _named(store: Store, folder: str) -> Iterator[Path]:
+    """What lies there under a key or a digest: anything else is not the store's to remove."""
+    paths = (store.root / folder).iterdir()
+    return (p for p in paths if DIGEST.fullmatch(p.name.removesuffix(".json")))
 
 
 def _size(path: Path) -> int:

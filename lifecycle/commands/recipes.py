@@ -17,7 +17,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("name", nargs="?", help="the recipe to show or copy")
     parser.add_argument("target", nargs="?", help="copy: the file to write (default: NAME.yaml)")
     parser.add_json()
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     if args.action == "list":
         return _list(args.json)
     if args.name is None:

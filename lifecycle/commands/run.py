@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from argparse import Namespace
 from dataclasses import asdict
@@ -53,7 +54,7 @@ def run(argv: list[str]) -> int:
     if args.json:
         emit(result.result())
     else:
-        _summary(result, store)
+        _summary(result, store, args)
     if error is not None:
         _explain(result, error, recipe, args)
         return error.exit_code if isinstance(error, InterruptedRun) else 1
@@ -74,7 +75,7 @@ def _display(quiet: bool) -> Display:
     return LiveDisplay() if sys.stderr.isatty() and not quiet else PlainDisplay()
 
 
-def _summary(run: Run, store: Store) -> None:
+def _summary(run: Run, store: Store, args: Namespace) -> None:
     rows = [
         (
             name,
@@ -91,7 +92,8 @@ def _summary(run: Run, store: Store) -> None:
     say(f"run {run.run} of '{run.recipe}': {run.status} in {took:.1f} s; store {store.root}")
     bundles = [s.path for s in run.stages.values() if s.kind == "bundle" and s.path]
     if run.status == "ok" and bundles:
-        say(f"serve it with: lifecycle serve {run.recipe}")
+        place = ["--store", str(args.store)] if args.store else []
+        say(f"serve it with: {shlex.join(['lifecycle', 'serve', run.recipe, *place])}")
 
 
 def _explain(run: Run, error: LifecycleError, recipe: Recipe, args: Namespace) -> None:
@@ -111,7 +113,7 @@ def plan(argv: list[str]) -> int:
         "plan", "Show which stages are cached and which would run, and why."
     ).parse_intermixed_args(argv)
     recipe = load(args.recipe, args.overrides)
-    planned = plan_recipe(recipe, Store.open(args.store), args.until)
+    planned = plan_recipe(recipe, Store.look(args.store), args.until)
     if args.json:
         emit({"stages": {name: asdict(item) for name, item in planned.items()}})
         return 0

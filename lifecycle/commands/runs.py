@@ -23,13 +23,13 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--html", type=Path, metavar="FILE", help="show: write a page with curves")
     parser.add_store()
     parser.add_json()
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     wanted = {"list": 0, "show": 1, "compare": 2}[args.action]
     if len(args.names) != wanted:
         parser.error(f"{args.action} takes {wanted} name{'s' if wanted != 1 else ''}")
     if args.html is not None and args.action != "show":
         parser.error("--html goes with show")
-    store = Store.open(args.store)
+    store = Store.look(args.store).require()
     if args.action == "list":
         return _list(store, args.json)
     found = [runs.find(store, name) for name in args.names]

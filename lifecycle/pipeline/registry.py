@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import inspect
 import sys
+import traceback
 from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib.machinery import SourceFileLoader
@@ -123,10 +124,18 @@ def _load_file(use: str, roots: Iterable[Path]) -> object:
     try:
         module = _module(path)
     except (Exception, SystemExit) as error:
-        raise PluginError(f"'{use}' cannot be imported: {error}") from error
+        raise PluginError(f"'{use}' cannot be imported: {_blame(error, path)}") from error
     if not hasattr(module, attribute):
         raise PluginError(f"{path} has no '{attribute}'{did_you_mean(attribute, vars(module))}")
     return getattr(module, attribute)
+
+
+def _blame(error: BaseException, path: Path) -> str:
+    """What went wrong in a user's file, and at which of its lines."""
+    frames = traceback.extract_tb(error.__traceback__)
+    line = next((frame.lineno for frame in reversed(frames) if frame.filename == str(path)), None)
+    where = "" if line is None else f"line {line}: "
+    return f"{where}{type(error).__name__}: {error}"
 
 
 def _module(path: Path) -> ModuleType:

@@ -110,7 +110,7 @@ def _alive(pid: int) -> bool:
 
 def newest_first(store: Store) -> Iterator[Run]:
     """All runs of a store."""
-    found = (_read(path / "run.json") for path in (store.root / "runs").iterdir())
+    found = (_read(path) for path in (store.root / "runs").glob("*/run.json"))
     yield from sorted(filter(None, found), key=lambda run: run.started, reverse=True)
 
 
@@ -143,7 +143,7 @@ def find_bundle(name: str, store: Path | None = None) -> Path:
         RecipeError: no such run.
         StoreError: it made no bundle, or the bundle is gone.
     """
-    opened = Store.open(store)
+    opened = Store.look(store).require()
     good = [r for r in newest_first(opened) if r.status == "ok" and name in (r.recipe, r.run)]
     run = good[0] if good else find(opened, name)
     if run.status != "ok":

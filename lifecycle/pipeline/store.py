@@ -16,7 +16,7 @@ import fcntl
 import json
 import os
 import re
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -42,7 +42,11 @@ DEFAULT = ".lifecycle"
 VARIABLE = "LIFECYCLE_STORE"
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
-_DIGEST = re.compile(r"[0-9a-f]{64}")
+MARKER = "store.json"
+DIGEST = re.compile(r"[0-9a-f]{64}")
+_NO_PLACE = (errno.ENOENT, errno.EEXIST, errno.ENOTDIR)
+_OWN = re.compile(r"\.gitignore|\.(\.gitignore|store\.json)\..*")
+"""What stands in the folder while a store is being made: its first file, and temporary ones."""
 
 A = TypeVar("A", bound=Artifact)
 
@@ -83,10 +87,15 @@ class Record:
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Self:
         """As read from `records/`."""
-        if not _DIGEST.fullmatch(value["digest"]):  # it becomes part of a path
+        if not DIGEST.fullmatch(value["digest"]):  # it becomes part of a path
             raise ValueError(f"{value['digest']!r} is no digest")
         action = Action(**value["action"])
         return cls(value["key"], value["digest"], action, value["metrics"], value["seconds"])
+
+
+def _entries(folder: Path) -> Iterator[Path]:
+    """What is in a folder; nothing if it does not exist."""
+    return folder.iterdir() if folder.exists() else iter(())
 
 
 @contextmanager
@@ -100,7 +109,7 @@ def disk_errors(path: Path) -> Generator[None]:
                 f"no space left below {path}; nothing was recorded: free some space "
                 "(`lifecycle gc` helps) or choose another place with --store, then run again"
             ) from error
-        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM, *_NO_PLACE):
             raise StoreError(
                 f"{error.filename or path}: {error.strerror}; a store needs a folder that can be "
                 "written: choose another place with --store"
@@ -120,28 +129,66 @@ class Store:
         """Open or create the store at `path`, `$LIFECYCLE_STORE` or `./.lifecycle`.
 
         Raises:
-            StoreError: it was written by a newer version, or cannot be written.
+            StoreError: it was written by a newer version, cannot be written, or the folder has
+                other things in it.
+        """
+        store = cls.look(path)
+        with disk_errors(store.root):
+            if not store.exists:
+                if not store.root.exists() or not any(store.root.iterdir()):
+                    files.write_atomic(store.root / ".gitignore", b"*\n")
+                files.write_atomic(store.root / MARKER, canonical_json({"format": FORMAT}))
+            for name in ("objects", "records", "locks", "scratch", "tmp", "runs"):
+                (store.root / name).mkdir(exist_ok=True)
+        return store
+
+    @classmethod
+    def look(cls, path: Path | None = None) -> Self:
+        """The store as `open` finds it, without writing anything: where there is none, one with
+        nothing in it.
+
+        Raises:
+            StoreError: as `open` does.
         """
         root = (path or Path(os.environ.get(VARIABLE) or DEFAULT)).expanduser().absolute()
-        marker = root / "store.json"
+        marker = root / MARKER
         with disk_errors(root):
             try:
                 found = json.loads(marker.read_text(encoding="utf-8"))["format"]
             except FileNotFoundError:
-                if not root.exists() or not any(root.iterdir()):
-                    files.write_atomic(root / ".gitignore", b"*\n")
-                files.write_atomic(marker, canonical_json({"format": FORMAT}))
-                found = FORMAT
+                # What `gc` may remove must be what a store has made.
+                if other := next((p.name for p in _entries(root) if not _OWN.match(p.name)), None):
+                    raise StoreError(
+                        f"{root} is no store, and has other things in it ('{other}'): choose an "
+                        "empty or a new folder with --store"
+                    ) from None
+                return cls(root)
             except (ValueError, KeyError, TypeError, NotADirectoryError) as error:
                 raise StoreError(f"{root} is no store: {marker} cannot be read") from error
-            if found != FORMAT:
-                raise StoreError(
-                    f"{root} has format {found}, this version reads {FORMAT}: upgrade "
-                    "lifecycle-toolkit, or choose another place with --store"
-                )
-            for name in ("objects", "records", "locks", "scratch", "tmp", "runs"):
-                (root / name).mkdir(exist_ok=True)
+        if found != FORMAT:
+            raise StoreError(
+                f"{root} has format {found}, this version reads {FORMAT}: upgrade "
+                "lifecycle-toolkit, or choose another place with --store"
+            )
         return cls(root)
+
+    @property
+    def exists(self) -> bool:
+        """Whether it has been made."""
+        return (self.root / MARKER).is_file()
+
+    def require(self) -> Self:
+        """This store.
+
+        Raises:
+            StoreError: it has not been made yet.
+        """
+        if not self.exists:
+            raise StoreError(
+                f"there is no store at {self.root}: `lifecycle run` makes one; --store or "
+                f"{VARIABLE} names another place"
+            )
+        return self
 
     def record(self, key: str) -> Record | None:
         """What the key gave, if its artifact is there too; a damaged record counts as none."""

@@ -248,3 +248,37 @@ def test_a_reader_that_goes_away_is_no_error(toy: str) -> None:
         env=os.environ | {"PYTHONUNBUFFERED": "1"},
     )
     assert "Traceback" not in done.stderr
+
+
+def test_gc_leaves_what_the_store_has_not_made(workshop: Workshop, toy: str) -> None:
+    main(["run", toy])
+    mine = workshop.store_path / "objects" / "mine"
+    mine.write_text("mine")
+    assert main(["gc", "--keep", "0"]) == 0
+    assert [path.name for path in (workshop.store_path / "objects").iterdir()] == ["mine"]
+
+
+def test_only_a_run_makes_a_store(tmp_path: Path, toy: str, capsys) -> None:
+    nowhere = ["--store", str(tmp_path / "nowhere")]
+    for argv in (["runs"], ["gc"], ["runs", "show", "toy"]):
+        assert main([*argv, *nowhere]) == 1
+        assert "there is no store at" in capsys.readouterr().err
+    assert main(["plan", toy, *nowhere]) == 0
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_options_may_stand_between_the_words(toy: str, tmp_path: Path, capsys) -> None:
+    main(["run", toy])
+    capsys.readouterr()
+    page = tmp_path / "page.html"
+    assert main(["runs", "show", "--html", str(page), "toy"]) == 0
+    assert page.is_file()
+    assert main(["runs", "compare", "--json", "toy", "toy"]) == 0
+    assert main(["recipes", "copy", "--json", "quickstart", str(tmp_path / "mine.yaml")]) == 0
+
+
+def test_the_hint_after_a_run_names_the_store(workshop: Workshop, tmp_path: Path, capsys) -> None:
+    path = workshop.write("  a: {use: toy:Bundled}\n")
+    place = str(tmp_path / "my store")
+    assert main(["run", str(path), "--store", place]) == 0
+    assert f"serve it with: lifecycle serve toy --store '{place}'" in capsys.readouterr().out

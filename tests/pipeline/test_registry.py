@@ -123,3 +123,17 @@ def test_two_packages_with_one_name(tmp_path: Path) -> None:
     done = lifecycle(tmp_path, "run", "r.yaml")
     assert done.returncode == 2
     assert "two packages offer lifecycle.stages 'merge'" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        ("x = 1\nraise ValueError('hi')\n", "line 2: ValueError: hi"),
+        ("import sys\nsys.exit(0)\n", "line 2: SystemExit: 0"),
+        ("def f(:\n", "SyntaxError: "),
+    ],
+)
+def test_a_file_that_fails_is_blamed_at_its_line(tmp_path: Path, code: str, words: str) -> None:
+    (tmp_path / "mine.py").write_text(code)
+    with pytest.raises(PluginError, match=rf"'\./mine\.py:X' cannot be imported: {words}"):
+        registry.load(registry.STAGES, "./mine.py:X", Stage, [tmp_path])

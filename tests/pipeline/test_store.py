@@ -193,6 +193,34 @@ def test_a_linked_manifest_is_never_written_through(tmp_path: Path) -> None:
     assert manifest.read_bytes() == before
 
 
+@pytest.mark.parametrize("place", ["notes.txt", "tmp/mine", "objects/mine"])
+def test_a_folder_with_other_things_is_no_store(tmp_path: Path, place: str) -> None:
+    mine = tmp_path / place
+    mine.parent.mkdir(exist_ok=True)
+    mine.write_text("mine")
+    with pytest.raises(StoreError, match=r"is no store, and has other things in it"):
+        Store.open(tmp_path)
+    assert [p for p in tmp_path.rglob("*") if p.is_file()] == [mine]
+
+
+def test_looking_writes_nothing(tmp_path: Path) -> None:
+    place = tmp_path / "nowhere"
+    store = Store.look(place)
+    assert store.record("0" * 64) is None
+    with pytest.raises(StoreError, match=r"there is no store at .*nowhere: `lifecycle run` makes"):
+        store.require()
+    assert not place.exists()
+    Store.open(place)
+    assert store.require() is store
+
+
+@pytest.mark.parametrize("place", ["/proc/none/store", "file/store"])
+def test_a_store_that_cannot_be_made_is_one_clear_error(tmp_path: Path, place: str) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match="--store|is no store"):
+        Store.open(tmp_path / place)
+
+
 def test_a_folder_of_the_users_keeps_its_gitignore(tmp_path: Path) -> None:
     (tmp_path / ".gitignore").write_text("mine\n")
     Store.open(tmp_path)

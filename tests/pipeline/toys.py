@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel
 
 from lifecycle.errors import DataError, GateError
-from lifecycle.kinds import Text, Tokenizer
+from lifecycle.kinds import Bundle, Text, Tokenizer
 from lifecycle.pipeline.artifact import Artifact, Metrics
 from lifecycle.pipeline.registry import SETTINGS, Plugin
 from lifecycle.pipeline.stage import RUNTIME, Context, Ref, SourcePath, Stage
@@ -104,6 +104,15 @@ class Add(Stage):
     def run(self, ctx: Context) -> Metrics:
         total = ctx.input(self.left).value + sum(ctx.input(ref).value for ref in self.others)
         return write(ctx, total + self.plus)
+
+
+class Bundled(Stage):
+    """What could be served."""
+
+    produces = Bundle
+
+    def run(self, ctx: Context) -> Metrics:
+        return write(ctx, 0)
 
 
 class Read(Stage):

@@ -11,6 +11,7 @@ import httpx2 as httpx
 import uvicorn
 
 from serving.app import create_app
+from serving.protocol import Protocol
 from serving.server import bind, url
 from serving.service import Service
 from serving.settings import ServerSettings
@@ -21,7 +22,11 @@ def running(service: Service, settings: ServerSettings | None = None) -> Iterato
     """Serve while the block runs; gives the URL."""
     listener = bind("127.0.0.1", 0)
     config = uvicorn.Config(
-        create_app(service, settings), ws="none", log_config=None, timeout_graceful_shutdown=5
+        create_app(service, settings),
+        http=Protocol,
+        ws="none",
+        log_config=None,
+        timeout_graceful_shutdown=5,
     )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})

@@ -244,3 +244,62 @@ def raw_request(http: httpx.Client, path: str, body: dict[str, Any]) -> Iterator
     with socket.create_connection((place.hostname, place.port), timeout=10) as connection:
         connection.sendall(head.encode() + content)
         yield
+
+
+def test_half_a_head_does_not_hold_a_connection(
+    make_service: MakeService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serving.protocol.HEAD_TIMEOUT", 0.2)
+    with served(make_service) as (http, _, _):
+        address = (http.base_url.host, http.base_url.port or 80)
+        head = b"GET /health HTTP/1.1\r\nHost: x\r\n"
+        for sent in (b"", head, head + b"\r\n" + head):
+            with socket.create_connection(address, timeout=10) as connection:
+                connection.sendall(sent)
+                received = b""
+                while part := connection.recv(4096):
+                    received += part
+                assert received.count(b"200 OK") == sent.count(b"\r\n\r\n")
+        assert http.get("/health").status_code == 200
+
+
+def test_a_head_in_time_lets_the_answer_take_its_own(
+    make_service: MakeService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serving.protocol.HEAD_TIMEOUT", 0.2)
+    with served(make_service) as (http, service, backend):
+        backend.gate.clear()
+        thread, results = in_background(lambda: http.post(ROUTE, json=SHORT))
+        wait_until(lambda: service.worker.num_unfinished == 1)
+        time.sleep(0.5)
+        backend.gate.set()
+        thread.join()
+        assert results[0].status_code == 200
+
+
+def test_long_texts_are_tokenised_one_at_a_time_and_only_so_many_wait(
+    make_service: MakeService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serving.service.MAX_LONG_TEXTS", 2)
+    with served(make_service) as (http, service, _):
+        encode, going, most = service.tokenizer.encode, threading.Event(), [0, 0]
+
+        def slow(text: str, **options: bool) -> list[int]:
+            if len(text) > 100:
+                most[0] += 1
+                most[1] = max(most)
+                going.wait(10)
+                most[0] -= 1
+            return encode(text, **options)
+
+        monkeypatch.setattr(service.tokenizer, "encode", slow)
+        long = SHORT | {"prompt": "x" * 100_000}
+        waiting = [in_background(lambda: http.post(ROUTE, json=long)) for _ in range(2)]
+        wait_until(lambda: service._long_waiting == 2)
+        assert error_of(http.post(ROUTE, json=long), 503)["code"] == "queue_full"
+        assert http.post(ROUTE, json=SHORT).status_code == 200
+        going.set()
+        for thread, results in waiting:
+            thread.join()
+            assert error_of(results[0], 400)["code"] == "context_length_exceeded"
+        assert most[1] == 1
