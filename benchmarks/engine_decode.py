@@ -3,8 +3,10 @@
     python -m benchmarks.engine_decode --pairs 9 --json
 
 Both run the same random weights: the peer the graph of its own builder (block 32,
-accuracy_level 4), this project its own export. They take turns, one pair after another, in one
-run; the ratio is the median over the pairs. Above 1, this project is faster.
+accuracy_level 4, every matrix in 4 bits), this project its own export, either with every matrix
+in 4 bits too or as the stage `quantize` makes it by default, the output head in row-wise int8.
+They take turns, one after another, in one run; the ratio is the median over the turns. Above 1,
+this project is faster.
 """
 
 from __future__ import annotations
@@ -26,8 +28,10 @@ from lifecycle.engines.base import Engine, EngineOptions, Request, SamplingParam
 from lifecycle.engines.ort import OnnxEngine
 from lifecycle.graph.export import export_decoder
 from lifecycle.graph.int4 import Int4
-from lifecycle.graph.quantize import quantize_graph
+from lifecycle.graph.int8 import Int8Rowwise
+from lifecycle.graph.quantize import Scheme, quantize_graph
 from lifecycle.graph.targets import Cpu
+from lifecycle.stages.quantize import Quantize
 
 PEER = ["onnxruntime-genai==0.18.0", "onnxruntime==1.32.0"]
 PROMPT = 128
@@ -51,15 +55,21 @@ def decode(engine: Engine, batch: int, tokens: int) -> float:
     return seconds
 
 
-def our_model(folder: Path, checkpoint: Path) -> Path:
-    """The checkpoint as int4, exported by the code that is measured."""
-    full, int4 = folder / "fp32", folder / "int4"
-    for path in (full, int4):
+def our_models(folder: Path, checkpoint: Path) -> dict[str, Path]:
+    """The checkpoint as int4, exported by the code that is measured: with every matrix in 4 bits,
+    and as the stage makes it by default."""
+    settings = Quantize.model_fields
+    int8 = Int8Rowwise(settings["weight_bits"].default)
+    as_shipped: dict[str, Scheme | None] = dict.fromkeys(settings["int8"].default, int8)
+    full = folder / "fp32"
+    made = {name: folder / name.replace(" ", "-") for name in ("int4", "int4 by default")}
+    for path in (full, *made.values()):
         shutil.rmtree(path, ignore_errors=True)
         path.mkdir(parents=True)
     export_decoder(checkpoint, full, Cpu())
-    quantize_graph(full, int4, "int4", Int4())
-    return int4
+    for path, exceptions in zip(made.values(), ({}, as_shipped), strict=True):
+        quantize_graph(full, path, "int4", Int4(), exceptions)
+    return made
 
 
 def peer_model(folder: Path, checkpoint: Path, python: Path, threads: int) -> Path:
@@ -88,22 +98,28 @@ def write_tokenizer(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
-def compare(engine: Engine, peer: Worker, batch: int, pairs: int, tokens: int) -> dict[str, float]:
-    """Tokens per second of both at one batch size, and the ratio."""
-    ours: list[float] = []
+def compare(
+    engines: dict[str, Engine], peer: Worker, batch: int, pairs: int, tokens: int
+) -> dict[str, dict[str, float]]:
+    """Tokens per second of each and of the peer at one batch size, and the ratios."""
+    seconds: dict[str, list[float]] = {name: [] for name in engines}
     theirs: list[float] = []
-    # The first pair warms both up.
+    # The first turn warms all up.
     for _ in range(pairs + 1):
-        ours.append(decode(engine, batch, tokens))
+        for name, engine in engines.items():
+            seconds[name].append(decode(engine, batch, tokens))
         theirs.append(peer.ask(batch=batch, prompt=PROMPT, tokens=tokens)["seconds"])
-    ratios = [peer_s / our_s for our_s, peer_s in zip(ours[1:], theirs[1:], strict=True)]
-    return {
-        "ours": batch * tokens / statistics.median(ours[1:]),
-        "peer": batch * tokens / statistics.median(theirs[1:]),
-        "ratio": statistics.median(ratios),
-        "lowest": min(ratios),
-        "highest": max(ratios),
-    }
+    found: dict[str, dict[str, float]] = {}
+    for name, ours in seconds.items():
+        ratios = [peer_s / our_s for our_s, peer_s in zip(ours[1:], theirs[1:], strict=True)]
+        found[name] = {
+            "ours": batch * tokens / statistics.median(ours[1:]),
+            "peer": batch * tokens / statistics.median(theirs[1:]),
+            "ratio": statistics.median(ratios),
+            "lowest": min(ratios),
+            "highest": max(ratios),
+        }
+    return found
 
 
 def main() -> None:
@@ -121,19 +137,21 @@ def main() -> None:
     python = environment("onnxruntime-genai", PEER)
     peer_folder = peer_model(folder, checkpoint, python, args.threads)
     options = EngineOptions(max(args.batch), threads=args.threads)
-    engine = OnnxEngine.open(our_model(folder, checkpoint), options)
+    made = our_models(folder, checkpoint)
+    engines: dict[str, Engine] = {n: OnnxEngine.open(path, options) for n, path in made.items()}
     with Worker(python, "peer_genai.py", str(peer_folder)) as peer:
         result = {
-            batch: compare(engine, peer, batch, args.pairs, args.tokens) for batch in args.batch
+            batch: compare(engines, peer, batch, args.pairs, args.tokens) for batch in args.batch
         }
     if args.json:
         print(json.dumps(result))
         return
-    for batch, r in result.items():
-        print(
-            f"batch {batch}: {r['ours']:.1f} tokens/s, onnxruntime-genai {r['peer']:.1f}; "
-            f"ratio {r['ratio']:.2f} ({r['lowest']:.2f} to {r['highest']:.2f})"
-        )
+    for batch, by_model in result.items():
+        for name, r in by_model.items():
+            print(
+                f"batch {batch}, {name}: {r['ours']:.1f} tokens/s, onnxruntime-genai "
+                f"{r['peer']:.1f}; ratio {r['ratio']:.2f} ({r['lowest']:.2f} to {r['highest']:.2f})"
+            )
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ def run(argv: list[str]) -> int:
         "--force", metavar="STAGE", action="append", default=[], help="run it though it is cached"
     )
     args = parser.parse_intermixed_args(argv)
-    _spin_briefly()
+    _set_thread_libraries()
     try:
         recipe = load(args.recipe, args.overrides)
         store = Store.open(args.store)
@@ -61,14 +61,17 @@ def run(argv: list[str]) -> int:
     return 0
 
 
-def _spin_briefly() -> None:
-    """Let OpenMP's threads, which PyTorch computes with, give their core up soon when they wait.
+def _set_thread_libraries() -> None:
+    """Choose how the libraries that PyTorch computes with behave; they read it when loaded.
 
-    libgomp spins for about a millisecond by default, so on a machine with other work to do each
-    thread keeps the core that the others wait for. It reads this once, when it is loaded.
+    OpenMP's threads give their core up soon when they wait: libgomp spins for about a millisecond
+    by default, so on a machine with other work to do each thread keeps the core that the others
+    wait for. And MKL gives the same bits on every run with the same number of threads, which it
+    promises in this mode only.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+    os.environ.setdefault("MKL_CBWR", "AUTO")
 
 
 def _display(quiet: bool) -> Display:

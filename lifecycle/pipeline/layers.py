@@ -51,6 +51,11 @@ class Layers:
         if keys == ["name"]:
             self.data["name"] = value
             return
+        if len(keys) < 2 and keys[0] in stages:
+            raise RecipeError(
+                f"'{text}': '{keys[0]}' is a whole stage; name one of its fields: "
+                f"{keys[0]}.FIELD=VALUE"
+            )
         if len(keys) < 2 or keys[0] not in stages:
             hint = did_you_mean(keys[0], stages)
             raise RecipeError(f"'{text}': no stage '{keys[0]}'{hint} (stages: {', '.join(stages)})")

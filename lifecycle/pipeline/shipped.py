@@ -30,8 +30,10 @@ def find_recipe(source: str) -> Path:
     """
     path = Path(source)
     try:
-        if path.is_file():
+        if path.exists() and not path.is_dir():
             return path
+        if path.is_dir():
+            raise RecipeError("is a folder, not a recipe", file=source)
     except OSError as error:
         raise RecipeError(f"cannot be read: {error.strerror}", file=source) from error
     known = recipes()

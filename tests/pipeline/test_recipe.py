@@ -126,7 +126,7 @@ def test_overrides(workshop: Workshop) -> None:
         ("a.value", "is no override"),
         ("=3", "is no override"),
         ("aa.value=3", "no stage 'aa'; did you mean 'a'?"),
-        ("a=3", "no stage 'a'"),
+        ("a=3", "'a' is a whole stage; name one of its fields: a.FIELD=VALUE"),
         ("a.vale=3", "command line: stages.a.vale: unknown key 'vale'; did you mean 'value'?"),
         ("a.value=x", "command line: stages.a.value: "),
         ("a.value=[", "command line:"),
