@@ -157,9 +157,13 @@ class Detector:
 
 
 def _message(item: Row) -> Message:
-    if item.get("role") is None or "content" not in item:
+    calls = item.get("tool_calls")
+    if item.get("role") is None or ("content" not in item and not calls):
         raise ValueError(f"a message needs 'role' and 'content', not {_names(item)}")
     message = {key: item[key] for key in _MESSAGE_KEYS if item.get(key) is not None}
+    if calls:
+        # Templates read the content even where OpenAI leaves it out.
+        message.setdefault("content", "")
     if item.get("weight") == 0:
         message["train"] = False
     return message

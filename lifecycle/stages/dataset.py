@@ -34,7 +34,7 @@ class Dataset(Stage):
     """Conversations from a jsonl, json, csv or parquet file, split into train and test."""
 
     produces = Conversations
-    version = 1
+    version = 2
 
     path: SourcePath
     """The file to read."""

@@ -8,6 +8,7 @@ from lifecycle.data.formats import Detector, load_format
 from lifecycle.errors import DataError, PluginError
 
 EXCHANGE = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+CALL = {"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}
 SYSTEM = {"role": "system", "content": "s"}
 
 
@@ -19,6 +20,16 @@ SYSTEM = {"role": "system", "content": "s"}
             "messages",
             {"messages": [EXCHANGE[0], {**EXCHANGE[1], "weight": 0, "name": None, "extra": 1}]},
             [EXCHANGE[0], {**EXCHANGE[1], "train": False}],
+        ),
+        (
+            "messages",
+            {"messages": [EXCHANGE[0], {**CALL, "content": None}, EXCHANGE[1]]},
+            [EXCHANGE[0], {**CALL, "content": ""}, EXCHANGE[1]],
+        ),
+        (
+            "messages",
+            {"messages": [EXCHANGE[0], CALL, EXCHANGE[1]]},
+            [EXCHANGE[0], {**CALL, "content": ""}, EXCHANGE[1]],
         ),
         (
             "sharegpt",
