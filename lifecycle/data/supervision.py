@@ -33,9 +33,10 @@ def rendered_turns(template: ChatTemplate, messages: Sequence[Message]) -> tuple
     """The conversation as text, and the assistant turns in it.
 
     Raises:
-        DataError: the template refuses the messages, or does not render what comes before a
-            turn the way it does when that turn is to be generated.
+        DataError: the template refuses the messages, leaves something of a turn out, or does not
+            render what comes before it the way it does when that turn is to be generated.
     """
+    _require_tool_calls(template, messages)
     if not template.has_generation_blocks:
         text = template.render(messages)
         return text, list(_located(template, messages, text))
@@ -47,6 +48,19 @@ def rendered_turns(template: ChatTemplate, messages: Sequence[Message]) -> tuple
             "assistant messages; it must write one around each"
         )
     return text, [Turn(*span, flag) for span, flag in zip(spans, train, strict=True)]
+
+
+def _require_tool_calls(template: ChatTemplate, messages: Sequence[Message]) -> None:
+    for index, message in enumerate(messages):
+        if not message.get("tool_calls"):
+            continue
+        without = {key: value for key, value in message.items() if key != "tool_calls"}
+        before = messages[:index]
+        if template.render([*before, message]) == template.render([*before, without]):
+            raise DataError(
+                f"the chat template leaves out the tool_calls of message {index + 1}, so they "
+                "cannot be trained on; use a template that writes them, or take them out"
+            )
 
 
 def _located(template: ChatTemplate, messages: Sequence[Message], text: str) -> Iterator[Turn]:

@@ -197,6 +197,17 @@ def test_a_tool_call_without_content_is_supervised(universal: Path, data_dir: Pa
     assert last == "Paris.<|im_end|>"
 
 
+def test_refuses_a_template_without_tool_calls(universal: Path) -> None:
+    chat = with_template(
+        universal,
+        "{% for m in messages %}{{ m.role }}:{{ m.content }}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}",
+    )
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f"}}]}
+    with pytest.raises(DataError, match="leaves out the tool_calls of message 2"):
+        chat.encode_supervised([CHAT[0], call, {"role": "tool", "content": "1"}, CHAT[1]])
+
+
 def universal_id(chat: ChatTokenizer, token: str) -> int:
     (id_,) = chat.encode(token, add_special_tokens=False)
     return id_
