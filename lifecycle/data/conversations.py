@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,7 @@ def load_conversations(
     exclude: Container[str] = (),
 ) -> Loaded:
     """Read a file, up to `max_rows` different conversations. `system` opens those that have no
-    system message; `exclude` are digests of conversations that belong to the test file.
+    system message; `exclude` are the questions (see `question_of`) of the test file.
 
     Raises:
         DataError: the file cannot be read, mixes formats, has no usable row, or has rows that
@@ -108,8 +109,9 @@ def load_conversations(
                 break
             continue
         key = digest_of(messages)
-        if key in exclude or key in loaded.conversations:
-            loaded.drop(IN_TEST if key in exclude else DUPLICATE, row)
+        in_test = question_of(messages) in exclude
+        if in_test or key in loaded.conversations:
+            loaded.drop(IN_TEST if in_test else DUPLICATE, row)
         else:
             loaded.conversations[key] = messages
     loaded.format = detector.name or format
@@ -125,6 +127,12 @@ def _check(path: Path, loaded: Loaded, drop_bad_rows: bool) -> None:
         dropped = [f"  {entry} dropped: {reason}" for reason, entry in loaded.dropped.items()]
         lines = [f"{path} has no usable row; the first of them:", *(loaded.bad or dropped)]
         raise DataError("\n".join(lines))
+
+
+def question_of(messages: Sequence[Message]) -> str:
+    """The digest of what is said before the assistant's first message. Conversations that have
+    it in common belong in one split: another answer or a continuation gives the first away."""
+    return digest_of(list(takewhile(lambda message: message["role"] != "assistant", messages)))
 
 
 def check_conversation(messages: Sequence[Mapping[str, Any]]) -> None:
