@@ -86,9 +86,9 @@ def test_what_is_expected_is_what_is_trained(tmp_path: Path, train: bool) -> Non
     (asked,) = question(tokenizer, {"messages": messages})
     assert asked.expected == "hm.two"
     assert asked.max_new_tokens == len("hm.two") + 8
-    called = [*messages[:3], {"role": "assistant", "content": "x", "tool_calls": "call"}]
+    called = [*messages[:3], {"role": "assistant", "content": "", "tool_calls": "call"}]
     (asked,) = question(tokenizer, {"messages": called})
-    assert asked.expected == "hm.xcall"
+    assert asked.expected == "hm.call"
 
 
 def test_a_question_without_content_has_no_text(tokenizer: ChatTokenizer) -> None:
