@@ -27,7 +27,8 @@ FILES = (TOKENIZER, CONFIG, TEMPLATE)
 """The files of a tokeniser, of which only the first must be there."""
 
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token")
-_PROBE = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})
+PROBE = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})
+"""The shortest conversation, to see what a template makes of it."""
 
 
 class ChatTokenizer:
@@ -93,7 +94,7 @@ class ChatTokenizer:
         named = self.eos_token_id
         known = self._configured_eos | (set() if named is None else {named})
         try:
-            ids, supervised = self._encode_supervised(_PROBE, self._spelled.ids | known)
+            ids, supervised = self._encode_supervised(PROBE, self._spelled.ids | known)
         except DataError:
             return frozenset(known)
         trained = [id for id, flag in zip(ids, supervised, strict=True) if flag]

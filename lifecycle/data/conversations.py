@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from lifecycle.data.formats import Detector, Message
-from lifecycle.data.read import Row, read_rows
+from lifecycle.data.read import Row, check_json, read_rows
 from lifecycle.errors import DataError
 from lifecycle.pipeline.artifact import digest_of
 from lifecycle.pipeline.suggest import did_you_mean
@@ -84,7 +85,7 @@ def load_conversations(
     exclude: Container[str] = (),
 ) -> Loaded:
     """Read a file, up to `max_rows` different conversations. `system` opens those that have no
-    system message; `exclude` are digests of conversations that belong to the test file.
+    system message; `exclude` are the questions (see `question_of`) of the test file.
 
     Raises:
         DataError: the file cannot be read, mixes formats, has no usable row, or has rows that
@@ -98,6 +99,7 @@ def load_conversations(
         loaded.read += 1
         try:
             messages = detector.format_of(row.values, f"{path}, {row.place}").convert(row.values)
+            check_json(messages, "messages")
             if system and messages and messages[0]["role"] != "system":
                 messages.insert(0, {"role": "system", "content": system})
             check_conversation(messages)
@@ -107,8 +109,9 @@ def load_conversations(
                 break
             continue
         key = digest_of(messages)
-        if key in exclude or key in loaded.conversations:
-            loaded.drop(IN_TEST if key in exclude else DUPLICATE, row)
+        in_test = question_of(messages) in exclude
+        if in_test or key in loaded.conversations:
+            loaded.drop(IN_TEST if in_test else DUPLICATE, row)
         else:
             loaded.conversations[key] = messages
     loaded.format = detector.name or format
@@ -121,7 +124,15 @@ def _check(path: Path, loaded: Loaded, drop_bad_rows: bool) -> None:
         way_out = "correct them, or leave such rows out with 'on_bad_row: drop'"
         raise DataError("\n".join([f"{path} has unusable rows:", *loaded.bad, way_out]))
     if not loaded.conversations:
-        raise DataError("\n".join([f"{path} has no usable row; the first of them:", *loaded.bad]))
+        dropped = [f"  {entry} dropped: {reason}" for reason, entry in loaded.dropped.items()]
+        lines = [f"{path} has no usable row; the first of them:", *(loaded.bad or dropped)]
+        raise DataError("\n".join(lines))
+
+
+def question_of(messages: Sequence[Message]) -> str:
+    """The digest of what is said before the assistant's first message. Conversations that have
+    it in common belong in one split: another answer or a continuation gives the first away."""
+    return digest_of(list(takewhile(lambda message: message["role"] != "assistant", messages)))
 
 
 def check_conversation(messages: Sequence[Mapping[str, Any]]) -> None:
@@ -142,7 +153,8 @@ def check_conversation(messages: Sequence[Mapping[str, Any]]) -> None:
         if role not in _NEXT[before]:
             after = f"after a message of the {before}" if before else "at the beginning"
             raise ValueError(f"message {number}: the {role} cannot speak {after}")
-        _check_content(number, content, optional="tool_calls" in message)
+        calls = role == "assistant" and message.get("tool_calls")
+        _check_content(number, content, optional=bool(calls))
         before = role
     if not any(m["role"] == "assistant" and m.get("train") is not False for m in messages):
         raise ValueError("there is no message of the assistant to train on")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 from lifecycle.errors import DataError
@@ -15,7 +15,7 @@ AUTO = "auto"
 Message = dict[str, Any]
 Row = Mapping[str, Any]
 
-_MESSAGE_KEYS = ("role", "content", "name", "tool_calls", "tool_call_id", "train")
+_MESSAGE_KEYS = ("role", "content", "name", "tool_calls", "tool_call_id")
 
 
 class Format(ABC):
@@ -46,11 +46,13 @@ class Messages(Format):
         return "messages" in row
 
     def convert(self, row: Row) -> list[Message]:
+        _refuse_tools(row)
         return [_message(item) for item in _items(row, "messages")]
 
 
 class ShareGpt(Format):
-    """A list of `from` (human, gpt, system, tool) and `value`, with an optional `system`."""
+    """A list of `from` (human, gpt, system, tool) and `value`, with an optional `system`. A
+    `weight` is read as in OpenAI's format."""
 
     keys = "conversations"
     roles: ClassVar[Mapping[str, str]] = {
@@ -64,12 +66,15 @@ class ShareGpt(Format):
         return "conversations" in row
 
     def convert(self, row: Row) -> list[Message]:
+        _refuse_tools(row)
         messages = _system(row)
         for item in _items(row, "conversations"):
             if "from" not in item or "value" not in item:
                 raise ValueError(f"a turn needs 'from' and 'value', not {_names(item)}")
+            _refuse_others(item, ("from", "value"))
             role = str(item["from"])
-            messages.append({"role": self.roles.get(role, role), "content": item["value"]})
+            message = {"role": self.roles.get(role, role), "content": item["value"]}
+            messages.append(message | _trained(item))
         return messages
 
 
@@ -157,12 +162,45 @@ class Detector:
 
 
 def _message(item: Row) -> Message:
-    if item.get("role") is None or "content" not in item:
+    calls = item.get("tool_calls")
+    if item.get("role") is None or ("content" not in item and not calls):
         raise ValueError(f"a message needs 'role' and 'content', not {_names(item)}")
+    _refuse_others(item, _MESSAGE_KEYS)
     message = {key: item[key] for key in _MESSAGE_KEYS if item.get(key) is not None}
-    if item.get("weight") == 0:
-        message["train"] = False
-    return message
+    if calls:
+        # Templates read the content even where OpenAI leaves it out.
+        message.setdefault("content", "")
+    return message | _trained(item)
+
+
+def _trained(item: Row) -> dict[str, bool]:
+    """`train`, if a message says it, or says it with OpenAI's `weight`."""
+    train, weight = item.get("train"), item.get("weight")
+    if not isinstance(train, bool | None):
+        raise ValueError(f"'train' must be true or false, not {train!r}")
+    if weight not in (None, 0, 1):
+        raise ValueError(f"'weight' must be 0 or 1, not {weight!r}")
+    if weight == 0:
+        train = False
+    return {} if train is None else {"train": train}
+
+
+def _refuse_others(item: Row, known: Sequence[str]) -> None:
+    """What would be left out of the training without a word."""
+    for key, value in item.items():
+        if key not in (*known, "train", "weight") and value not in (None, "", [], {}):
+            raise ValueError(
+                f"a message has '{key}', which would not be trained; take it out, or make it a "
+                "part of the text"
+            )
+
+
+def _refuse_tools(row: Row) -> None:
+    if row.get("tools"):
+        raise ValueError(
+            "'tools' would not be shown to the model; take them out, or describe them in a "
+            "system message"
+        )
 
 
 def _items(row: Row, key: str) -> list[Row]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterator
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, cast
@@ -14,6 +16,7 @@ from lifecycle.errors import DataError, MissingExtraError
 _BOM = b"\xef\xbb\xbf"
 _LONGEST_CELL = 64 * 1024 * 1024
 _BATCH = 1024
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,13 +35,13 @@ def read_rows(path: Path) -> Iterator[Row]:
 
     Raises:
         DataError: the file is empty, of an unknown type, malformed or not UTF-8; a row is no
-            object, or longer or shorter than the header.
+            object, or longer or shorter than the header; two columns have the same name.
         MissingExtraError: parquet without pyarrow.
     """
-    reader = _READERS.get(path.suffix.lower())
+    reader = READERS.get(path.suffix.lower())
     if not path.is_file() or reader is None:
         raise DataError(
-            f"{path} is none of the files that can be read: {', '.join(sorted(_READERS))}"
+            f"{path} is none of the files that can be read: {', '.join(sorted(READERS))}"
         )
     empty = True
     for row in reader(path):
@@ -55,6 +58,33 @@ def read_text(path: Path) -> str:
         DataError: it is not UTF-8; names the byte.
     """
     return "".join(_lines(path)).replace("\r\n", "\n")
+
+
+def check_json(value: Any, at: str) -> None:
+    """Whether a value, which stands at `at`, can be written as JSON in UTF-8.
+
+    Raises:
+        ValueError: it cannot, or something in it cannot; names the field and the value.
+    """
+    match value:
+        case dict():
+            for key, inner in cast("dict[Any, Any]", value).items():
+                check_json(key, f"a key of {at}" if at else "a key")
+                check_json(inner, f"{at}.{key}" if at else str(key))
+        case list() | tuple():
+            for index, inner in enumerate(cast("Sequence[Any]", value)):
+                check_json(inner, f"{at}[{index}]")
+        case str():
+            if found := _SURROGATE.search(value):
+                part = value[max(0, found.start() - 20) : found.end() + 20]
+                raise ValueError(f"{at} has half of a surrogate pair: {part!r}; take it out")
+        case None | int():
+            pass
+        case float() if math.isfinite(value):
+            pass
+        case _:
+            shown = repr(value)[:60]
+            raise ValueError(f"{at} is {shown}, which JSON cannot hold; make it text or a number")
 
 
 def _lines(path: Path) -> Iterator[str]:
@@ -92,7 +122,18 @@ def _refuse_constant(name: str) -> NoReturn:
 def _object(value: Any, path: Path, place: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise DataError(f"{path}, {place}: a JSON object is needed, not {json.dumps(value)[:60]}")
+    try:
+        # JSON spells both halves of surrogate pairs and numbers that no float can hold.
+        check_json(value, "")
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}, {place}: {error}") from None
     return cast("dict[str, Any]", value)
+
+
+def _require_distinct(columns: Sequence[str], path: Path) -> None:
+    for number, column in enumerate(columns):
+        if column in columns[:number]:
+            raise DataError(f"{path} has two columns '{column}'; rename or remove one of them")
 
 
 def _read_jsonl(path: Path) -> Iterator[Row]:
@@ -129,6 +170,7 @@ def _read_csv(path: Path) -> Iterator[Row]:
         for cells in reader:
             if not header:
                 header = cells
+                _require_distinct(header, path)
             elif cells:
                 place = f"line {reader.line_num}"
                 if len(cells) != len(header):
@@ -150,15 +192,33 @@ def _read_parquet(path: Path) -> Iterator[Row]:
     number = 0
     try:
         with pq.ParquetFile(path) as file:
+            _require_distinct(file.schema_arrow.names, path)
             for batch in file.iter_batches(batch_size=_BATCH):
                 for values in batch.to_pylist():
                     number += 1
-                    yield Row(number, f"row {number}", values)
-    except pa.ArrowException as error:
-        raise DataError(f"{path} is no readable parquet file: {error}") from error
+                    row = {column: _without_nulls(value) for column, value in values.items()}
+                    yield Row(number, f"row {number}", row)
+    # The last three: values that are no Python object, such as a date beyond the year 9999.
+    except (pa.ArrowException, OSError, ValueError, OverflowError, LookupError) as error:
+        raise DataError(
+            f"{path} is no readable parquet file behind row {number}: {error}; "
+            "copy it again, or write it without such values"
+        ) from error
 
 
-_READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
+def _without_nulls(value: Any) -> Any:
+    """All structs of a column have the same keys, null where a row did not have one."""
+    match value:
+        case dict():
+            items = cast("dict[str, Any]", value).items()
+            return {key: _without_nulls(inner) for key, inner in items if inner is not None}
+        case list():
+            return [_without_nulls(inner) for inner in cast("list[Any]", value)]
+        case _:
+            return value
+
+
+READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
     ".jsonl": _read_jsonl,
     ".ndjson": _read_jsonl,
     ".json": _read_json,
@@ -166,3 +226,4 @@ _READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
     ".tsv": _read_csv,
     ".parquet": _read_parquet,
 }
+"""The files that hold rows, by the end of their names in lower case."""

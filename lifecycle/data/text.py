@@ -13,7 +13,7 @@ from lifecycle.data.python_source import (
     source_files,
     without,
 )
-from lifecycle.data.read import read_rows, read_text
+from lifecycle.data.read import READERS, read_rows, read_text
 from lifecycle.data.split import is_held_out
 from lifecycle.errors import DataError
 
@@ -44,7 +44,7 @@ def library_documents(holdout: float) -> Iterator[Document]:
 def file_documents(
     path: Path, *, pattern: str, field: str, unit: Unit, holdout: float, seed: int
 ) -> Iterator[Document]:
-    """The documents of a text file, of a `.jsonl` file (its `field`), or of a folder's files
+    """The documents of a text file, of a file with rows (their `field`), or of a folder's files
     that match `pattern`.
 
     Raises:
@@ -60,7 +60,7 @@ def file_documents(
 
 
 def _texts(file: Path, field: str, unit: Unit) -> Iterator[str]:
-    if file.suffix == ".jsonl":
+    if file.suffix.lower() in READERS:
         for row in read_rows(file):
             text = row.values.get(field)
             if not isinstance(text, str):

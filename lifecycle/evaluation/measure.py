@@ -45,13 +45,15 @@ def ask(
     Raises:
         EngineError: an engine failed in an answer.
     """
+    # Each model has its own questions: another template puts other text around an answer.
+    asked = list(zip(*selection.items, strict=True))
     answers = [
         _answers(subject, questions, progress)
-        for subject, questions in zip(subjects, zip(*selection.items, strict=True), strict=True)
+        for subject, questions in zip(subjects, asked, strict=True)
     ]
-    questions = [item[0] for item in selection.items]
+    questions = asked[0]
     total = len(questions)
-    correct, *reference = (_count_correct(questions, given) for given in answers)
+    correct, *reference = map(_count_correct, asked, answers)
     if selection.too_long:
         progress.log(f"{selection.too_long} questions do not fit into the context: left out")
     found = Findings(

@@ -55,6 +55,8 @@ class Question:
     """The message that is to be answered."""
     prompt: tuple[int, ...]
     expected: str
+    """What training teaches the model to write, up to the end of the turn: the message with what
+    the template puts around it, such as empty reasoning or a tool call's markup."""
     max_new_tokens: int
 
     @property
@@ -103,15 +105,31 @@ def supervised(tokenizer: ChatTokenizer, row: Row) -> list[Sample]:
 
 
 def question(tokenizer: ChatTokenizer, row: Row) -> list[Question]:
-    """A conversation as a question; nothing if the assistant says nothing after the start."""
+    """A conversation as a question; nothing if the assistant says nothing after the start.
+
+    Raises:
+        DataError: the answer cannot be told from the prompt, as `encode_supervised`.
+    """
     messages: list[Row] = row["messages"]
     last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=0)
     if last == 0:
         return []
-    expected = messages[last]["content"]
     prompt = tokenizer.encode_chat(messages[:last], add_generation_prompt=True)
-    budget = len(tokenizer.encode(expected, add_special_tokens=False)) + _ANSWER_MARGIN
-    return [Question(messages[last - 1]["content"], tuple(prompt), expected, budget)]
+    answer = _answer(tokenizer, messages[: last + 1], prompt)
+    asked = messages[last - 1].get("content") or ""
+    budget = len(answer) + _ANSWER_MARGIN
+    return [Question(asked, tuple(prompt), tokenizer.decode(answer), budget)]
+
+
+def _answer(tokenizer: ChatTokenizer, messages: Sequence[Row], prompt: list[int]) -> list[int]:
+    """The trained tokens of the last message behind the prompt, without the one that ends it."""
+    last = len(messages) - 1
+    only_last = [{**message, "train": i == last} for i, message in enumerate(messages)]
+    ids, flags = tokenizer.encode_supervised(only_last)
+    pairs = enumerate(zip(prompt, ids, strict=False))
+    # Where the answer's first token takes in the prompt's last one, it still is the answer's.
+    behind = next((i for i, (one, other) in pairs if one != other), len(prompt))
+    return [id for i, id in enumerate(ids) if flags[i] and i >= behind][:-1]
 
 
 def select(

@@ -23,17 +23,18 @@ class Corpus(Stage):
     """Read plain text into documents, a part of them held out; exact duplicates are dropped."""
 
     produces = Text
-    version = 1
+    version = 2
 
     path: SourcePath | None = None
-    """A text file, a `.jsonl` file, or a folder of them; or use `source`."""
+    """A text file, a file with rows (jsonl, json, csv or parquet), or a folder of them; or use
+    `source`."""
     source: Literal["python-stdlib"] | None = None
     """A text that every machine has: the standard library of the Python that runs. Whole
     functions are held out there."""
     pattern: str = "**/*.txt"
     """Which files of a folder are read."""
     field: str = "text"
-    """The key of the text in a row of a `.jsonl` file."""
+    """The key of the text in a row."""
     unit: Literal["file", "paragraph", "line"] = "file"
     """What of a text file is one document; paragraphs are separated by empty lines."""
     holdout: float = Field(0.15, ge=0, lt=1)

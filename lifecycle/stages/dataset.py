@@ -34,12 +34,13 @@ class Dataset(Stage):
     """Conversations from a jsonl, json, csv or parquet file, split into train and test."""
 
     produces = Conversations
-    version = 1
+    version = 2
 
     path: SourcePath
     """The file to read."""
     test_path: SourcePath | None = None
-    """A file for the test split; without it a part of `path` is held out."""
+    """A file for the test split; without it a part of `path` is held out. Conversations of
+    `path` that begin with the same question as one of it are dropped."""
     format: Annotated[str, AfterValidator(_known_format)] = "auto"
     """The shape of the rows (messages, alpaca, sharegpt, prompt-completion), or `auto`."""
     holdout: float | None = Field(None, ge=0)
@@ -64,10 +65,11 @@ class Dataset(Stage):
         return self
 
     def run(self, ctx: Context) -> Metrics:
-        from lifecycle.data.conversations import write_conversations
+        from lifecycle.data.conversations import question_of, write_conversations
 
         test_file = self._load(ctx, self.test_path) if self.test_path else None
-        file = self._load(ctx, self.path, () if test_file is None else test_file.conversations)
+        asked = set(map(question_of, test_file.conversations.values())) if test_file else ()
+        file = self._load(ctx, self.path, asked)
         held_out = set[str]() if test_file else self._held_out(file)
         train = [row for key, row in file.conversations.items() if key not in held_out]
         test = [row for key, row in file.conversations.items() if key in held_out]
@@ -101,11 +103,11 @@ class Dataset(Stage):
         return loaded
 
     def _held_out(self, file: Loaded) -> set[str]:
-        """The same question with two answers is in one split only."""
+        """The same question, however it goes on, is in one split only."""
+        from lifecycle.data.conversations import question_of
         from lifecycle.data.split import held_out_keys
-        from lifecycle.pipeline.artifact import digest_of
 
-        question = {key: digest_of(rows[:-1]) for key, rows in file.conversations.items()}
+        question = {key: question_of(rows) for key, rows in file.conversations.items()}
         holdout = DEFAULT_HOLDOUT if self.holdout is None else self.holdout
         chosen = held_out_keys(list(question.values()), holdout, self.seed)
         return {key for key in question if question[key] in chosen}

@@ -25,8 +25,9 @@ class Evaluate(Stage):
 
     `perplexity` is the exponential of the mean negative log-likelihood per scored token: of a
     conversation the assistant's tokens with the end of turn, of a text all tokens but the first
-    of each window. `accuracy` is the share of conversations whose last assistant message the
-    model writes exactly, but for white space around it, when it answers greedily. `agreement`
+    of each window. `accuracy` is the share of conversations whose last assistant message,
+    as the template renders it, the model writes exactly, but for white space around it, when it
+    answers greedily. `agreement`
     compares the next-token distributions at the scored tokens with those of the reference:
     `top1_agreement`, `kl` (mean divergence from the reference, nats) and `logit_max_diff`.
     With a reference there are also `perplexity_ratio` (model / reference) and `accuracy_drop`
@@ -34,7 +35,7 @@ class Evaluate(Stage):
     """
 
     produces = Report
-    version = 1
+    version = 2
 
     model: Ref[HfModel | OnnxModel]
     """The model to measure."""

@@ -30,7 +30,7 @@ class Finetune(LoopSettings, Stage):
     """
 
     produces = HfModel
-    version = 1
+    version = 2
 
     model: Ref[HfModel]
     """The model to tune; its chat template renders the conversations."""

@@ -60,11 +60,13 @@ def ignored_code(folder: Path) -> list[str]:
 
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
+    if (folder / "adapter_config.json").is_file():
+        # transformers would load the base model that it names, whatever weights lie here.
+        raise CheckpointError(
+            f"{folder} is a PEFT adapter, not a model; merge it into its base model first, or "
+            "take adapter_config.json away if the weights beside it are merged"
+        )
     if not path.is_file():
-        if (folder / "adapter_config.json").is_file():
-            raise CheckpointError(
-                f"{folder} is a PEFT adapter, not a model; merge it into its base model first"
-            )
         raise CheckpointError(f"{folder} is no model folder: it has no config.json")
     config = _read_object(path)
     if not isinstance(config.get("model_type"), str):

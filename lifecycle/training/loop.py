@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lifecycle.data.packing import Packed
-from lifecycle.errors import StageError
+from lifecycle.errors import InterruptedRun, StageError
 from lifecycle.pipeline.artifact import Metrics
 from lifecycle.pipeline.stage import Progress
 from lifecycle.training import optimizer as adamw
@@ -77,12 +77,18 @@ class Loop:
         tokens, speed = 0, 0.0
         self._model.train()
         self._progress.phase("training")
-        for step in range(first, total):
-            tokens += self._train(step)
-            self._save_if_due(step + 1)
-            speed = tokens / (time.monotonic() - started)
-            self._report(step + 1, tokens_per_second=speed)
-        return self._evaluate() | {
+        done = first
+        try:
+            for done in range(first + 1, total + 1):
+                tokens += self._train(done - 1)
+                self._save_if_due(done)
+                speed = tokens / (time.monotonic() - started)
+                self._report(done, tokens_per_second=speed)
+            losses = self._evaluate()
+        except InterruptedRun:
+            self._save(done)
+            raise
+        return losses | {
             "train_loss": self._average,
             "steps": total,
             "tokens_per_second": round(speed),
@@ -156,9 +162,11 @@ class Loop:
         return np.unique(np.linspace(0, last, self._settings.evaluate_rows).astype(np.int64))
 
     def _save_if_due(self, done: int) -> None:
+        if time.monotonic() >= self._next_save:
+            self._save(done)
+
+    def _save(self, done: int) -> None:
         begun = time.monotonic()
-        if begun < self._next_save and not self._progress.stopping:
-            return
         tensors = {_WEIGHT + name: weight.detach() for name, weight in self._weights.items()}
         moments = adamw.state_tensors(self._optimizer)
         tensors |= {_OPTIMIZER + name: tensor for name, tensor in moments.items()}

@@ -25,7 +25,7 @@ class LoopSettings(BaseModel):
     learning_rate: float = Field(1e-3, gt=0)
     """The highest learning rate, reached at the end of the warm-up."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """How the learning rate falls to zero after the warm-up."""
+    """How the learning rate falls to zero after the warm-up; `constant` keeps it."""
     warmup: float = Field(0.05, ge=0, le=1)
     """Share of the steps in which the learning rate rises from zero."""
     weight_decay: float = Field(0.0, ge=0)

@@ -197,6 +197,45 @@ def test_a_tool_call_without_content_is_supervised(universal: Path, data_dir: Pa
     assert last == "Paris.<|im_end|>"
 
 
+@pytest.mark.parametrize(
+    ("name", "turn"),
+    [
+        (
+            "mistralai-Mistral-Nemo-Instruct-2407",
+            '[TOOL_CALLS][{"name": "f", "arguments": {"x": 1}, "id": "abcdefghi"}]</s>',
+        ),
+        (
+            "openai-gpt-oss-120b",
+            ' to=functions.f<|channel|>commentary json<|message|>{"x": 1}<|call|>',
+        ),
+    ],
+)
+def test_special_tokens_inside_a_tool_call_end_no_turn(
+    universal: Path, data_dir: Path, name: str, turn: str
+) -> None:
+    tokenizer = Tokenizer.from_file(str(universal / "tokenizer.json"))
+    tokenizer.add_special_tokens(["[TOOL_CALLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]", "<|call|>"])
+    tokenizer.save(str(universal / "tokenizer.json"))
+    chat = with_template(universal, (data_dir / f"chat_templates/{name}.jinja").read_text("utf-8"))
+    function = {"name": "f", "arguments": {"x": 1}}
+    call = {"id": "abcdefghi", "type": "function", "function": function}
+    messages = [CHAT[0], {"role": "assistant", "content": "", "tool_calls": [call]}]
+    messages += [{"role": "tool", "content": "1", "tool_call_id": "abcdefghi"}, CHAT[1]]
+    first, last = supervised_texts(chat, messages)
+    assert first == turn and "Paris." in last
+
+
+def test_refuses_a_template_without_tool_calls(universal: Path) -> None:
+    chat = with_template(
+        universal,
+        "{% for m in messages %}{{ m.role }}:{{ m.content }}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}",
+    )
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f"}}]}
+    with pytest.raises(DataError, match="leaves out the tool_calls of message 2"):
+        chat.encode_supervised([CHAT[0], call, {"role": "tool", "content": "1"}, CHAT[1]])
+
+
 def universal_id(chat: ChatTokenizer, token: str) -> int:
     (id_,) = chat.encode(token, add_special_tokens=False)
     return id_
@@ -237,6 +276,39 @@ def test_generation_blocks_say_what_is_supervised(universal: Path) -> None:
     )
     assert supervised_texts(chat, CHAT) == ["Paris.</s>", "It is:\nRome 😀</s>"]
     assert chat.render(CHAT[:2]) == "U:What is the capital of France? \nA:Paris.</s>"
+
+
+BLOCK = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
+    "{% generation %}{{ INSIDE }}{% endgeneration %}{{ BEHIND }}"
+    "{% else %}{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def with_block(folder: Path, inside: str, behind: str) -> ChatTokenizer:
+    return with_template(folder, BLOCK.replace("INSIDE", inside).replace("BEHIND", behind))
+
+
+@pytest.mark.parametrize(
+    ("inside", "behind"),
+    [("m.content + '<|im_end|>\n'", "''"), ("m.content", "'<|im_end|>\n'")],
+)
+def test_a_block_may_hold_the_end_of_turn(universal: Path, inside: str, behind: str) -> None:
+    chat = with_block(universal, inside, behind)
+    assert supervised_texts(chat, CHAT) == ["Paris.<|im_end|>", "It is:\nRome 😀<|im_end|>"]
+
+
+def test_the_next_message_ends_no_turn(universal: Path) -> None:
+    chat = with_block(universal, "m.content", "'\n'")
+    messages = [*CHAT[:3], {**CHAT[3], "train": False}]
+    with pytest.raises(DataError, match="never learn to stop"):
+        chat.encode_supervised(messages)
+
+
+def test_refuses_a_turn_that_is_nothing_but_its_end(universal: Path) -> None:
+    with pytest.raises(DataError, match="nothing of an assistant message but its end"):
+        with_block(universal, "'<|im_end|>'", "'\n'").encode_supervised(CHAT)
 
 
 def test_refuses_a_template_without_an_end_of_turn(universal: Path) -> None:

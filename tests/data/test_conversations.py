@@ -41,6 +41,8 @@ def test_what_a_model_can_learn_from() -> None:
         ([USER, {"role": "assistant", "content": " \n"}], "message 2: the content is empty"),
         ([USER, {"role": "assistant", "content": 1}], "message 2: the content is no text"),
         ([USER, {"role": "assistant"}], "message 2: the content is no text"),
+        ([USER, {"role": "assistant", "content": "", "tool_calls": []}], "the content is empty"),
+        ([{**CALL, "role": "user", "content": ""}, ASSISTANT], "message 1: the content is empty"),
         ([USER, {"role": "assistant", "content": "\ud800"}], "half of a surrogate pair"),
     ],
 )
@@ -57,6 +59,16 @@ def test_bad_rows_are_an_error_that_names_the_first_few(tmp_path: Path) -> None:
     assert lines[0] == f"{tmp_path / 'x.jsonl'} has unusable rows:"
     assert lines[1] == "  line 2: message 2: the content is empty"
     assert len(lines) == 7 and lines[-1].endswith("'on_bad_row: drop'")
+
+
+def test_values_that_json_cannot_hold_are_bad_rows(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [{"messages": [USER, {**ASSISTANT, "name": name}]} for name in (None, b"x")]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "x.parquet")
+    with pytest.raises(DataError, match=r"row 2: messages\[1\]\.name is b'x', which JSON cannot"):
+        load_conversations(tmp_path / "x.parquet")
 
 
 def test_dropped_rows_are_counted_by_reason_with_their_lines(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from lifecycle.data.formats import Detector, load_format
 from lifecycle.errors import DataError, PluginError
 
 EXCHANGE = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+CALL = {"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}
 SYSTEM = {"role": "system", "content": "s"}
 
 
@@ -17,8 +18,23 @@ SYSTEM = {"role": "system", "content": "s"}
         ("messages", {"messages": EXCHANGE, "id": 7}, EXCHANGE),
         (
             "messages",
-            {"messages": [EXCHANGE[0], {**EXCHANGE[1], "weight": 0, "name": None, "extra": 1}]},
+            {
+                "messages": [
+                    EXCHANGE[0],
+                    {**EXCHANGE[1], "weight": 0, "name": None, "refusal": None},
+                ]
+            },
             [EXCHANGE[0], {**EXCHANGE[1], "train": False}],
+        ),
+        (
+            "messages",
+            {"messages": [EXCHANGE[0], {**CALL, "content": None}, EXCHANGE[1]]},
+            [EXCHANGE[0], {**CALL, "content": ""}, EXCHANGE[1]],
+        ),
+        (
+            "messages",
+            {"messages": [EXCHANGE[0], CALL, EXCHANGE[1]]},
+            [EXCHANGE[0], {**CALL, "content": ""}, EXCHANGE[1]],
         ),
         (
             "sharegpt",
@@ -30,6 +46,17 @@ SYSTEM = {"role": "system", "content": "s"}
                 ],
             },
             [SYSTEM, *EXCHANGE],
+        ),
+        (
+            "sharegpt",
+            {
+                "conversations": [
+                    {"from": "human", "value": "q", "weight": None},
+                    {"from": "gpt", "value": "a", "weight": 0.0},
+                ],
+                "tools": [],
+            },
+            [EXCHANGE[0], {**EXCHANGE[1], "train": False}],
         ),
         ("alpaca", {"instruction": "q", "input": "", "output": "a"}, EXCHANGE),
         (
@@ -57,6 +84,22 @@ def test_rows_become_messages(
         ("messages", {"messages": "hi"}, "'messages' must be a list, not str"),
         ("messages", {"messages": ["hi"]}, "list of objects, not of str"),
         ("messages", {"messages": [{"role": "user"}]}, "needs 'role' and 'content'"),
+        ("messages", {"messages": [{**EXCHANGE[1], "train": 0}]}, "'train' must be .*, not 0"),
+        ("messages", {"messages": [{**EXCHANGE[1], "train": "false"}]}, "not 'false'"),
+        ("messages", {"messages": [{**EXCHANGE[1], "weight": "0"}]}, "0 or 1, not '0'"),
+        ("messages", {"messages": [{**EXCHANGE[1], "weight": 0.5}]}, "0 or 1, not 0.5"),
+        (
+            "messages",
+            {"messages": [{**EXCHANGE[1], "reasoning_content": "hm"}]},
+            "has 'reasoning_content', which would not be trained",
+        ),
+        ("messages", {"messages": EXCHANGE, "tools": [{"type": "function"}]}, "'tools' would not"),
+        (
+            "sharegpt",
+            {"conversations": [{"from": "gpt", "value": "a", "thought": "hm"}]},
+            "has 'thought'",
+        ),
+        ("sharegpt", {"conversations": [], "tools": "[{}]"}, "'tools' would not be shown"),
         ("sharegpt", {"conversations": [{"from": "gpt"}]}, "needs 'from' and 'value'"),
         ("alpaca", {"instruction": "q", "output": None}, "'output' must be text, not NoneType"),
         ("prompt-completion", {"prompt": 1, "completion": "a"}, "'prompt' must be text, not int"),

@@ -68,6 +68,10 @@ def test_places_are_those_of_the_file(tmp_path: Path) -> None:
         ("x.jsonl", b'{"a": 1}\n[1]\n', r"line 2: a JSON object is needed, not \[1\]"),
         ("x.jsonl", b'{"a": 1}\n{"a": "\xff"}\n', r"byte 0xff at offset 16"),
         ("x.jsonl", b'\xef\xbb\xbf{"\xff"}\n', r"byte 0xff at offset 5"),
+        ("x.jsonl", b'{"a": 1}\n{"a": [{"b": "hi\\ud83d"}]}\n', r"line 2: a\[0\]\.b has half of a"),
+        ("x.jsonl", b'{"\\ud800": 1}\n', r"line 1: a key has half of a surrogate pair"),
+        ("x.jsonl", b'{"a": {"b": 1e999}}\n', r"line 1: a\.b is inf, which JSON cannot hold"),
+        ("x.json", b'[{"a": 1}, {"a": "\\ud83d"}]', r"row 2: a has half of a surrogate pair"),
         ("x.jsonl", b"\n \n", r"has no rows"),
         ("x.jsonl", b"", r"has no rows"),
         ("x.json", b"", r"has no rows"),
@@ -78,6 +82,7 @@ def test_places_are_those_of_the_file(tmp_path: Path) -> None:
         ("x.csv", b"a,b\n1,2\n1,2,3\n", r"line 3: 3 cells, but the header has 2"),
         ("x.csv", b'a,b\n"1,2\n', r"line 2: malformed CSV"),
         ("x.csv", b"a,b\n", r"has no rows"),
+        ("x.csv", b"a,b,a\n1,2,3\n", r"x\.csv has two columns 'a'; rename"),
         ("x.parquet", b"PAR1 not really", r"no readable parquet file"),
         ("x.xlsx", b"", r"none of the files that can be read: \.csv"),
     ],
@@ -89,6 +94,43 @@ def test_bad_files_are_named_with_the_place(
     path.write_bytes(content)
     with pytest.raises(DataError, match=message):
         list(read_rows(path))
+
+
+def test_whole_surrogate_pairs_are_characters(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"a": "\\ud83d\\ude00"}\n')
+    assert [row.values for row in read_rows(path)] == [{"a": "\U0001f600"}]
+
+
+def test_parquet_structs_lose_the_keys_of_others(tmp_path: Path) -> None:
+    rows = [{"a": [{"x": {"b": 1}}], "c": None}, {"a": [{"y": 2}], "c": "d"}]
+    path = written(tmp_path / "x.parquet", rows)
+    assert [row.values for row in read_rows(path)] == rows
+
+
+def test_parquet_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    column = pa.array(["x"])
+    pq.write_table(pa.table([column, column], names=["a", "a"]), tmp_path / "x.parquet")
+    with pytest.raises(DataError, match=r"x\.parquet has two columns 'a'"):
+        list(read_rows(tmp_path / "x.parquet"))
+
+
+def test_parquet_values_that_python_cannot_hold_are_named(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = tmp_path / "x.parquet"
+    far = pa.array([2**58], pa.timestamp("us"))
+    broken = pa.StringArray.from_buffers(
+        1, pa.py_buffer(b"\0\0\0\0\2\0\0\0"), pa.py_buffer(b"\xff\xfe")
+    )
+    for column in (far, broken):
+        pq.write_table(pa.table({"a": column}), path)
+        with pytest.raises(DataError, match=r"x\.parquet is no readable parquet file behind row 0"):
+            list(read_rows(path))
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"])))

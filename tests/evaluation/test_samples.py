@@ -67,6 +67,36 @@ def test_the_last_assistant_message_is_the_question(tokenizer: ChatTokenizer) ->
     assert asked.max_new_tokens > len("two")
 
 
+# As Qwen3 does: the last answer opens with reasoning that no generation prompt holds.
+REASONING = (
+    "{% for m in messages %}<|{{ m.role }}|>"
+    "{% if m.role == 'assistant' and loop.last %}hm.{% endif %}"
+    "{{ m.content }}{{ m.tool_calls }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_what_is_expected_is_what_is_trained(tmp_path: Path, train: bool) -> None:
+    tiny.write_tokenizer(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(REASONING)
+    tokenizer = ChatTokenizer.load(tmp_path)
+    messages = [*conversation("a", "one")["messages"], *conversation("b", "two")["messages"]]
+    messages[-1]["train"] = train
+    (asked,) = question(tokenizer, {"messages": messages})
+    assert asked.expected == "hm.two"
+    assert asked.max_new_tokens == len("hm.two") + 8
+    called = [*messages[:3], {"role": "assistant", "content": "", "tool_calls": "call"}]
+    (asked,) = question(tokenizer, {"messages": called})
+    assert asked.expected == "hm.call"
+
+
+def test_a_question_without_content_has_no_text(tokenizer: ChatTokenizer) -> None:
+    messages = [{"role": "tool"}, {"role": "assistant", "content": "one"}]
+    (asked,) = question(tokenizer, {"messages": messages})
+    assert asked.text == ""
+
+
 @given(st.text("abc", min_size=0, max_size=50), st.integers(2, 20))
 def test_windows_cover_a_text_once(tokenizer: ChatTokenizer, text: str, length: int) -> None:
     parts = windows(tokenizer, {"text": text}, length)

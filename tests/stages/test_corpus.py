@@ -54,10 +54,28 @@ def test_one_document_cannot_be_split_and_says_so(tmp_path: Path, run_stage: Run
 
 
 @pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("x.JSONL", '{"text": "a"}\n'),
+        ("x.ndjson", '{"text": "a"}\n'),
+        ("x.json", '[{"text": "a"}]'),
+        ("x.csv", "text,n\na,1\n"),
+        ("x.TSV", "text\tn\na\t1\n"),
+    ],
+)
+def test_every_file_with_rows_is_read_by_row(
+    tmp_path: Path, run_stage: RunStage, name: str, content: str
+) -> None:
+    (tmp_path / name).write_text(content)
+    assert texts(run_stage(Corpus(path=tmp_path / name, holdout=0)), "train") == ["a"]
+
+
+@pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("x.txt", b" \n", "there is no text to train on"),
         ("x.txt", b"a\xff", "byte 0xff at offset 1"),
+        ("x.jsonl", b'{"text": "\\ud83d"}', "line 1: text has half of a surrogate pair"),
         ("x.jsonl", b'{"body": "c"}', r"line 1: no text in 'text' \(its keys: body\)"),
     ],
 )

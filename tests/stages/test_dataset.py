@@ -57,13 +57,37 @@ def test_a_test_file_keeps_its_rows_out_of_training(
     test = jsonl(tmp_path / "t.jsonl", [exchange("0", "0"), exchange("new"), exchange("new")])
     made = run_stage(Dataset(path=path, test_path=test))
     assert questions(made, "test") == ["0", "new"]
-    assert made.metrics["train"] == 399 and made.metrics["dropped"] == {"also in the test file": 1}
+    assert "0" not in questions(made, "train")
+    assert made.metrics["train"] == 398 and made.metrics["dropped"] == {"also in the test file": 2}
     assert made.ctx.progress.lines == [  # type: ignore[attr-defined]
         "t.jsonl: 1 (at 3) dropped: duplicate",
-        "x.jsonl: 1 (at 1) dropped: also in the test file",
+        "x.jsonl: 2 (at 1, 2) dropped: also in the test file",
     ]
     report = json.loads((made.path / "report.json").read_text())
     assert report["test_file"]["dropped"]["duplicate"] == {"count": 1, "lines": [3]}
+
+
+def test_a_test_file_that_holds_everything_leaves_nothing(path: Path, run_stage: RunStage) -> None:
+    with pytest.raises(DataError, match=r"no usable row.*\n  400 \(at 1, .*also in the test file"):
+        run_stage(Dataset(path=path, test_path=path))
+
+
+def test_a_continuation_stays_with_its_beginning(tmp_path: Path, run_stage: RunStage) -> None:
+    rows: list[dict[str, Any]] = []
+    for number in range(40):
+        first = [
+            {"role": "user", "content": f"q{number}"},
+            {"role": "assistant", "content": f"a{number}"},
+        ]
+        more = [{"role": "user", "content": "more"}, {"role": "assistant", "content": "b"}]
+        rows += [{"messages": first}, {"messages": first + more}]
+    path = jsonl(tmp_path / "x.jsonl", rows)
+    made = run_stage(Dataset(path=path, holdout=0.3))
+    train, test = questions(made, "train"), questions(made, "test")
+    assert test and not set(train) & set(test)
+    other = jsonl(tmp_path / "t.jsonl", rows[:2])
+    made = run_stage(Dataset(path=path, test_path=other))
+    assert (made.metrics["train"], made.metrics["test"]) == (78, 2)
 
 
 @pytest.mark.parametrize(

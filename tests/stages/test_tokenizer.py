@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from lifecycle.data.bpe import SPECIAL_TOKENS, train_bpe
 from lifecycle.data.chat import ChatTokenizer
+from lifecycle.errors import DataError
 from lifecycle.stages.corpus import Corpus
 from lifecycle.stages.tokenizer import TokenizerStage
 from tests.conftest import RunStage
@@ -63,7 +64,7 @@ def test_no_text_is_unknown(trained: Path, text: str) -> None:
 
 def test_own_template_and_tokens(tmp_path: Path, run_stage: RunStage) -> None:
     (tmp_path / "x.txt").write_text("text")
-    (tmp_path / "t.jinja").write_text("{{ messages[0].content }}<|stop|>")
+    (tmp_path / "t.jinja").write_text("{% for m in messages %}{{ m.content }}<|stop|>{% endfor %}")
     corpus = run_stage(Corpus(path=tmp_path / "x.txt"))
     stage = TokenizerStage.model_validate(
         {
@@ -75,6 +76,25 @@ def test_own_template_and_tokens(tmp_path: Path, run_stage: RunStage) -> None:
     tokenizer = ChatTokenizer.load(run_stage(stage, c=corpus).path)
     assert tokenizer.encode_chat([{"role": "user", "content": ""}]) == [len(SPECIAL_TOKENS)]
     assert tokenizer.vocab_size == 256 + len(SPECIAL_TOKENS) + 1 + len(["te", "xt", "text"]) - 3
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (b"{% for m in %}", r"t\.jinja cannot be tuned with: line 1 of the chat template"),
+        (b"{% for m in messages %}{{ m.content }}\n{% endfor %}", r"t\.jinja.*never learn to stop"),
+        (b"caf\xe9", r"t\.jinja is not UTF-8: byte 0xe9 at offset 3"),
+    ],
+)
+def test_an_own_template_must_be_fit_for_tuning(
+    tmp_path: Path, run_stage: RunStage, template: bytes, message: str
+) -> None:
+    (tmp_path / "x.txt").write_text("text")
+    (tmp_path / "t.jinja").write_bytes(template)
+    corpus = run_stage(Corpus(path=tmp_path / "x.txt"))
+    stage = TokenizerStage.model_validate({"data": "c", "chat_template": tmp_path / "t.jinja"})
+    with pytest.raises(DataError, match=message):
+        run_stage(stage, c=corpus)
 
 
 def test_the_same_text_gives_the_same_tokens_on_any_number_of_threads() -> None:

@@ -57,6 +57,10 @@ def only_adapter(folder: Path) -> None:
     (folder / "config.json").rename(folder / "adapter_config.json")
 
 
+def adapter_beside(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text("{}")
+
+
 def broken_config(folder: Path) -> None:
     (folder / "config.json").write_text('{"model_type": ')
 
@@ -120,6 +124,7 @@ def shards(folder: Path) -> list[Path]:
     [
         (no_config, "has no config.json"),
         (only_adapter, "PEFT adapter"),
+        (adapter_beside, "PEFT adapter.*take adapter_config.json away"),
         (broken_config, "config.json is damaged"),
         (no_type, "no model_type"),
         (missing_shard, "model-00002-of-0000. is missing|model-00002.* is missing"),

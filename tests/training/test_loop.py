@@ -63,6 +63,35 @@ def test_stopped_and_resumed_is_bit_identical(
     assert_same(train(root / "parts", settings), undisturbed)
 
 
+class StoppedInEvaluation(QuietProgress):
+    """Asks to stop while a loss on the test split is taken."""
+
+    evaluating = False
+
+    def phase(self, name: str) -> None:
+        self.evaluating = name == "evaluating"
+
+    def update(self, done: float, total: float | None = None, **metrics: float) -> None:
+        if self.evaluating and done:
+            raise InterruptedRun("stopped")
+
+
+@pytest.mark.parametrize(("every", "step"), [(5, 5), (None, 12)])
+def test_a_stop_in_an_evaluation_loses_no_step(
+    tmp_path: Path, settings: LoopSettings, every: int | None, step: int
+) -> None:
+    settings = settings.model_copy(update={"evaluate_every": every})
+    undisturbed = train(tmp_path / "whole", settings)
+    rows, model = toy_rows(), tiny_model()
+    scratch = tmp_path / "parts"
+    scratch.mkdir()
+    with pytest.raises(InterruptedRun):
+        Loop(model, rows, rows, settings, scratch, StoppedInEvaluation()).run()
+    (path,) = scratch.iterdir()
+    assert path.name.startswith(f"{step:08d}-")
+    assert_same(train(scratch, settings), undisturbed)
+
+
 def test_micro_batches_change_rounding_only(tmp_path: Path, settings: LoopSettings) -> None:
     without_dropout = {"attention_dropout": 0.0}
     whole = train(tmp_path / "a", settings, model=tiny_model(**without_dropout))
