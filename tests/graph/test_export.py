@@ -67,7 +67,25 @@ def test_ends_come_from_the_generation_config_first(
     assert export_decoder(checkpoint, out, Cpu()).eos_token_ids == wanted
 
 
-@pytest.mark.parametrize("content", [None, "{"])
+@pytest.mark.parametrize(
+    ("file", "content", "named"),
+    [
+        ("generation_config.json", [], r"generation_config\.json is damaged"),
+        ("generation_config.json", {"eos_token_id": "2"}, r"generation_config\.json: eos.*'2'"),
+        ("config.json", {"eos_token_id": [2.5]}, r"^config\.json: eos_token_id"),
+        ("config.json", {"bos_token_id": [1]}, r"^config\.json: bos_token_id"),
+    ],
+)
+def test_wrong_ends_are_named(file: str, content: object, named: str, checkpoint: Path) -> None:
+    (checkpoint / "generation_config.json").write_text("{}")
+    if file == "config.json" and isinstance(content, dict):
+        content = json.loads((checkpoint / file).read_text()) | content
+    (checkpoint / file).write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=named):
+        export(checkpoint)
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", "3"])
 def test_a_config_that_cannot_be_read_is_named(content: str | None, tmp_path: Path) -> None:
     if content is not None:
         (tmp_path / "config.json").write_text(content)
