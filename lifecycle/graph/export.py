@@ -8,10 +8,12 @@ from math import prod
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
+
 from lifecycle.engines.decoder import GRAPH, WEIGHTS, DecoderInfo
 from lifecycle.errors import CheckpointError
 from lifecycle.graph.architectures import read_spec
-from lifecycle.graph.builder import build_decoder
+from lifecycle.graph.builder import EMBEDDING, HEAD, build_decoder
 from lifecycle.graph.checkpoint import Checkpoint
 from lifecycle.graph.fields import Fields
 from lifecycle.graph.nodes import save_model
@@ -39,6 +41,8 @@ def export_decoder(
     spec = read_spec(config)
     info = _describe(spec, config, source, target)
     checkpoint = Checkpoint(source)
+    if spec.tied_embeddings:
+        _require_tied(checkpoint)
     total = 4 * sum(prod(tensor.shape) for tensor in checkpoint.tensors.values())
     report = on_write or (lambda done, total: None)
     with WeightFile(out / WEIGHTS, lambda done: report(min(done, total), total)) as weights:
@@ -62,10 +66,22 @@ def read_json(path: Path) -> dict[str, Any]:
     return cast("dict[str, Any]", found)
 
 
+def _require_tied(checkpoint: Checkpoint) -> None:
+    """Where both tied matrices are stored they must be equal, or one of them would be lost."""
+    if not {EMBEDDING, HEAD} <= checkpoint.tensors.keys():
+        return
+    pairs = zip(checkpoint.blocks(EMBEDDING), checkpoint.blocks(HEAD), strict=False)
+    is_same_shape = checkpoint.shape(EMBEDDING) == checkpoint.shape(HEAD)
+    if not is_same_shape or not all(np.array_equal(*pair) for pair in pairs):
+        raise CheckpointError(
+            f"{checkpoint.folder}: {HEAD} differs from {EMBEDDING}, though config.json has "
+            "tie_word_embeddings true; set it to false if both were trained"
+        )
+
+
 def _require_all_read(checkpoint: Checkpoint, spec: DecoderSpec) -> None:
     """A tensor without a place in the graph means another model than the spec describes."""
-    known = {"lm_head.weight"} if spec.tied_embeddings else set[str]()
-    left = {name for name in checkpoint.unread - known if not name.endswith("rotary_emb.inv_freq")}
+    left = {name for name in checkpoint.unread if not name.endswith("rotary_emb.inv_freq")}
     if left:
         raise CheckpointError(
             f"{checkpoint.folder}: tensor '{min(left)}' has no place in a {spec.architecture} "
