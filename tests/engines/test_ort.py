@@ -184,6 +184,15 @@ def test_a_cut_file_is_named(copy: Path, name: str) -> None:
         ({"kv_dtype": "int8"}, "int8 cache"),
         ({"format": 99}, "format 99"),
         ({"providers": ["NoSuchProvider"]}, "made for NoSuchProvider"),
+        ({"providers": "CPUExecutionProvider"}, r"providers is 'CPU.*expected tuple\[str"),
+        ({"num_layers": "2"}, "num_layers is '2', expected int"),
+        ({"num_layers": True}, "num_layers is True"),
+        ({"max_position_embeddings": None}, "max_position_embeddings is None"),
+        ({"vocab_size": -1}, "vocab_size is -1"),
+        ({"eos_token_ids": 2}, "eos_token_ids is 2"),
+        ({"eos_token_ids": ["2"]}, "eos_token_ids"),
+        ({"bos_token_id": "1"}, "bos_token_id"),
+        ({"scheme": None}, "scheme is None"),
     ],
 )
 def test_a_graph_that_is_not_what_its_description_says_is_refused(
@@ -191,6 +200,23 @@ def test_a_graph_that_is_not_what_its_description_says_is_refused(
 ) -> None:
     edit(copy, **changes)
     with pytest.raises(EngineError, match=message):
+        OnnxEngine.open(copy)
+
+
+@pytest.mark.parametrize("name", ["architecture", "hidden_size", "num_layers", "bos_token_id"])
+def test_a_description_without_a_field_is_refused(copy: Path, name: str) -> None:
+    path = copy / "decoder.json"
+    values = json.loads(path.read_text())
+    del values[name]
+    path.write_text(json.dumps(values))
+    with pytest.raises(EngineError, match=rf"decoder\.json is damaged: {name} is missing"):
+        OnnxEngine.open(copy)
+
+
+@pytest.mark.parametrize("content", ["[]", "3", "{}", "null"])
+def test_a_description_that_is_no_object_is_refused(copy: Path, content: str) -> None:
+    (copy / "decoder.json").write_text(content)
+    with pytest.raises(EngineError, match=r"decoder\.json is damaged"):
         OnnxEngine.open(copy)
 
 
