@@ -48,7 +48,9 @@ class BatchedEngine(Engine):
 
     def submit(self, request: Request) -> None:
         self._require_open()
-        if request.id in self._scheduler:
+        # The end of a cancelled request is yet to be told; until then its id means that one.
+        is_ending = any(event.request_id == request.id for event in self._cancelled)
+        if is_ending or request.id in self._scheduler:
             raise RequestError(f"the request id {request.id!r} is in use")
         self._scheduler.add(self._state(request))
 
@@ -113,6 +115,7 @@ class BatchedEngine(Engine):
         if self._is_open:
             self._is_open = False
             self._scheduler = Scheduler(self.max_num_seqs, self._prefill_chunk)
+            self._cancelled = []
             self._backend.close()
 
     def _run(self, total: int, on_done: Callable[[int, int], None] | None) -> list[Generation]:
