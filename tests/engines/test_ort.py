@@ -237,6 +237,28 @@ def test_a_context_longer_than_the_models_is_refused(random_model: Model) -> Non
         OnnxEngine.open(random_model.graph, EngineOptions(max_model_len=257))
 
 
+@pytest.mark.parametrize("changes", [{"max_num_seqs": 10**8}, {"prefill_chunk": 10**20}])
+def test_a_cache_that_no_memory_holds_is_refused(
+    random_model: Model, changes: dict[str, int]
+) -> None:
+    with pytest.raises(EngineError, match=r"cache of \d+ MiB .*lower max_num_seqs"):
+        OnnxEngine.open(random_model.graph, EngineOptions(**changes))
+
+
+def test_a_fork_has_a_cache_of_its_own() -> None:
+    code = (
+        "import os; from lifecycle.engines.ort import _lazy_zeros\n"
+        "zeros = _lazy_zeros((4,))\n"
+        "if child := os.fork():\n"
+        "    os.waitpid(child, 0); print(zeros.tolist())\n"
+        "else:\n"
+        "    zeros[:] = 1; os._exit(0)\n"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str([0.0] * 4)
+
+
 def test_neither_torch_nor_transformers_is_imported(random_model: Model) -> None:
     code = (
         "import sys; from pathlib import Path\n"
