@@ -139,11 +139,12 @@ class BatchedEngine(Engine):
         return [Generation(tuple(tokens[i]), ends[i], tuple(logprobs[i])) for i in range(total)]
 
     def _state(self, request: Request) -> RequestState:
-        prompt = check_request(
+        request = check_request(
             request, max_model_len=self.max_model_len, vocab_size=self.vocab_size
         )
-        sampler = Sampler(request.params, prompt, self.vocab_size)
-        return RequestState(request, sampler, prompt, num_prompt=len(prompt))
+        sampler = Sampler(request.params, request.prompt, self.vocab_size)
+        tokens = list(request.prompt)
+        return RequestState(request, sampler, tokens, num_prompt=len(tokens))
 
     def _advance(self, state: RequestState, choice: Choice | None) -> Event:
         """Give a request its next token, and end it if that is the last."""
