@@ -245,6 +245,13 @@ def test_a_cache_that_no_memory_holds_is_refused(
         OnnxEngine.open(random_model.graph, EngineOptions(**changes))
 
 
+def test_a_system_that_knows_no_usable_cores_takes_all(
+    random_model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr("os.sched_getaffinity", raising=False)
+    assert OnnxEngine.open(random_model.graph).vocab_size == 160
+
+
 def test_a_fork_has_a_cache_of_its_own() -> None:
     code = (
         "import os; from lifecycle.engines.ort import _lazy_zeros\n"
