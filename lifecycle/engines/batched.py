@@ -48,7 +48,9 @@ class BatchedEngine(Engine):
 
     def submit(self, request: Request) -> None:
         self._require_open()
-        if request.id in self._scheduler:
+        # The end of a cancelled request is yet to be told; until then its id means that one.
+        is_ending = any(event.request_id == request.id for event in self._cancelled)
+        if is_ending or request.id in self._scheduler:
             raise RequestError(f"the request id {request.id!r} is in use")
         self._scheduler.add(self._state(request))
 
@@ -113,6 +115,7 @@ class BatchedEngine(Engine):
         if self._is_open:
             self._is_open = False
             self._scheduler = Scheduler(self.max_num_seqs, self._prefill_chunk)
+            self._cancelled = []
             self._backend.close()
 
     def _run(self, total: int, on_done: Callable[[int, int], None] | None) -> list[Generation]:
@@ -136,11 +139,12 @@ class BatchedEngine(Engine):
         return [Generation(tuple(tokens[i]), ends[i], tuple(logprobs[i])) for i in range(total)]
 
     def _state(self, request: Request) -> RequestState:
-        prompt = check_request(
+        request = check_request(
             request, max_model_len=self.max_model_len, vocab_size=self.vocab_size
         )
-        sampler = Sampler(request.params, prompt, self.vocab_size)
-        return RequestState(request, sampler, prompt, num_prompt=len(prompt))
+        sampler = Sampler(request.params, request.prompt, self.vocab_size)
+        tokens = list(request.prompt)
+        return RequestState(request, sampler, tokens, num_prompt=len(tokens))
 
     def _advance(self, state: RequestState, choice: Choice | None) -> Event:
         """Give a request its next token, and end it if that is the last."""

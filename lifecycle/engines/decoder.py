@@ -27,8 +27,9 @@ to the memory of the past.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
+from typing import Any, cast
 
 from lifecycle.errors import EngineError
 
@@ -77,21 +78,48 @@ class DecoderInfo:
         """
         path = folder / FILE
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-            found = values.pop("format")
+            values: object = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise EngineError(f"{folder} is no exported decoder: it has no {FILE}") from None
-        except (ValueError, KeyError, AttributeError) as error:
+        except (ValueError, RecursionError) as error:
             raise EngineError(f"{path} is damaged: {error}") from error
-        if found != FORMAT:
+        if not isinstance(values, dict) or "format" not in values:
+            raise EngineError(f"{path} is damaged: it holds no object with a 'format'")
+        found = cast("dict[str, object]", values)
+        if found["format"] != FORMAT:
             raise EngineError(
-                f"{path} has format {found}, this version reads {FORMAT}: "
+                f"{path} has format {found['format']}, this version reads {FORMAT}: "
                 "upgrade lifecycle-toolkit or export the model again"
             )
-        known = {field.name for field in fields(cls)}
-        if missing := {"architecture", "scheme", "vocab_size"} - values.keys():
-            raise EngineError(f"{path} is damaged: {sorted(missing)[0]} is missing")
-        values.setdefault("eos_token_ids", ())
-        for name in {"eos_token_ids", "providers", "schemes"} & values.keys():
-            values[name] = tuple(values[name] or ())
-        return cls(**{name: value for name, value in values.items() if name in known})
+        read = {
+            field.name: _read_value(path, field.name, str(field.type), found[field.name])
+            for field in fields(cls)
+            if field.name in found
+        }
+        required = (field.name for field in fields(cls) if field.default is MISSING)
+        if missing := [name for name in required if name not in read]:
+            raise EngineError(f"{path} is damaged: {missing[0]} is missing; export the model again")
+        return cls(**cast("dict[str, Any]", read))
+
+
+def _read_value(path: Path, name: str, kind: str, value: object) -> object:
+    """A value of `decoder.json`, checked to be of `kind`, a type of `DecoderInfo`."""
+    is_count = type(value) is int and value >= 0
+    fits = {
+        "str": isinstance(value, str),
+        "int": is_count,
+        "int | None": is_count or value is None,
+        "tuple[int, ...]": _is_list(value, int),
+        "tuple[str, ...]": _is_list(value, str),
+    }
+    if not fits[kind]:
+        raise EngineError(
+            f"{path} is damaged: {name} is {value!r}, expected {kind}; export the model again"
+        )
+    return tuple(cast("list[object]", value)) if kind.startswith("tuple") else value
+
+
+def _is_list(value: object, kind: type) -> bool:
+    if not isinstance(value, list):
+        return False
+    return all(type(item) is kind for item in cast("list[object]", value))

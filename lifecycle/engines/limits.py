@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from numbers import Integral, Real
+from typing import Any, cast
 
 import numpy as np
 
@@ -29,11 +31,13 @@ def context_length(options: EngineOptions, model_limit: int) -> int:
     """
     for name in ("max_num_seqs", "prefill_chunk", "threads"):
         value = getattr(options, name)
-        if value is not None and value < 1:
-            raise EngineError(f"{name} is {value}; it must be 1 or more")
+        if value is not None and (not _is_integer(value) or value < 1):
+            raise EngineError(f"{name} is {value!r}; it must be an integer, 1 or more")
     wanted = options.max_model_len
     if wanted is None:
         return min(model_limit, DEFAULT_MODEL_LEN)
+    if not _is_integer(wanted):
+        raise EngineError(f"max_model_len is {wanted!r}; it must be an integer")
     if not 2 <= wanted <= model_limit:
         raise EngineError(f"max_model_len is {wanted}; this model allows 2 to {model_limit} tokens")
     return wanted
@@ -45,10 +49,14 @@ def check_tokens(token_ids: Sequence[int], *, most: int, vocab_size: int) -> lis
     Raises:
         RequestError: there are none, more than `most`, or one is no id of the vocabulary.
     """
-    if len(token_ids) == 0:
+    try:
+        count = len(token_ids)
+    except TypeError:
+        raise RequestError(f"the prompt is no list of token ids: it is {token_ids!r}") from None
+    if count == 0:
         raise RequestError("the prompt is empty; it needs at least one token")
-    if len(token_ids) > most:
-        raise RequestError(f"the prompt has {len(token_ids)} tokens; at most {most} fit")
+    if count > most:
+        raise RequestError(f"the prompt has {count} tokens; at most {most} fit")
     try:
         array = np.asarray(token_ids)
     except (ValueError, OverflowError) as error:
@@ -59,34 +67,50 @@ def check_tokens(token_ids: Sequence[int], *, most: int, vocab_size: int) -> lis
     return array.tolist()
 
 
-def check_params(params: SamplingParams, vocab_size: int) -> None:
-    """Check every sampling parameter.
+def check_params(params: SamplingParams, vocab_size: int) -> SamplingParams:
+    """The same parameters as plain Python numbers.
 
     Raises:
         RequestError: one is of the wrong type, not a number or out of its range.
     """
-    for name, (low, high) in _REAL_BOUNDS.items():
-        _check_number(name, getattr(params, name), Real, low, high)
-    _check_number("max_tokens", params.max_tokens, Integral, 1, None)
-    _check_number("top_k", params.top_k, Integral, 0, None)
+    numbers: dict[str, int | float] = {
+        name: float(_number(name, getattr(params, name), Real, low, high))
+        for name, (low, high) in _REAL_BOUNDS.items()
+    }
+    integers: dict[str, tuple[int, int | None]] = {"max_tokens": (1, None), "top_k": (0, None)}
     if params.seed is not None:
-        _check_number("seed", params.seed, Integral, -(2**63), 2**64 - 1)
+        integers["seed"] = (-(2**63), 2**64 - 1)
     if params.logprobs is not None:
-        _check_number("logprobs", params.logprobs, Integral, 0, vocab_size)
-    _check_ids(params.stop_token_ids, "stop_token_ids", vocab_size)
+        integers["logprobs"] = (0, vocab_size)
+    for name, (low, high) in integers.items():
+        numbers[name] = int(_number(name, getattr(params, name), Integral, low, high))
+    return replace(params, **numbers, stop_token_ids=_stop_ids(params.stop_token_ids, vocab_size))
 
 
-def check_request(request: Request, *, max_model_len: int, vocab_size: int) -> list[int]:
-    """The prompt of a request that can be served, as a list of plain integers.
+def check_request(request: Request, *, max_model_len: int, vocab_size: int) -> Request:
+    """The same request with its prompt as a list, all numbers plain.
 
     Raises:
         RequestError: the prompt or a parameter cannot be served.
     """
-    check_params(request.params, vocab_size)
-    return check_tokens(request.prompt, most=max_model_len - 1, vocab_size=vocab_size)
+    params = check_params(request.params, vocab_size)
+    prompt = check_tokens(request.prompt, most=max_model_len - 1, vocab_size=vocab_size)
+    return replace(request, prompt=prompt, params=params)
 
 
-def _check_ids(ids: Sequence[int] | frozenset[int], where: str, vocab_size: int) -> None:
+def _stop_ids(ids: object, vocab_size: int) -> frozenset[int]:
+    if not isinstance(ids, Iterable):
+        raise RequestError(f"stop_token_ids is {ids!r}; it must be a set of token ids")
+    tokens: list[int] = []
+    for id in cast("Iterable[object]", ids):
+        if isinstance(id, bool) or not isinstance(id, Integral):
+            raise RequestError(f"stop_token_ids has {id!r}; each must be an integer")
+        tokens.append(int(id))
+    _check_ids(tokens, "stop_token_ids", vocab_size)
+    return frozenset(tokens)
+
+
+def _check_ids(ids: Sequence[int], where: str, vocab_size: int) -> None:
     for token in ids:
         if not 0 <= token < vocab_size:
             raise RequestError(
@@ -94,12 +118,16 @@ def _check_ids(ids: Sequence[int] | frozenset[int], where: str, vocab_size: int)
             )
 
 
-def _check_number(name: str, value: object, kind: type, low: float, high: float | None) -> None:
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _number(name: str, value: Any, kind: type, low: float, high: float | None) -> Any:
     noun = "an integer" if kind is Integral else "a number"
     if not isinstance(value, kind) or isinstance(value, bool):
         raise RequestError(f"{name} is {value!r}; it must be {noun}")
-    number: float = value  # type: ignore[assignment]
     # The comparison is written so that NaN fails it.
-    if not (low <= number and (high is None or number <= high)):
+    if not (low <= value and (high is None or value <= high)):
         span = f"{low} or more" if high is None else f"between {low} and {high}"
         raise RequestError(f"{name} is {value}; it must be {span}")
+    return value

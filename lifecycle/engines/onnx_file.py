@@ -83,6 +83,9 @@ def _fields(data: memoryview) -> Iterator[tuple[int, memoryview | None]]:
     at = 0
     while at < len(data):
         tag, at = _varint(data, at)
+        if tag >> 32:
+            # Parsers that cut a tag to 32 bits would see a field that is passed over here.
+            raise ValueError("a tag is too long")
         field, wire = tag >> 3, tag & 7
         if wire == _BYTES:
             size, at = _varint(data, at)

@@ -69,7 +69,15 @@ class OrtBackend:
         # those that bring fewer tokens to it.
         capacity = max_model_len + max(options.prefill_chunk, MIN_WIDTH)
         shape = (num_slots, info.num_kv_heads, capacity, info.head_size)
-        self._cache = {name: _lazy_zeros(shape) for name in cache_names(info)}
+        try:
+            self._cache = {name: _lazy_zeros(shape) for name in cache_names(info)}
+        except (OSError, OverflowError) as error:
+            size = 4 * math.prod(shape) * len(cache_names(info))
+            raise EngineError(
+                f"no memory for a cache of {size >> 20} MiB ({error}): lower max_num_seqs, "
+                f"{num_slots}, max_model_len, {max_model_len}, or prefill_chunk, "
+                f"{options.prefill_chunk}"
+            ) from error
         self._bindings: dict[int, _Binding] = {}
         self._inputs: Inputs = {}
         self._decoding: list[int] = []
@@ -140,7 +148,9 @@ def _lazy_zeros(shape: tuple[int, ...]) -> NDArray[np.float32]:
     """Zeros that take memory page by page as they are written, so that a slot costs what its texts
     have filled and not its capacity. `numpy.zeros` asks for huge pages, one of which spans several
     heads: the first tokens of a text then took the memory of its whole slot."""
-    memory = mmap.mmap(-1, 4 * math.prod(shape))
+    # Private, or a fork of the process would write into the same cache.
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    memory = mmap.mmap(-1, 4 * math.prod(shape), flags=flags)
     if hasattr(mmap, "MADV_NOHUGEPAGE"):
         memory.madvise(mmap.MADV_NOHUGEPAGE)
     return np.frombuffer(memory, np.float32).reshape(shape)

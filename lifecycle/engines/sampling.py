@@ -43,21 +43,29 @@ class Sampler:
         self.is_plain = self.is_greedy and not self.is_penalised
         seed = secrets.randbits(64) if params.seed is None else params.seed % 2**64
         self._random = np.random.Generator(np.random.Philox(seed))
-        self._seen = np.zeros(vocab_size if self.is_penalised else 0, dtype=np.bool_)
-        if self.is_penalised:
-            self._seen[np.asarray(prompt)] = True
+        self._prompt, self._vocab_size = prompt, vocab_size
+        # Made with the first token: a request that waits in line takes no memory for it.
+        self._seen: NDArray[np.bool_] | None = None
 
     def choose(self, logits: Floats) -> int:
         """A token for finite-topped `logits` [vocab_size], which are left as they are."""
-        if self.is_penalised:
-            logits = _penalise(logits, self._seen, self.params.repetition_penalty)
+        seen = self._tokens_seen() if self.is_penalised else None
+        if seen is not None:
+            logits = _penalise(logits, seen, self.params.repetition_penalty)
         if self.is_greedy:
             token = int(logits.argmax())
         else:
             token = _draw(token_weights(logits, self.params), self._random.random())
-        if self.is_penalised:
-            self._seen[token] = True
+        if seen is not None:
+            seen[token] = True
         return token
+
+    def _tokens_seen(self) -> NDArray[np.bool_]:
+        """Which tokens the prompt and the output hold, [vocab_size]; written in place."""
+        if self._seen is None:
+            self._seen = np.zeros(self._vocab_size, dtype=np.bool_)
+            self._seen[np.asarray(self._prompt)] = True
+        return self._seen
 
 
 def sample(logits: Floats, samplers: Sequence[Sampler]) -> list[Choice | None]:

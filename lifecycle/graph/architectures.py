@@ -6,21 +6,25 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from lifecycle.errors import CheckpointError, UnsupportedArchitectureError
+from lifecycle.graph.fields import Fields
 from lifecycle.graph.spec import DecoderSpec, LinearScaling, Llama3Scaling, Rope
 from lifecycle.pipeline.suggest import did_you_mean
-
-Config = Mapping[str, Any]
 
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
 
 
-def read_spec(config: Config) -> DecoderSpec:
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+def read_spec(config: Mapping[str, Any]) -> DecoderSpec:
     """The spec of a decoder from its `config.json`, in the form of transformers 5 or older.
 
     Raises:
         UnsupportedArchitectureError: no function here knows the `model_type`.
-        CheckpointError: a field is missing, or asks for what the graph cannot express.
+        CheckpointError: a field is missing or wrong, or asks for what the graph cannot express.
     """
     name = str(config.get("model_type", ""))
     if name not in ARCHITECTURES:
@@ -33,43 +37,48 @@ def read_spec(config: Config) -> DecoderSpec:
             "config.json: quantization_config: the weights are already quantised; "
             "start from the full-precision checkpoint"
         )
-    return ARCHITECTURES[name](config)
+    spec = ARCHITECTURES[name](Fields(config))
+    _require_sound(spec)
+    return spec
 
 
-def llama(config: Config) -> DecoderSpec:
+def llama(fields: Fields) -> DecoderSpec:
     """Llama 1 to 3.2 and models of its shape, such as SmolLM2."""
-    attention_bias = bool(config.get("attention_bias", False))
+    attention_bias = fields.flag("attention_bias")
     return replace(
-        _common(config),
+        _common(fields),
         qkv_bias=attention_bias,
         o_bias=attention_bias,
-        mlp_bias=bool(config.get("mlp_bias", False)),
+        mlp_bias=fields.flag("mlp_bias"),
     )
 
 
-def mistral(config: Config) -> DecoderSpec:
+def mistral(fields: Fields) -> DecoderSpec:
     """Mistral 7B and later: Llama with a sliding window, of 4,096 tokens if not said."""
-    return replace(_common(config), sliding_window=config.get("sliding_window", 4096))
+    fields = fields.or_else(num_key_value_heads=8, sliding_window=4096)
+    return replace(_common(fields), sliding_window=fields.optional_integer("sliding_window"))
 
 
-def qwen2(config: Config) -> DecoderSpec:
+def qwen2(fields: Fields) -> DecoderSpec:
     """Qwen 2 and 2.5: biases on queries, keys and values."""
-    return replace(_common(config), qkv_bias=True, sliding_window=_qwen_window(config))
+    fields = fields.or_else(num_key_value_heads=32)
+    return replace(_common(fields), qkv_bias=True, sliding_window=_qwen_window(fields))
 
 
-def qwen3(config: Config) -> DecoderSpec:
+def qwen3(fields: Fields) -> DecoderSpec:
     """Qwen 3: queries and keys normalised per head; a head size of 128 if not said."""
-    attention_bias = bool(config.get("attention_bias", False))
+    fields = fields.or_else(num_key_value_heads=32, head_dim=128)
+    attention_bias = fields.flag("attention_bias")
     return replace(
-        _common({"head_dim": 128, **config}),
+        _common(fields),
         qkv_bias=attention_bias,
         o_bias=attention_bias,
         qk_norm=True,
-        sliding_window=_qwen_window(config),
+        sliding_window=_qwen_window(fields),
     )
 
 
-ARCHITECTURES: dict[str, Callable[[Config], DecoderSpec]] = {
+ARCHITECTURES: dict[str, Callable[[Fields], DecoderSpec]] = {
     "llama": llama,
     "mistral": mistral,
     "qwen2": qwen2,
@@ -78,92 +87,93 @@ ARCHITECTURES: dict[str, Callable[[Config], DecoderSpec]] = {
 """`model_type` -> the function that reads its config."""
 
 
-def _common(config: Config) -> DecoderSpec:
-    """What all of them share. Defaults are those of transformers, for fields that it leaves out."""
-    heads = _number(config, "num_attention_heads")
-    hidden = _number(config, "hidden_size")
-    activation = config.get("hidden_act", "silu")
-    if activation not in ACTIVATIONS:
-        raise CheckpointError(
-            f"config.json: hidden_act: unknown activation '{activation}'"
-            f"{did_you_mean(str(activation), ACTIVATIONS)} (known: {', '.join(ACTIVATIONS)})"
-        )
+def _common(fields: Fields) -> DecoderSpec:
+    """What all of them share. Defaults are those of transformers, for fields that it leaves out;
+    those that differ between architectures are set by their functions."""
+    fields = fields.or_else(hidden_act="silu", rms_norm_eps=1e-6)
+    heads = fields.integer("num_attention_heads")
+    hidden = fields.integer("hidden_size")
     return DecoderSpec(
-        architecture=config["model_type"],
-        vocab_size=_number(config, "vocab_size"),
+        architecture=fields.values["model_type"],
+        vocab_size=fields.integer("vocab_size"),
         hidden_size=hidden,
-        intermediate_size=_number(config, "intermediate_size"),
-        num_layers=_number(config, "num_hidden_layers"),
+        intermediate_size=fields.integer("intermediate_size"),
+        num_layers=fields.integer("num_hidden_layers"),
         num_heads=heads,
-        num_kv_heads=config.get("num_key_value_heads") or heads,
-        head_size=config.get("head_dim") or hidden // heads,
-        max_position_embeddings=_number(config, "max_position_embeddings"),
-        norm_eps=config.get("rms_norm_eps", 1e-6),
-        rope=_rope(config),
-        activation=activation,
-        tied_embeddings=bool(config.get("tie_word_embeddings", False)),
+        num_kv_heads=fields.optional_integer("num_key_value_heads") or heads,
+        head_size=fields.optional_integer("head_dim") or hidden // heads,
+        max_position_embeddings=fields.integer("max_position_embeddings"),
+        norm_eps=fields.number("rms_norm_eps"),
+        rope=_rope(fields),
+        activation=fields.choice("hidden_act", ACTIVATIONS),
+        tied_embeddings=fields.flag("tie_word_embeddings"),
     )
 
 
-def _number(config: Config, field: str) -> int:
-    value = config.get(field)
-    if not isinstance(value, int) or value < 1:
-        raise CheckpointError(f"config.json: {field}: expected a positive integer, got {value!r}")
-    return value
-
-
-def _rope(config: Config) -> Rope:
-    """Both spellings: `rope_parameters`, and the older `rope_theta` beside `rope_scaling`."""
-    values: dict[str, Any] = {
-        "rope_theta": config.get("rope_theta", 10_000.0),
-        "partial_rotary_factor": config.get("partial_rotary_factor", 1.0),
-        "original_max_position_embeddings": config.get("max_position_embeddings"),
-        **(config.get("rope_scaling") or {}),
-        **(config.get("rope_parameters") or {}),
-    }
-    kind = values.get("rope_type", values.get("type", "default"))
-    if values["partial_rotary_factor"] not in (None, 1.0):
+def _require_sound(spec: DecoderSpec) -> None:
+    """Refuse numbers that are fine by themselves and do not go together."""
+    if spec.num_heads % spec.num_kv_heads:
         raise CheckpointError(
-            "config.json: partial_rotary_factor: only rotation of whole heads is supported, "
-            f"got {values['partial_rotary_factor']}"
+            f"config.json: num_key_value_heads: {spec.num_kv_heads} does not divide "
+            f"num_attention_heads, {spec.num_heads}"
         )
-    if kind not in _SCALINGS:
+    if spec.head_size < 2 or spec.head_size % 2:
         raise CheckpointError(
-            f"config.json: rope_type: unknown rotary scaling '{kind}'"
-            f"{did_you_mean(str(kind), _SCALINGS)} (known: {', '.join(_SCALINGS)})"
+            f"config.json: head_dim: rotation needs an even head size, got {spec.head_size} "
+            "(hidden_size / num_attention_heads where head_dim is not set)"
         )
-    try:
-        return Rope(float(values["rope_theta"]), _SCALINGS[kind](values))
-    except KeyError as error:
+    with np.errstate(all="ignore"):
+        last = spec.rope.frequencies(spec.head_size) * np.float32(spec.max_position_embeddings)
+    if not np.isfinite(last).all():
         raise CheckpointError(
-            f"config.json: rope_parameters: {error} is missing for rope_type '{kind}'"
-        ) from None
+            f"config.json: rope_parameters: {spec.rope} gives angles that are not finite "
+            f"within {spec.max_position_embeddings} positions"
+        )
 
 
-_SCALINGS: dict[str, Callable[[Config], LinearScaling | Llama3Scaling | None]] = {
+def _rope(fields: Fields) -> Rope:
+    """Both spellings, the older `rope_scaling` before `rope_parameters`: so does transformers,
+    whose files have a `rope_parameters` even where a `rope_scaling` was added by hand."""
+    scaling, parameters = fields.section("rope_scaling"), fields.section("rope_parameters")
+    rope = (scaling if scaling.values else parameters).or_else(
+        rope_theta=fields.values.get("rope_theta", 10_000.0),
+        partial_rotary_factor=fields.values.get("partial_rotary_factor"),
+        original_max_position_embeddings=fields.integer("max_position_embeddings"),
+    )
+    rope = rope.or_else(rope_type=rope.values.get("type", "default"))
+    if rope.values["partial_rotary_factor"] not in (None, 1.0):
+        raise rope.wrong("partial_rotary_factor", "1.0: only whole heads can be rotated")
+    kind = rope.choice("rope_type", _SCALINGS)
+    return Rope(rope.number("rope_theta"), _SCALINGS[kind](rope))
+
+
+def _llama3(rope: Fields) -> Llama3Scaling:
+    low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
+    if low >= high:
+        raise rope.wrong("high_freq_factor", f"more than low_freq_factor, {low}")
+    original = rope.integer("original_max_position_embeddings")
+    return Llama3Scaling(rope.number("factor"), low, high, original)
+
+
+_SCALINGS: dict[str, Callable[[Fields], LinearScaling | Llama3Scaling | None]] = {
     "default": lambda _: None,
-    "linear": lambda values: LinearScaling(values["factor"]),
-    "llama3": lambda values: Llama3Scaling(
-        values["factor"],
-        values["low_freq_factor"],
-        values["high_freq_factor"],
-        values["original_max_position_embeddings"],
-    ),
+    "linear": lambda rope: LinearScaling(rope.number("factor")),
+    "llama3": _llama3,
 }
 
 
-def _qwen_window(config: Config) -> int | None:
+def _qwen_window(fields: Fields) -> int | None:
     """The window of a Qwen model, which may be switched off or differ between layers."""
-    window = config.get("sliding_window", 4096)
-    if not config.get("use_sliding_window", False) or window is None:
+    fields = fields.or_else(sliding_window=4096, max_window_layers=28)
+    layers = fields.integer("num_hidden_layers")
+    types = fields.choices("layer_types", (FULL, SLIDING), layers)
+    window = fields.optional_integer("sliding_window")
+    if not fields.flag("use_sliding_window") or window is None:
         return None
-    layers = _number(config, "num_hidden_layers")
-    full = config.get("max_window_layers", 28)
-    types = config.get("layer_types") or [
-        "full_attention" if i < full else "sliding_attention" for i in range(layers)
-    ]
+    full = fields.integer("max_window_layers", least=0)
+    types = types or [FULL if i < full else SLIDING for i in range(layers)]
     if len(set(types)) > 1:
         raise CheckpointError(
             "config.json: layer_types: layers with different kinds of attention are not supported"
         )
-    return window if types[0] == "sliding_attention" else None
+    return window if types[0] == SLIDING else None

@@ -19,6 +19,8 @@ from lifecycle.graph.spec import DecoderSpec
 from lifecycle.graph.targets import Target
 from lifecycle.graph.weights import WeightFile, copy_tensor
 
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+"""The tensors of a checkpoint that tied embeddings make one."""
 INT64, INT32, FLOAT = ir.DataType.INT64, ir.DataType.INT32, ir.DataType.FLOAT
 
 _ACTIVATION_OPS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -53,7 +55,7 @@ class _DecoderBuilder:
     def build(self) -> ir.Graph:
         self._inputs()
         spec = self.spec
-        embedding = self._weight("embed_tokens.weight", (spec.vocab_size, spec.hidden_size))
+        embedding = self._embedding()
         residual = self.g.node("Gather", "embed_tokens", embedding, self.tokens)
         normed = self._norm("layers.0.input_layernorm", residual, spec.hidden_size)
         for i in range(spec.num_layers):
@@ -66,6 +68,12 @@ class _DecoderBuilder:
             normed, residual = self._add_norm(after, self._mlp(i, normed), residual)
         self._head(normed, embedding)
         return self.g.graph
+
+    def _embedding(self) -> ir.Value:
+        shape, tensors = (self.spec.vocab_size, self.spec.hidden_size), self.checkpoint.tensors
+        # Of two tied matrices a checkpoint may hold either.
+        head_only = EMBEDDING not in tensors and HEAD in tensors and self.spec.tied_embeddings
+        return self._weight("embed_tokens.weight", shape, [HEAD if head_only else EMBEDDING])
 
     def _inputs(self) -> None:
         g = self.g
@@ -197,7 +205,7 @@ class _DecoderBuilder:
         head = embedding
         if not spec.tied_embeddings:
             shape = (spec.vocab_size, spec.hidden_size)
-            head = self._weight("lm_head.weight", shape, ["lm_head.weight"])
+            head = self._weight(HEAD, shape, [HEAD])
         logits = g.node("Gemm", "lm_head", wanted, head, transB=1)
         g.output(logits, "logits", FLOAT, ("L", spec.vocab_size))
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from io import FileIO
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +32,8 @@ class StoredTensor:
 
     file: Path
     offset: int
+    size: int
+    """Bytes."""
     dtype: str
     """`F32`, `F16` or `BF16`."""
     shape: tuple[int, ...]
@@ -120,24 +122,39 @@ def _read_exactly(stream: FileIO, block: NDArray[Any], file: Path) -> None:
 
 
 def _weight_files(folder: Path) -> list[Path]:
+    # The single file first, as transformers does.
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
     index = folder / INDEX
     if index.is_file():
-        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        files = [folder / name for name in shards]
+        files = [folder / name for name in _read_index(index)]
         for file in files:
             if file.parent != folder:
                 raise CheckpointError(f"{index}: shard '{file}' lies outside the folder")
             if not file.is_file():
                 raise CheckpointError(f"{file} is missing, though {INDEX} names it")
         return files
-    if (folder / SINGLE).is_file():
-        return [folder / SINGLE]
     if pickled := sorted([*folder.glob("*.bin"), *folder.glob("*.pt")]):
         raise CheckpointError(
             f"{pickled[0]} is a pickle, which can run any code when it is read; "
             "save the model as safetensors"
         )
     raise CheckpointError(f"{folder} has no weights: neither {SINGLE} nor {INDEX}")
+
+
+def _read_index(index: Path) -> list[str]:
+    """The names of the shards, sorted."""
+    try:
+        found: object = json.loads(index.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{index} is no JSON: {error}; copy it again") from None
+    match found:
+        case {"weight_map": dict(shards)} if all(isinstance(s, str) for s in shards.values()):
+            return sorted(set(shards.values()))
+        case _:
+            raise CheckpointError(
+                f"{index} is damaged: it has no weight_map from tensors to files; copy it again"
+            )
 
 
 def _read_header(file: Path) -> dict[str, StoredTensor]:
@@ -148,20 +165,35 @@ def _read_header(file: Path) -> dict[str, StoredTensor]:
             (length,) = struct.unpack("<Q", stream.read(8))
             if length > size - 8:
                 raise ValueError("its header is cut off")
-            header = json.loads(stream.read(length))
-            header.pop("__metadata__", None)
-            found = {
-                name: StoredTensor(
-                    file,
-                    8 + length + entry["data_offsets"][0],
-                    entry["dtype"],
-                    tuple(entry["shape"]),
-                )
-                for name, entry in header.items()
-            }
-            end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        except (struct.error, ValueError, KeyError, TypeError) as error:
+            header: Any = json.loads(stream.read(length))
+            if not isinstance(header, dict):
+                raise ValueError("its header is no JSON object")
+        except (struct.error, ValueError, RecursionError) as error:
             raise CheckpointError(f"{file} is no safetensors file: {error}") from None
-    if 8 + length + end > size:
-        raise CheckpointError(f"{file} is cut off: {size} bytes of {8 + length + end}")
+    entries = cast("dict[str, object]", header)
+    entries.pop("__metadata__", None)
+    start = 8 + length
+    found = {name: _read_entry(file, start, name, entry) for name, entry in entries.items()}
+    end = max((tensor.offset + tensor.size for tensor in found.values()), default=start)
+    if end > size:
+        raise CheckpointError(f"{file} is cut off: {size} bytes of {end}")
     return found
+
+
+def _read_entry(file: Path, start: int, name: str, entry: object) -> StoredTensor:
+    """One tensor of a header; offsets count from `start`."""
+    match entry:
+        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(begin), int(end)]} if (
+            0 <= begin <= end and all(isinstance(n, int) and n >= 0 for n in shape)
+        ):
+            tensor = StoredTensor(file, start + begin, end - begin, dtype, tuple(shape))
+        case _:
+            raise CheckpointError(
+                f"{file}: {name}: its header has no tensor there but {entry!r}; copy the file again"
+            )
+    if dtype in _STORED and tensor.size != prod(tensor.shape) * _STORED[dtype].itemsize:
+        raise CheckpointError(
+            f"{file}: {name}: {tensor.size} bytes do not hold {dtype} {list(tensor.shape)}; "
+            "copy the file again"
+        )
+    return tensor

@@ -6,13 +6,16 @@ import json
 from collections.abc import Callable
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+
+import numpy as np
 
 from lifecycle.engines.decoder import GRAPH, WEIGHTS, DecoderInfo
 from lifecycle.errors import CheckpointError
 from lifecycle.graph.architectures import read_spec
-from lifecycle.graph.builder import build_decoder
+from lifecycle.graph.builder import EMBEDDING, HEAD, build_decoder
 from lifecycle.graph.checkpoint import Checkpoint
+from lifecycle.graph.fields import Fields
 from lifecycle.graph.nodes import save_model
 from lifecycle.graph.spec import DecoderSpec
 from lifecycle.graph.targets import Target
@@ -36,14 +39,16 @@ def export_decoder(
     """
     config = read_json(source / "config.json")
     spec = read_spec(config)
+    info = _describe(spec, config, source, target)
     checkpoint = Checkpoint(source)
+    if spec.tied_embeddings:
+        _require_tied(checkpoint)
     total = 4 * sum(prod(tensor.shape) for tensor in checkpoint.tensors.values())
     report = on_write or (lambda done, total: None)
     with WeightFile(out / WEIGHTS, lambda done: report(min(done, total), total)) as weights:
         graph = build_decoder(spec, checkpoint, weights, target)
     _require_all_read(checkpoint, spec)
     save_model(graph, out / GRAPH)
-    info = _describe(spec, config, source, target)
     info.save(out)
     return info
 
@@ -51,17 +56,32 @@ def export_decoder(
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file of a checkpoint."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found: object = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing") from None
     except ValueError as error:
         raise CheckpointError(f"{path} is no JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path} is damaged: it holds no JSON object")
+    return cast("dict[str, Any]", found)
+
+
+def _require_tied(checkpoint: Checkpoint) -> None:
+    """Where both tied matrices are stored they must be equal, or one of them would be lost."""
+    if not {EMBEDDING, HEAD} <= checkpoint.tensors.keys():
+        return
+    pairs = zip(checkpoint.blocks(EMBEDDING), checkpoint.blocks(HEAD), strict=False)
+    is_same_shape = checkpoint.shape(EMBEDDING) == checkpoint.shape(HEAD)
+    if not is_same_shape or not all(np.array_equal(*pair) for pair in pairs):
+        raise CheckpointError(
+            f"{checkpoint.folder}: {HEAD} differs from {EMBEDDING}, though config.json has "
+            "tie_word_embeddings true; set it to false if both were trained"
+        )
 
 
 def _require_all_read(checkpoint: Checkpoint, spec: DecoderSpec) -> None:
     """A tensor without a place in the graph means another model than the spec describes."""
-    known = {"lm_head.weight"} if spec.tied_embeddings else set[str]()
-    left = {name for name in checkpoint.unread - known if not name.endswith("rotary_emb.inv_freq")}
+    left = {name for name in checkpoint.unread if not name.endswith("rotary_emb.inv_freq")}
     if left:
         raise CheckpointError(
             f"{checkpoint.folder}: tensor '{min(left)}' has no place in a {spec.architecture} "
@@ -73,8 +93,11 @@ def _describe(
     spec: DecoderSpec, config: dict[str, Any], source: Path, target: Target
 ) -> DecoderInfo:
     generation = source / "generation_config.json"
-    ends = read_json(generation).get("eos_token_id") if generation.is_file() else None
-    ends = config.get("eos_token_id") if ends is None else ends
+    fields = Fields(config)
+    ends = fields
+    if generation.is_file():
+        found = Fields(read_json(generation), generation.name)
+        ends = fields if found.values.get("eos_token_id") is None else found
     return DecoderInfo(
         architecture=spec.architecture,
         scheme="fp32",
@@ -84,8 +107,8 @@ def _describe(
         num_kv_heads=spec.num_kv_heads,
         head_size=spec.head_size,
         max_position_embeddings=spec.max_position_embeddings,
-        bos_token_id=config.get("bos_token_id"),
-        eos_token_ids=tuple(ends) if isinstance(ends, list) else (() if ends is None else (ends,)),
+        bos_token_id=fields.optional_integer("bos_token_id", least=0),
+        eos_token_ids=ends.token_ids("eos_token_id"),
         kv_dtype=target.kv_dtype,
         sliding_window=spec.sliding_window,
         target=target.use,

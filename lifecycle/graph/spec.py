@@ -44,15 +44,17 @@ class Rope:
     theta: float = 10_000.0
     scaling: LinearScaling | Llama3Scaling | None = None
 
+    def frequencies(self, head_size: int) -> NDArray[np.float32]:
+        """Radians per token, [head_size / 2]."""
+        exponents = np.arange(0, head_size, 2, dtype=np.float32) / np.float32(head_size)
+        frequencies = (1.0 / np.float32(self.theta) ** exponents).astype(np.float32)
+        return frequencies if self.scaling is None else self.scaling(frequencies)
+
     def tables(
         self, positions: int, head_size: int
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Cosines and sines, each float32 [positions, head_size / 2]."""
-        exponents = np.arange(0, head_size, 2, dtype=np.float32) / np.float32(head_size)
-        frequencies = (1.0 / np.float32(self.theta) ** exponents).astype(np.float32)
-        if self.scaling is not None:
-            frequencies = self.scaling(frequencies)
-        angles = np.outer(np.arange(positions, dtype=np.float32), frequencies)
+        angles = np.outer(np.arange(positions, dtype=np.float32), self.frequencies(head_size))
         return np.cos(angles), np.sin(angles)
 
 

@@ -94,8 +94,8 @@ def copy_tensor(
         CheckpointError: a source is missing, or they do not add up to `shape`.
     """
     shapes = [checkpoint.shape(source) for source in sources]
-    rows = sum(found[0] for found in shapes)
-    if any((rows, *found[1:]) != shape for found in shapes):
+    rows = sum(found[0] for found in shapes if found)
+    if any(not found or (rows, *found[1:]) != shape for found in shapes):
         found = ", ".join(f"{s} {list(checkpoint.shape(s))}" for s in sources)
         raise CheckpointError(
             f"{checkpoint.folder}: {found}: config.json asks for {list(shape)} in all"

@@ -44,9 +44,11 @@ def inspect(folder: Path) -> Metrics:
 
 def files_to_take(folder: Path) -> Iterator[Path]:
     """The files of a checked folder that become part of the artifact, sorted."""
-    shards = set(_named_tensors(folder).values()) or {SINGLE}
+    named = _named_tensors(folder)
+    weights = {INDEX, *named.values()} if named else {SINGLE}
     for path in sorted({path for pattern in PATTERNS for path in folder.glob(pattern)}):
-        if path.is_file() and (path.suffix != ".safetensors" or path.name in shards):
+        holds_weights = path.suffix == ".safetensors" or path.name == INDEX
+        if path.is_file() and (not holds_weights or path.name in weights):
             yield path
 
 
@@ -85,9 +87,10 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 
 def _named_tensors(folder: Path) -> dict[str, str]:
-    """The shard of every tensor, as the index says; empty for a model in one file."""
+    """The shard of every tensor, as the index says; empty for a model in one file, which comes
+    before an index."""
     path = folder / INDEX
-    if not path.is_file():
+    if (folder / SINGLE).is_file() or not path.is_file():
         return {}
     shards = _read_object(path).get("weight_map")
     if not isinstance(shards, dict) or not all(isinstance(s, str) for s in shards.values()):

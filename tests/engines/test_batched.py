@@ -137,6 +137,18 @@ def test_an_id_is_in_use_until_its_request_ends() -> None:
     engine.submit(Request("a", [1], FREE))
 
 
+def test_the_id_of_a_cancelled_request_is_in_use_until_its_end_is_told() -> None:
+    engine = ToyEngine.make()
+    engine.submit(Request("a", [1], FREE))
+    engine.step()
+    engine.cancel("a")
+    with pytest.raises(RequestError, match="in use"):
+        engine.submit(Request("a", [2], FREE))
+    assert engine.step() == [Event("a", finish_reason=FinishReason.CANCELLED)]
+    engine.submit(Request("a", [2], FREE))
+    assert len([e for e in drain(engine) if e.token_id is not None]) == 5
+
+
 def test_logits_come_after_every_token_whatever_the_chunks() -> None:
     engine = ToyEngine.make(prefill_chunk=4)
     tokens = [1, 2, 3, 4, 5, 6, 7, 8, 9]
@@ -156,6 +168,8 @@ def test_what_needs_an_idle_engine_says_so(call: str) -> None:
 def test_a_closed_engine_refuses_requests() -> None:
     engine = ToyEngine.make()
     engine.submit(Request("a", [1], FREE))
+    engine.submit(Request("cancelled", [1], FREE))
+    engine.cancel("cancelled")
     engine.close()
     engine.close()
     assert engine.backend.closed and engine.num_waiting == 0 and engine.step() == []

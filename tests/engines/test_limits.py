@@ -11,7 +11,7 @@ from lifecycle.engines.limits import check_request, context_length
 from lifecycle.errors import EngineError, RequestError
 
 
-def check(prompt: Any = (1, 2), **params: Any) -> list[int]:
+def check(prompt: Any = (1, 2), **params: Any) -> Request:
     request = Request("r", prompt, SamplingParams(**params))
     return check_request(request, max_model_len=10, vocab_size=100)
 
@@ -30,6 +30,10 @@ def check(prompt: Any = (1, 2), **params: Any) -> list[int]:
         ([[1], [2, 3]], "no list of token ids"),
         ([None], "must be an integer"),
         ([2**80], "must be an integer"),
+        (None, "no list of token ids: it is None"),
+        ((i for i in [1]), "no list of token ids: it is <generator"),
+        ("abc", "no list of token ids"),
+        ({1, 2}, "no list of token ids"),
     ],
 )
 def test_a_prompt_that_cannot_be_served_is_refused(prompt: Any, message: str) -> None:
@@ -39,7 +43,7 @@ def test_a_prompt_that_cannot_be_served_is_refused(prompt: Any, message: str) ->
 
 @pytest.mark.parametrize("prompt", [[0, 99], (5,), np.array([1, 2]), range(9)])
 def test_a_prompt_becomes_plain_integers(prompt: Any) -> None:
-    tokens = check(prompt)
+    tokens = check(prompt).prompt
     assert tokens == list(prompt) and all(type(token) is int for token in tokens)
 
 
@@ -61,6 +65,9 @@ def test_a_prompt_becomes_plain_integers(prompt: Any) -> None:
         ("max_tokens", None, "must be an integer"),
         ("logprobs", 101, "between 0 and 100"),
         ("seed", 2**64, "seed"),
+        ("stop_token_ids", None, "must be a set of token ids"),
+        ("stop_token_ids", frozenset({"a"}), "'a'; each must be an integer"),
+        ("stop_token_ids", frozenset({2.5}), "each must be an integer"),
         ("stop_token_ids", frozenset({100}), "stop_token_ids has the token id 100"),
     ],
 )
@@ -72,6 +79,17 @@ def test_a_parameter_out_of_range_is_refused(name: str, value: Any, message: str
 def test_the_bounds_themselves_are_allowed() -> None:
     check(temperature=100, top_p=0, min_p=1.0, logprobs=100, max_tokens=10**9, top_k=10**9)
     check(temperature=np.float32(0.5), seed=-(2**63), repetition_penalty=0.01)
+
+
+def test_numbers_of_numpy_become_plain_ones() -> None:
+    names = {"seed": np.int64(-5), "top_k": np.uint32(5), "max_tokens": np.int8(3)}
+    stops = frozenset({np.int64(7)})
+    found = check(**names, logprobs=np.uint8(2), top_p=np.float32(0.5), stop_token_ids=stops).params
+    assert found == SamplingParams(
+        seed=-5, top_k=5, max_tokens=3, logprobs=2, top_p=0.5, stop_token_ids=frozenset({7})
+    )
+    assert {type(value) for value in (found.seed, found.top_k, *found.stop_token_ids)} == {int}
+    assert type(found.top_p) is float
 
 
 def test_the_context_is_the_models_own_up_to_a_default() -> None:
@@ -88,6 +106,9 @@ def test_the_context_is_the_models_own_up_to_a_default() -> None:
         (EngineOptions(max_num_seqs=0), "max_num_seqs is 0"),
         (EngineOptions(prefill_chunk=-1), "prefill_chunk"),
         (EngineOptions(threads=0), "threads"),
+        (EngineOptions(max_num_seqs=2.0), r"max_num_seqs is 2\.0; it must be an integer"),  # type: ignore[arg-type]
+        (EngineOptions(max_model_len="12"), "max_model_len is '12'"),  # type: ignore[arg-type]
+        (EngineOptions(prefill_chunk=True), "prefill_chunk is True"),
     ],
 )
 def test_options_out_of_range_are_refused(options: EngineOptions, message: str) -> None:

@@ -96,6 +96,13 @@ def test_a_name_that_no_file_can_have_is_refused(tmp_path: Path, location: str) 
         check_external_data(write(tmp_path, in_initializer(external(location))))
 
 
+def test_a_field_number_that_a_parser_would_cut_is_refused(tmp_path: Path) -> None:
+    # Field 7 of the model, its graph, with bit 32 of the tag set as well.
+    (tmp_path / "model.onnx").write_bytes(b"\xba\x80\x80\x80\x10\x00")
+    with pytest.raises(EngineError, match="damaged"):
+        check_external_data(tmp_path / "model.onnx")
+
+
 @settings(deadline=None, max_examples=300)
 @given(data=st.binary(max_size=80))
 def test_any_bytes_are_either_read_or_called_damaged(

@@ -184,6 +184,15 @@ def test_a_cut_file_is_named(copy: Path, name: str) -> None:
         ({"kv_dtype": "int8"}, "int8 cache"),
         ({"format": 99}, "format 99"),
         ({"providers": ["NoSuchProvider"]}, "made for NoSuchProvider"),
+        ({"providers": "CPUExecutionProvider"}, r"providers is 'CPU.*expected tuple\[str"),
+        ({"num_layers": "2"}, "num_layers is '2', expected int"),
+        ({"num_layers": True}, "num_layers is True"),
+        ({"max_position_embeddings": None}, "max_position_embeddings is None"),
+        ({"vocab_size": -1}, "vocab_size is -1"),
+        ({"eos_token_ids": 2}, "eos_token_ids is 2"),
+        ({"eos_token_ids": ["2"]}, "eos_token_ids"),
+        ({"bos_token_id": "1"}, "bos_token_id"),
+        ({"scheme": None}, "scheme is None"),
     ],
 )
 def test_a_graph_that_is_not_what_its_description_says_is_refused(
@@ -191,6 +200,23 @@ def test_a_graph_that_is_not_what_its_description_says_is_refused(
 ) -> None:
     edit(copy, **changes)
     with pytest.raises(EngineError, match=message):
+        OnnxEngine.open(copy)
+
+
+@pytest.mark.parametrize("name", ["architecture", "hidden_size", "num_layers", "bos_token_id"])
+def test_a_description_without_a_field_is_refused(copy: Path, name: str) -> None:
+    path = copy / "decoder.json"
+    values = json.loads(path.read_text())
+    del values[name]
+    path.write_text(json.dumps(values))
+    with pytest.raises(EngineError, match=rf"decoder\.json is damaged: {name} is missing"):
+        OnnxEngine.open(copy)
+
+
+@pytest.mark.parametrize("content", ["[]", "3", "{}", "null"])
+def test_a_description_that_is_no_object_is_refused(copy: Path, content: str) -> None:
+    (copy / "decoder.json").write_text(content)
+    with pytest.raises(EngineError, match=r"decoder\.json is damaged"):
         OnnxEngine.open(copy)
 
 
@@ -209,6 +235,35 @@ def test_weights_outside_the_folder_are_refused(copy: Path, tmp_path: Path) -> N
 def test_a_context_longer_than_the_models_is_refused(random_model: Model) -> None:
     with pytest.raises(EngineError, match="max_model_len is 257"):
         OnnxEngine.open(random_model.graph, EngineOptions(max_model_len=257))
+
+
+@pytest.mark.parametrize("changes", [{"max_num_seqs": 10**8}, {"prefill_chunk": 10**20}])
+def test_a_cache_that_no_memory_holds_is_refused(
+    random_model: Model, changes: dict[str, int]
+) -> None:
+    with pytest.raises(EngineError, match=r"cache of \d+ MiB .*lower max_num_seqs"):
+        OnnxEngine.open(random_model.graph, EngineOptions(**changes))
+
+
+def test_a_system_that_knows_no_usable_cores_takes_all(
+    random_model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr("os.sched_getaffinity", raising=False)
+    assert OnnxEngine.open(random_model.graph).vocab_size == 160
+
+
+def test_a_fork_has_a_cache_of_its_own() -> None:
+    code = (
+        "import os; from lifecycle.engines.ort import _lazy_zeros\n"
+        "zeros = _lazy_zeros((4,))\n"
+        "if child := os.fork():\n"
+        "    os.waitpid(child, 0); print(zeros.tolist())\n"
+        "else:\n"
+        "    zeros[:] = 1; os._exit(0)\n"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str([0.0] * 4)
 
 
 def test_neither_torch_nor_transformers_is_imported(random_model: Model) -> None:

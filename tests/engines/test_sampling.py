@@ -194,3 +194,7 @@ def test_masked_logits_are_never_drawn() -> None:
         params = SamplingParams(temperature=0.5, repetition_penalty=1.3, logprobs=2, seed=9)
         choices = {pick(logits, params, prompt=[1]).token_id for _ in range(20)}
         assert choices <= {3, 8}
+
+
+def test_a_penalised_request_that_waits_takes_no_memory_for_the_vocabulary() -> None:
+    Sampler(SamplingParams(repetition_penalty=1.1), [1], vocab_size=10**15)

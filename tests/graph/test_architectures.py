@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from lifecycle.errors import CheckpointError, UnsupportedArchitectureError
@@ -33,6 +35,21 @@ def test_old_and_new_spellings_of_rope_are_equal() -> None:
     assert old == new
     assert old.rope.theta == 500.0
     assert old.rope.scaling == Llama3Scaling(4.0, 1.0, 4.0, 32)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_scaling": LLAMA3_ROPE, "rope_parameters": {"rope_theta": 9.0}},
+        {"rope_scaling": {"type": "linear", "factor": 4.0}, "rope_parameters": {"rope_theta": 9.0}},
+        {"rope_scaling": LLAMA3_ROPE | {"rope_theta": 7.0}, "rope_theta": 9.0},
+        {"rope_scaling": {}, "rope_parameters": {"rope_type": "linear", "factor": 2.0}},
+        {"rope_parameters": {"type": "linear", "rope_type": "default"}, "rope_theta": 9.0},
+    ],
+)
+def test_of_two_spellings_of_rope_the_one_of_transformers_counts(changes: dict[str, Any]) -> None:
+    wanted = LlamaConfig(**SHAPE | copy.deepcopy(changes)).rope_parameters
+    assert read_spec(LLAMA | changes).rope == read_spec(LLAMA | {"rope_parameters": wanted}).rope
 
 
 def test_older_scaling_says_type() -> None:
@@ -82,6 +99,57 @@ def test_a_config_without_an_architecture_is_refused() -> None:
 def test_what_cannot_be_expressed_is_named(changes: dict[str, Any], named: str) -> None:
     with pytest.raises(CheckpointError, match=named):
         read_spec(LLAMA | changes)
+
+
+QWEN = {"model_type": "qwen2", "use_sliding_window": True}
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"rms_norm_eps": None}, "rms_norm_eps: expected a number, got None"),
+        ({"rms_norm_eps": "1e-5"}, "rms_norm_eps"),
+        ({"rope_theta": None}, "rope_theta.*None"),
+        ({"rope_theta": 0}, "rope_theta: expected a number above 0.*got 0"),
+        ({"rope_theta": 10**400}, "rope_theta"),
+        ({"rope_scaling": {"type": "linear", "factor": 1e-37}}, "rope_parameters: .*not finite"),
+        ({"rope_scaling": []}, r"rope_scaling: expected one object.*\[\]"),
+        ({"rope_scaling": {"rope_type": ["linear"]}}, r"rope_scaling: rope_type.*\['linear'\]"),
+        ({"rope_scaling": {"type": "linear", "factor": 0}}, "rope_scaling: factor"),
+        ({"rope_scaling": {"type": "linear", "factor": "2"}}, "factor.*'2'"),
+        ({"rope_parameters": LLAMA3_ROPE | {"high_freq_factor": 1.0}}, "more than low_freq_factor"),
+        ({"rope_parameters": {"full_attention": LLAMA3_ROPE}}, "rope_parameters: .*all layers"),
+        ({"head_dim": 16.0}, r"head_dim.*16\.0"),
+        ({"head_dim": 15}, "head_dim.*even.*15"),
+        ({"hidden_size": 3}, "head_dim.*even.*0"),
+        ({"num_key_value_heads": "2"}, "num_key_value_heads.*'2'"),
+        ({"num_key_value_heads": 3}, "3 does not divide num_attention_heads, 4"),
+        ({"num_attention_heads": True}, "num_attention_heads.*True"),
+        ({"max_position_embeddings": 10**13}, "max_position_embeddings.*10000000000000"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings: expected true or false.*'false'"),
+        ({"hidden_act": ["silu"]}, "hidden_act"),
+        ({"model_type": ["llama"]}, "model_type"),
+        ({"model_type": "mistral", "sliding_window": 0}, "sliding_window.*got 0"),
+        ({"model_type": "mistral", "sliding_window": "4"}, "sliding_window.*'4'"),
+        ({"model_type": "mistral", "sliding_window": 4.0}, r"sliding_window.*4\.0"),
+        (QWEN | {"max_window_layers": None}, "max_window_layers.*None"),
+        (QWEN | {"layer_types": ["chunked_attention"] * 2}, "layer_types.*sliding_attention"),
+        (QWEN | {"layer_types": ["full_attention"]}, "layer_types: expected a list of 2"),
+        (QWEN | {"layer_types": "full_attention"}, "layer_types"),
+        (QWEN | {"layer_types": [{}, []]}, "layer_types"),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_field(changes: dict[str, Any], named: str) -> None:
+    with pytest.raises(CheckpointError, match=rf"config\.json: .*{named}"):
+        read_spec(LLAMA | changes)
+
+
+@pytest.mark.parametrize(("name", "heads"), [("llama", 64), ("mistral", 8), ("qwen3", 32)])
+def test_each_architecture_has_its_own_default_of_heads(name: str, heads: int) -> None:
+    config = LLAMA | {"model_type": name, "num_attention_heads": 64, "head_dim": 2}
+    assert read_spec(config | {"num_key_value_heads": None}).num_kv_heads == 64
+    del config["num_key_value_heads"]
+    assert read_spec(config).num_kv_heads == heads
 
 
 def test_defaults_are_those_of_transformers() -> None:

@@ -36,6 +36,52 @@ def test_shards_are_joined_by_their_index(tmp_path: Path) -> None:
     assert [float(next(checkpoint.blocks(name))[0]) for name in "ab"] == [1.0, 2.0]
 
 
+def test_a_single_file_comes_before_an_index_as_in_transformers(tmp_path: Path) -> None:
+    _write_shards(tmp_path)
+    save_file({"a": torch.full((2,), 3.0)}, tmp_path / module.SINGLE)
+    checkpoint = Checkpoint(tmp_path)
+    assert checkpoint.tensors.keys() == {"a"} and float(next(checkpoint.blocks("a"))[0]) == 3.0
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}']
+)
+def test_a_damaged_index_is_named(content: str, tmp_path: Path) -> None:
+    (tmp_path / module.INDEX).write_text(content)
+    with pytest.raises(CheckpointError, match=r"index\.json is .*copy it again"):
+        Checkpoint(tmp_path)
+
+
+ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+
+
+@pytest.mark.parametrize(
+    ("entry", "named"),
+    [
+        (3, "no tensor there but 3"),
+        (ENTRY | {"dtype": ["F32"]}, "no tensor there"),
+        (ENTRY | {"shape": "ab"}, "no tensor there"),
+        (ENTRY | {"shape": [-2, -1]}, "no tensor there"),
+        (ENTRY | {"data_offsets": [-8, 0]}, "no tensor there"),
+        (ENTRY | {"data_offsets": ["0", 8]}, "no tensor there"),
+        (ENTRY | {"data_offsets": [8]}, "no tensor there"),
+        (ENTRY | {"shape": [2, 2]}, r"8 bytes do not hold F32 \[2, 2\]"),
+        (ENTRY | {"dtype": "F16"}, "8 bytes do not hold F16"),
+    ],
+)
+def test_a_damaged_entry_names_its_tensor(entry: object, named: str, tmp_path: Path) -> None:
+    _write_header(tmp_path, {"w": entry, "v": ENTRY})
+    with pytest.raises(CheckpointError, match=rf"model\.safetensors: w: .*{named}"):
+        Checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("header", ["x", 3, []])
+def test_a_header_that_is_no_object_is_refused(header: object, tmp_path: Path) -> None:
+    _write_header(tmp_path, header)
+    with pytest.raises(CheckpointError, match="no safetensors file: its header is no JSON object"):
+        Checkpoint(tmp_path)
+
+
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     _write_shards(tmp_path)
     (tmp_path / "two.safetensors").unlink()
@@ -92,6 +138,12 @@ def test_integers_are_no_weights(tmp_path: Path) -> None:
     save_file({"w": torch.ones(1, dtype=torch.int8)}, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match="stored as I8"):
         list(Checkpoint(tmp_path).blocks("w"))
+
+
+def _write_header(folder: Path, header: object) -> None:
+    text = json.dumps(header).encode()
+    content = len(text).to_bytes(8, "little") + text + bytes(16)
+    (folder / module.SINGLE).write_bytes(content)
 
 
 def _write_shards(folder: Path) -> None:

@@ -49,6 +49,31 @@ def test_a_shape_that_the_config_does_not_give_is_named(checkpoint: Path) -> Non
     _change_weights(checkpoint, {"model.norm.weight": torch.ones(63)})
     with pytest.raises(CheckpointError, match=r"model\.norm\.weight \[63\].*\[64\]"):
         export(checkpoint)
+    _change_weights(checkpoint, {"model.norm.weight": torch.tensor(1.0)})
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight \[\].*\[64\]"):
+        export(checkpoint, "again")
+
+
+@pytest.mark.parametrize("kept", ["embedding", "head", "both"])
+def test_tied_matrices_may_be_stored_under_either_name(kept: str, tmp_path: Path) -> None:
+    save_model("llama-tied", tmp_path / "hf")
+    wanted = hash_tree(export(tmp_path / "hf", "wanted"))
+    file = tmp_path / "hf" / "model.safetensors"
+    tensors = load_file(file)
+    if kept != "embedding":
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    if kept == "head":
+        del tensors["model.embed_tokens.weight"]
+    save_file(tensors, file)
+    assert hash_tree(export(tmp_path / "hf")) == wanted
+
+
+@pytest.mark.parametrize("head", [torch.zeros(96, 64), torch.zeros(64, 96)])
+def test_a_tied_head_that_differs_is_named(head: torch.Tensor, tmp_path: Path) -> None:
+    save_model("llama-tied", tmp_path / "hf")
+    _change_weights(tmp_path / "hf", {"lm_head.weight": head})
+    with pytest.raises(CheckpointError, match=r"lm_head.*differs.*embed_tokens.*to false"):
+        export(tmp_path / "hf")
 
 
 @pytest.mark.parametrize(
@@ -67,7 +92,25 @@ def test_ends_come_from_the_generation_config_first(
     assert export_decoder(checkpoint, out, Cpu()).eos_token_ids == wanted
 
 
-@pytest.mark.parametrize("content", [None, "{"])
+@pytest.mark.parametrize(
+    ("file", "content", "named"),
+    [
+        ("generation_config.json", [], r"generation_config\.json is damaged"),
+        ("generation_config.json", {"eos_token_id": "2"}, r"generation_config\.json: eos.*'2'"),
+        ("config.json", {"eos_token_id": [2.5]}, r"^config\.json: eos_token_id"),
+        ("config.json", {"bos_token_id": [1]}, r"^config\.json: bos_token_id"),
+    ],
+)
+def test_wrong_ends_are_named(file: str, content: object, named: str, checkpoint: Path) -> None:
+    (checkpoint / "generation_config.json").write_text("{}")
+    if file == "config.json" and isinstance(content, dict):
+        content = json.loads((checkpoint / file).read_text()) | content
+    (checkpoint / file).write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=named):
+        export(checkpoint)
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", "3"])
 def test_a_config_that_cannot_be_read_is_named(content: str | None, tmp_path: Path) -> None:
     if content is not None:
         (tmp_path / "config.json").write_text(content)

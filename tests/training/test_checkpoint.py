@@ -49,6 +49,15 @@ def test_code_pickles_and_other_weights_are_left_behind(folder: Path) -> None:
     assert ignored_code(folder) == ["modeling.py", "auto_map of config.json"]
 
 
+def test_a_single_file_comes_before_an_index(folder: Path) -> None:
+    tiny_model().save_pretrained(folder)
+    index = {"weight_map": {"gone": "gone.safetensors"}}
+    (folder / INDEX).write_text(json.dumps(index))
+    inspect(folder)
+    taken = {path.name for path in files_to_take(folder)}
+    assert {name for name in taken if "safetensors" in name} == {"model.safetensors"}
+
+
 def no_config(folder: Path) -> None:
     (folder / "config.json").unlink()
 
