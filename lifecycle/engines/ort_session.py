@@ -30,11 +30,10 @@ STEP_INPUTS = frozenset(
 """The inputs of every decoder graph besides its cache; `position_ids` is there where the
 attention does not rotate by itself."""
 
-_SPIN_US = "200"
-"""How long a thread without work keeps its core: long enough to reach the next operator without
-going to sleep. The default, long enough to reach the next step, starves whatever else runs on the
-machine, the server's own event loop included: on two busy cores it took twice the time. With 20,
-a step of one row takes 4 % longer on idle cores, and one of eight rows 14 % less on busy ones."""
+_SPIN_US = "2000"
+"""How long a thread without work keeps its core: long enough to be awake when the next step begins,
+for waking it takes longer than the engine's own work between two steps. The default is some 35 ms,
+in which an engine that has nothing to do starves whatever else runs on the machine."""
 
 
 def open_session(
