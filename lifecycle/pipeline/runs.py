@@ -143,7 +143,11 @@ def find_bundle(name: str, store: Path | None = None) -> Path:
         RecipeError: no such run.
         StoreError: it made no bundle, or the bundle is gone.
     """
-    opened = Store.look(store).require()
+    opened = Store.look(store)
+    try:
+        opened.require()
+    except StoreError as error:
+        raise StoreError(f"'{name}' is neither a folder nor a run: {error}") from None
     good = [r for r in newest_first(opened) if r.status == "ok" and name in (r.recipe, r.run)]
     run = good[0] if good else find(opened, name)
     if run.status != "ok":
