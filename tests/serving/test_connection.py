@@ -17,6 +17,7 @@ import httpx2 as httpx
 import pytest
 
 from lifecycle.errors import EngineError
+from serving.protocol import Protocol
 from serving.server import bind
 from serving.service import Service
 from serving.settings import ServerSettings
@@ -249,7 +250,7 @@ def raw_request(http: httpx.Client, path: str, body: dict[str, Any]) -> Iterator
 def test_half_a_head_does_not_hold_a_connection(
     make_service: MakeService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("serving.protocol.HEAD_TIMEOUT", 0.2)
+    monkeypatch.setattr("serving.protocol.HEAD_TIMEOUT", 0.5)
     with served(make_service) as (http, _, _):
         address = (http.base_url.host, http.base_url.port or 80)
         head = b"GET /health HTTP/1.1\r\nHost: x\r\n"
@@ -260,18 +261,27 @@ def test_half_a_head_does_not_hold_a_connection(
                 while part := connection.recv(4096):
                     received += part
                 assert received.count(b"200 OK") == sent.count(b"\r\n\r\n")
+        monkeypatch.undo()
         assert http.get("/health").status_code == 200
 
 
 def test_a_head_in_time_lets_the_answer_take_its_own(
     make_service: MakeService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("serving.protocol.HEAD_TIMEOUT", 0.2)
+    made: list[Protocol] = []
+    begin = Protocol.connection_made
+
+    def connection_made(self: Protocol, transport: asyncio.Transport) -> None:
+        begin(self, transport)
+        assert self._deadline is not None
+        made.append(self)
+
+    monkeypatch.setattr(Protocol, "connection_made", connection_made)
     with served(make_service) as (http, service, backend):
         backend.gate.clear()
         thread, results = in_background(lambda: http.post(ROUTE, json=SHORT))
         wait_until(lambda: service.worker.num_unfinished == 1)
-        time.sleep(0.5)
+        assert [protocol._deadline for protocol in made] == [None]
         backend.gate.set()
         thread.join()
         assert results[0].status_code == 200
