@@ -55,11 +55,13 @@ def examine() -> dict[str, Any]:
         extra: [name for name in wanted.get(extra, []) if packages[name] is None]
         for extra in EXTRAS
     }
+    from lifecycle.engines.limits import usable_cores
+
     return {
         "lifecycle": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": usable_cores(),
         "memory_gib": _memory(),
         "disk_free_gib": round(shutil.disk_usage(".").free / 2**30),
         "instruction_sets": _instruction_sets(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from numbers import Integral, Real
@@ -21,6 +22,14 @@ _REAL_BOUNDS: dict[str, tuple[float, float]] = {
     "min_p": (0.0, 1.0),
     "repetition_penalty": (0.01, 100.0),
 }
+
+
+def usable_cores() -> int:
+    """Cores that this process may use, where the system says; else all of them."""
+    # macOS does not say.
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def context_length(options: EngineOptions, model_limit: int) -> int:

@@ -6,13 +6,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import onnxruntime as ort
 
 from lifecycle.engines.decoder import DecoderInfo
+from lifecycle.engines.limits import usable_cores
 from lifecycle.engines.onnx_file import check_external_data
 from lifecycle.errors import EngineError
 
@@ -53,7 +53,7 @@ def open_session(
         )
     check_external_data(graph)
     options = ort.SessionOptions()
-    options.intra_op_num_threads = threads or _usable_cores()
+    options.intra_op_num_threads = threads or usable_cores()
     options.inter_op_num_threads = 1
     # Steps have thousands of different shapes, and a plan of memory would be kept for each.
     options.enable_mem_pattern = False
@@ -64,13 +64,6 @@ def open_session(
         return ort.InferenceSession(graph, options, providers=list(providers))
     except Exception as error:
         raise EngineError(f"{graph} cannot be opened: {error}") from error
-
-
-def _usable_cores() -> int:
-    # macOS does not say which cores a process may use.
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def check_signature(session: ort.InferenceSession, info: DecoderInfo, graph: Path) -> None:

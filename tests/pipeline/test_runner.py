@@ -118,16 +118,8 @@ def test_the_code_of_a_local_plug_in_is_part_of_the_key(workshop: Workshop) -> N
 
 
 def test_a_source_that_changes_while_it_is_read_is_not_kept(workshop: Workshop) -> None:
-    (workshop.root / "mine.py").write_text(
-        "from lifecycle.pipeline.stage import SourcePath, Stage\n"
-        "from tests.pipeline.toys import Number, write\n"
-        "class Restless(Stage):\n    produces = Number\n    path: SourcePath\n"
-        "    def run(self, ctx):\n        value = int(self.path.read_text())\n"
-        "        if value < 2: self.path.write_text(str(value + 1))\n"
-        "        return write(ctx, value)\n"
-    )
     (workshop.root / "n.txt").write_text("1")
-    stages = "  a: {use: ./mine.py:Restless, path: n.txt}\n"
+    stages = "  a: {use: toy:Restless, path: n.txt}\n"
     assert statuses(workshop.run(stages)) == "a=failed"
     assert re.search(r"a: path \(.*n\.txt\) changed while the stage read it", str(workshop.error))
     assert leftovers(workshop) == []

@@ -35,18 +35,7 @@ def test_a_run_without_a_bundle_cannot_be_served(workshop: Workshop) -> None:
 
 
 def test_the_bundle_of_the_last_good_run_is_served(workshop: Workshop) -> None:
-    (workshop.root / "bundling.py").write_text(
-        "from lifecycle.kinds import Bundle\n"
-        "from lifecycle.pipeline.stage import Stage\n"
-        "class Pack(Stage):\n"
-        "    produces = Bundle\n"
-        "    fail: bool = False\n"
-        "    def run(self, ctx):\n"
-        "        assert not self.fail\n"
-        "        (ctx.out / 'manifest.json').write_text('{}')\n"
-        "        return {}\n"
-    )
-    stages = "  a: {use: ./bundling.py:Pack}\n"
+    stages = "  a: {use: toy:Bundled}\n"
     good = workshop.run(stages)
     assert workshop.run(stages, "a.fail=true").status == "failed"
     found = runs.find_bundle("toy", workshop.store_path)

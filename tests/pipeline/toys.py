@@ -93,6 +93,16 @@ class FromFile(Stage):
         return write(ctx, int(self.path.read_text()))
 
 
+class Restless(FromFile):
+    """Reads a number, and counts it up to 2 in its file."""
+
+    def run(self, ctx: Context) -> Metrics:
+        value = int(self.path.read_text())
+        if value < 2:
+            self.path.write_text(str(value + 1))
+        return write(ctx, value)
+
+
 class Add(Stage):
     """The sum of numbers."""
 
@@ -110,8 +120,11 @@ class Bundled(Stage):
     """What could be served."""
 
     produces = Bundle
+    fail: bool = False
 
     def run(self, ctx: Context) -> Metrics:
+        if self.fail:
+            raise ValueError("failed on purpose")
         return write(ctx, 0)
 
 
