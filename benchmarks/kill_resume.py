@@ -3,7 +3,8 @@
     python -m benchmarks.kill_resume --kills 30 quickstart [stage.field=value …]
 
 One undisturbed run gives the digests and the time T that a run takes. Then, on a fresh store
-each time, the same command is killed at a random moment of T and run again to its end.
+each time, the same command is killed at a random moment of T and run again to its end. With
+`--keep FOLDER` the stores of runs that end differently stay there, beside the undisturbed one.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,17 +29,19 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--keep", type=Path, help="a folder for the stores of runs that differ")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_intermixed_args()
     command = [sys.executable, "-m", "lifecycle.cli", "run", args.recipe, *args.overrides, "--json"]
     moments = random.Random(args.seed)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = args.keep or Path(temporary)
         begin = time.monotonic()
-        expected = digests(command, Path(folder, "undisturbed"))
+        expected = digests(command, folder / "undisturbed")
         whole = time.monotonic() - begin
         print(f"undisturbed: {whole:.1f} s, {len(expected)} artifacts", file=sys.stderr)
         results = [
-            kill_once(command, Path(folder, f"killed-{i}"), moments.uniform(0, whole), expected)
+            kill_once(command, folder / f"killed-{i}", moments.uniform(0, whole), expected)
             for i in range(args.kills)
         ]
     same = sum(r["same"] for r in results)
@@ -64,6 +68,8 @@ def kill_once(
     found = digests(command, store)
     differ = [name for name in expected if found.get(name) != expected[name]]
     print(f"killed at {moment:6.1f} s with {kept} stages done: {differ or 'same'}", file=sys.stderr)
+    if not differ:
+        shutil.rmtree(store)
     return {"moment": round(moment, 2), "done": kept, "same": not differ, "differ": differ}
 
 

@@ -1,7 +1,8 @@
-"""4-bit weights in blocks of 32 along the input, symmetric, one float32 scale per block."""
+"""4-bit weights in blocks along the input, symmetric, one float32 scale per block."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from math import prod
 
 import numpy as np
@@ -10,19 +11,23 @@ from numpy.typing import NDArray
 
 from lifecycle.graph.rewrite import GraphRewrite, Linear, matrix_shape
 
-BLOCK_SIZE = 32
-
 _SHRINK = np.array([1.05, 1.0, 0.95, 0.9, 0.85], np.float32)
 """Scales tried per block, as parts of the one that just reaches the largest weight. On normal
-weights the error falls from 9.7 % (largest / 7) over 8.6 % (largest / -8) to 8.15 %; nineteen
-trials give 8.09 %."""
+weights in blocks of 32 the error falls from 9.7 % (largest / 7) over 8.6 % (largest / -8) to
+8.15 %; nineteen trials give 8.09 %."""
 
 _Integers = NDArray[np.uint8]
 _Floats = NDArray[np.float32]
 
 
+@dataclass(frozen=True)
 class Int4:
     """Products by `MatMulNBits`, the embedding by `GatherBlockQuantized`."""
+
+    block_size: int = 64
+    """Weights that share a scale: 16, 32, 64 or 128. ONNX Runtime's packed matrices hold a scale
+    and a sum of 4 bytes each per block, so a weight takes 6 bits at 32, 5 at 64 and 4.5 at 128,
+    and reading them is what a decoding step of one row waits for."""
 
     def linear(self, rewrite: GraphRewrite, linear: Linear) -> None:
         """Replace one product."""
@@ -30,27 +35,26 @@ class Int4:
 
     def embedding(self, rewrite: GraphRewrite, head: Linear | None) -> None:
         """Replace the look-up of tokens, and the head if it is the same matrix: both then read
-        the same bytes, as [vocab, blocks, 16] and as [vocab, blocks * 16]."""
+        the same bytes, as [vocab, blocks, size / 2] and as [vocab, blocks * size / 2]."""
         node = rewrite.embedding()
         table, tokens = node.inputs
         assert table is not None and node.name is not None
         values, scales = self._store(rewrite, node.name, table)
         rows, width = matrix_shape(table)
-        blocks = -(-width // BLOCK_SIZE)
-        flat = rewrite.view(
-            values, f"{node.name}.weight.int4_rows", (rows, blocks * BLOCK_SIZE // 2)
-        )
+        size = self.block_size
+        row_bytes = -(-width // size) * size // 2
+        flat = rewrite.view(values, f"{node.name}.weight.int4_rows", (rows, row_bytes))
         g = rewrite.before(node)
         found = g.node(
             "GatherBlockQuantized",
             f"{node.name}.dequantized",
             *(flat, tokens, scales),
             bits=4,
-            block_size=BLOCK_SIZE,
+            block_size=size,
             gather_axis=0,
             quantize_axis=1,
         )
-        if width % BLOCK_SIZE:
+        if width % size:
             ends = (("start", 0), ("end", width), ("axis", -1))
             bounds = [g.integers(f"{node.name}.{end}", number) for end, number in ends]
             found = g.node("Slice", f"{node.name}.whole", found, *bounds)
@@ -61,7 +65,7 @@ class Int4:
     def _store(
         self, rewrite: GraphRewrite, name: str, weight: ir.Value
     ) -> tuple[ir.Value, ir.Value]:
-        pairs = [quantize(block) for block in rewrite.blocks(weight)]
+        pairs = [quantize(block, self.block_size) for block in rewrite.blocks(weight)]
         values = np.concatenate([pair[0] for pair in pairs])
         scales = np.concatenate([pair[1] for pair in pairs])
         return (
@@ -80,26 +84,27 @@ class Int4:
             K=width,
             N=out,
             bits=4,
-            block_size=BLOCK_SIZE,
+            block_size=self.block_size,
             # Activations in int8 by row and block: the only fast path on CPUs.
             accuracy_level=4,
         )
         rewrite.replace(linear.node, y)
 
 
-def quantize(weights: _Floats) -> tuple[_Integers, _Floats]:
-    """Rows of weights [rows, in] as packed integers [rows, blocks, 16] and scales [rows, blocks].
+def quantize(weights: _Floats, block_size: int) -> tuple[_Integers, _Floats]:
+    """Rows of weights [rows, in] as packed integers [rows, blocks, block_size / 2] and scales
+    [rows, blocks].
 
     A weight is (integer - 8) * scale; the lower half of a byte comes first. Each scale is the
     one of a few that leaves the least squared error of its block.
     """
     rows, width = weights.shape
-    padded = np.pad(weights, ((0, 0), (0, -width % BLOCK_SIZE)))
-    blocks = padded.reshape(-1, BLOCK_SIZE)
+    padded = np.pad(weights, ((0, 0), (0, -width % block_size)))
+    blocks = padded.reshape(-1, block_size)
     scales = _best_scales(blocks)
     integers = (_rounded(blocks, scales) + 8).astype(np.uint8)
     packed = integers[:, 0::2] | (integers[:, 1::2] << np.uint8(4))
-    return packed.reshape(rows, -1, BLOCK_SIZE // 2), scales.reshape(rows, -1)
+    return packed.reshape(rows, -1, block_size // 2), scales.reshape(rows, -1)
 
 
 def _rounded(blocks: _Floats, scales: _Floats) -> _Floats:

@@ -36,7 +36,7 @@ class Quantize(Stage):
     """An exported model in float32."""
     scheme: Annotated[SchemeName, BeforeValidator(_known_scheme)]
     """`int8-rowwise`: weights by output channel, activations by row; output that does not depend
-    on the rest of the batch; best for batches and prefill. `int4`: weights in blocks of 32; best
+    on the rest of the batch; best for batches and prefill. `int4`: weights in blocks; best
     for single streams of models that are larger than the processor's cache."""
     skip: tuple[str, ...] = ()
     """Patterns of matrices that stay in float32, such as `lm_head` or `layers.0.*`."""
@@ -44,6 +44,9 @@ class Quantize(Stage):
     """For `int4`: patterns of matrices that are stored as by `int8-rowwise`. The output head,
     and the embedding where it is the same matrix, suffers most from 4 bits; in small models
     `*.down_proj` is next."""
+    block_size: Literal[16, 32, 64, 128] = 64
+    """For `int4`: how many weights share a scale. Smaller blocks are finer, larger ones are
+    faster and take less memory."""
     weight_bits: Literal[7, 8] = 7
     """Bits used of each int8 weight. 7 is right on every processor; 8 is a little finer, but
     overflows on x86 without VNNI instructions (`lifecycle doctor` shows them)."""
@@ -73,7 +76,7 @@ class Quantize(Stage):
             model.path,
             ctx.out,
             self.scheme,
-            Int4() if self.scheme == "int4" else int8,
+            Int4(self.block_size) if self.scheme == "int4" else int8,
             exceptions,
             ctx.progress.update,
         )

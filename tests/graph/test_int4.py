@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from lifecycle.graph.int4 import BLOCK_SIZE, Int4, quantize
+from lifecycle.graph.int4 import Int4, quantize
 from lifecycle.graph.quantize import quantize_graph
 from tests.graph.models import (
     VOCAB,
@@ -22,19 +22,25 @@ from tests.graph.models import (
 )
 from tests.graph.running import GraphRunner
 
+BLOCK_SIZES = (16, 32, 64, 128)
+
 
 def dequantize(packed: NDArray[np.uint8], scales: NDArray[np.float32]) -> NDArray[np.float32]:
     """The definition: (integer - 8) * scale, the lower half of a byte first."""
     halves = np.stack([packed & 15, packed >> 4], axis=-1).astype(np.float32) - 8
-    blocks = halves.reshape(*scales.shape, BLOCK_SIZE) * scales[..., None]
+    blocks = halves.reshape(*scales.shape, -1) * scales[..., None]
     return blocks.reshape(len(packed), -1)
 
 
-@given(st.integers(1, 5), st.integers(1, 3), st.integers(0, 2**32 - 1))
-def test_no_block_is_worse_than_rounded_by_its_largest(rows: int, blocks: int, seed: int) -> None:
-    shape = (rows * blocks, BLOCK_SIZE)
+@given(
+    st.integers(1, 5), st.integers(1, 3), st.sampled_from(BLOCK_SIZES), st.integers(0, 2**32 - 1)
+)
+def test_no_block_is_worse_than_rounded_by_its_largest(
+    rows: int, blocks: int, size: int, seed: int
+) -> None:
+    shape = (rows * blocks, size)
     weights = np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
-    found = dequantize(*quantize(weights.reshape(rows, -1))).reshape(shape)
+    found = dequantize(*quantize(weights.reshape(rows, -1), size)).reshape(shape)
     largest = np.take_along_axis(weights, np.abs(weights).argmax(axis=1)[:, None], axis=1)
     plain = np.clip(np.round(weights / (largest / -8)), -8, 7) * (largest / -8)
     error, bound = (np.square(w - weights).sum(axis=1) for w in (found, plain))
@@ -42,21 +48,22 @@ def test_no_block_is_worse_than_rounded_by_its_largest(rows: int, blocks: int, s
 
 
 def test_zeros_stay_zeros() -> None:
-    packed, scales = quantize(np.zeros((2, 40), np.float32))
+    packed, scales = quantize(np.zeros((2, 40), np.float32), 32)
     assert np.array_equal(dequantize(packed, scales), np.zeros((2, 64)))
 
 
 def test_normal_weights_lose_about_eight_percent() -> None:
     weights = np.random.default_rng(0).standard_normal((64, 512)).astype(np.float32)
-    found = dequantize(*quantize(weights))
+    found = dequantize(*quantize(weights, 32))
     assert np.linalg.norm(found - weights) < 0.083 * np.linalg.norm(weights)
 
 
+@pytest.mark.parametrize("block_size", BLOCK_SIZES)
 @pytest.mark.parametrize("name", ["llama", "llama-tied", "llama-biases", "qwen3", "llama-narrow"])
-def test_logits_follow_the_dequantized_weights(name: str, tmp_path: Path) -> None:
+def test_logits_follow_the_dequantized_weights(name: str, block_size: int, tmp_path: Path) -> None:
     model = save_model(name, tmp_path)
-    out = export_quantized(tmp_path, Int4())
-    replace_matrices(model, lambda w: dequantize(*quantize(w))[:, : w.shape[1]])
+    out = export_quantized(tmp_path, Int4(block_size))
+    replace_matrices(model, lambda w: dequantize(*quantize(w, block_size))[:, : w.shape[1]])
     ids = np.random.default_rng(0).integers(3, VOCAB, 30).tolist()
     wanted = torch_logits(model, ids)
     # What remains is the activations' rounding to int8.
