@@ -18,6 +18,8 @@ class Row(NamedTuple):
     tokens: Sequence[int]
     num_logits: int
     """How many logits are wanted: those after the last so many of `tokens`."""
+    is_long: bool = False
+    """Whether the text is beyond the first context of a model that rotates such texts otherwise."""
 
 
 class Backend(Protocol):

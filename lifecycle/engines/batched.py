@@ -35,12 +35,15 @@ class BatchedEngine(Engine):
         vocab_size: int,
         max_model_len: int,
         eos_token_ids: frozenset[int],
+        long_context: int | None = None,
     ) -> None:
+        """Texts of more than `long_context` tokens are long (see `Row.is_long`)."""
         self.vocab_size = vocab_size
         self.max_model_len = max_model_len
         self.max_num_seqs = options.max_num_seqs
         self.eos_token_ids = eos_token_ids
         self._prefill_chunk = options.prefill_chunk
+        self._long_context = long_context
         self._backend = backend
         self._scheduler = Scheduler(options.max_num_seqs, options.prefill_chunk)
         self._cancelled: list[Event] = []
@@ -88,7 +91,7 @@ class BatchedEngine(Engine):
         result = np.empty((len(tokens), self.vocab_size), dtype=np.float32)
         for start in range(0, len(tokens), self._prefill_chunk):
             chunk = tokens[start : start + self._prefill_chunk]
-            row = Row(slot=0, start=start, tokens=chunk, num_logits=len(chunk))
+            row = Row(0, start, chunk, num_logits=len(chunk), is_long=self._is_long(tokens))
             result[start : start + len(chunk)] = self._backend.forward([row])
         return result
 
@@ -143,8 +146,12 @@ class BatchedEngine(Engine):
             request, max_model_len=self.max_model_len, vocab_size=self.vocab_size
         )
         sampler = Sampler(request.params, request.prompt, self.vocab_size)
-        tokens = list(request.prompt)
-        return RequestState(request, sampler, tokens, num_prompt=len(tokens))
+        tokens, count = list(request.prompt), len(request.prompt)
+        is_long = self._is_long(tokens)
+        return RequestState(request, sampler, tokens, count, count, is_long=is_long)
+
+    def _is_long(self, tokens: Sequence[int]) -> bool:
+        return self._long_context is not None and len(tokens) > self._long_context
 
     def _advance(self, state: RequestState, choice: Choice | None) -> Event:
         """Give a request its next token, and end it if that is the last."""
@@ -160,6 +167,10 @@ class BatchedEngine(Engine):
         is_full = num_generated >= params.max_tokens or len(state.tokens) >= self.max_model_len
         if is_full:
             self._scheduler.remove(id)
+        elif not state.is_long and self._is_long(state.tokens):
+            # All that is in the cache was rotated as in a short text.
+            state.is_long = True
+            state.recompute()
         reason = FinishReason.LENGTH if is_full else None
         return Event(id, token, choice.logprob, choice.top_logprobs, reason)
 

@@ -6,7 +6,7 @@ A decoder graph runs one step over B slots that carry T new tokens in all; row b
 | input | type, shape | meaning |
 |---|---|---|
 | `input_ids` | int64 [T] | the new tokens, row after row |
-| `position_ids` | int64 [T, 1] | position of each in its row (absent with fused rotary) |
+| `position_ids` | int64 [T, 1] | position of each in its row (absent with fused rotary; moved in long texts, see `DecoderInfo.long_context`) |
 | `pad_index` | int64 [B, S] | where in T each row's tokens stand; any index where there is none |
 | `unpad_index` | int64 [T, 2] | where in [B, S] each packed token stands |
 | `logit_index` | int64 [L] | the packed tokens whose logits are wanted |
@@ -57,6 +57,10 @@ class DecoderInfo:
     eos_token_ids: tuple[int, ...]
     kv_dtype: str = "float32"
     sliding_window: int | None = None
+    """Tokens that every layer looks back on at most; None if some layer sees all."""
+    long_context: int | None = None
+    """Texts of more tokens than this are rotated by the second half of the graph's tables, from
+    their first token on: their `position_ids` begin at `max_position_embeddings`."""
     target: str = "cpu"
     """The hardware that the graph was made for."""
     providers: tuple[str, ...] = ("CPUExecutionProvider",)

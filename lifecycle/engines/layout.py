@@ -19,10 +19,11 @@ its results do not depend on the width."""
 Inputs = dict[str, NDArray[np.int64] | NDArray[np.int32]]
 
 
-def pack(rows: Sequence[Row], max_model_len: int) -> Inputs:
+def pack(rows: Sequence[Row], max_model_len: int, long_offset: int = 0) -> Inputs:
     """The integer inputs of one step; row b of the graph is slot b, idle where `rows` has none.
 
-    `max_model_len` is the most tokens that a row can have.
+    `max_model_len` is the most tokens that a row can have, `long_offset` what is added to the
+    positions of long texts.
     """
     num_slots = max(row.slot for row in rows) + 1
     width = max(MIN_WIDTH, *(len(row.tokens) for row in rows))
@@ -39,7 +40,8 @@ def pack(rows: Sequence[Row], max_model_len: int) -> Inputs:
         count = len(row.tokens)
         end = begin + count
         input_ids[begin:end] = row.tokens
-        position_ids[begin:end, 0] = np.arange(row.start, row.start + count)
+        first = row.start + long_offset * row.is_long
+        position_ids[begin:end, 0] = np.arange(first, first + count)
         pad_index[row.slot, :count] = np.arange(begin, end)
         unpad_index[begin:end, 0] = row.slot
         unpad_index[begin:end, 1] = np.arange(count)
@@ -59,10 +61,12 @@ def pack(rows: Sequence[Row], max_model_len: int) -> Inputs:
     }
 
 
-def advance(inputs: Inputs, rows: Sequence[Row]) -> None:
+def advance(inputs: Inputs, rows: Sequence[Row], long_offset: int = 0) -> None:
     """Turn the inputs of a decoding step, one token per row, into those of the next one over the
     same slots: only tokens and positions move on."""
     slots, starts = [row.slot for row in rows], [row.start for row in rows]
     inputs["input_ids"][:] = [row.tokens[0] for row in rows]
     inputs["position_ids"][:, 0] = starts
+    if long_offset:
+        inputs["position_ids"][:, 0] += [long_offset * row.is_long for row in rows]
     inputs["seqlens_k"][slots] = starts

@@ -43,6 +43,7 @@ class OnnxEngine(BatchedEngine):
             vocab_size=info.vocab_size,
             max_model_len=max_model_len,
             eos_token_ids=frozenset(info.eos_token_ids),
+            long_context=info.long_context,
         )
 
 
@@ -63,6 +64,7 @@ class OrtBackend:
         self._session = session
         self._max_model_len = max_model_len
         self._vocab_size = info.vocab_size
+        self._long_offset = info.max_position_embeddings if info.long_context else 0
         self._step_inputs = {i.name for i in session.get_inputs()} - set(cache_names(info))
         num_slots = options.max_num_seqs
         # The attention wants room for the whole width of a step behind every text, also behind
@@ -87,10 +89,10 @@ class OrtBackend:
         decodes = all(len(row.tokens) == row.num_logits == 1 for row in rows)
         slots = [row.slot for row in rows] if decodes else []
         if decodes and slots == self._decoding:
-            advance(self._inputs, rows)
+            advance(self._inputs, rows, self._long_offset)
             binding = self._binding(len(self._inputs["query_seqlens"]))
         else:
-            self._inputs = pack(rows, self._max_model_len)
+            self._inputs = pack(rows, self._max_model_len, self._long_offset)
             binding = self._binding(len(self._inputs["query_seqlens"]))
             for name in self._step_inputs:
                 binding.binding.bind_cpu_input(name, self._inputs[name])

@@ -10,7 +10,8 @@ batch does can reach its numbers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Self
 
@@ -47,6 +48,7 @@ class TorchEngine(BatchedEngine):
             vocab_size=config.vocab_size,
             max_model_len=context_length(options, config.max_position_embeddings),
             eos_token_ids=_eos_token_ids(model),
+            long_context=_long_context(config),
         )
 
 
@@ -55,6 +57,7 @@ class TorchBackend:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
+        self._make_long_frequencies()
         self._caches: dict[int, DynamicCache] = {}
 
     def forward(self, rows: Sequence[Row]) -> NDArray[np.float32]:
@@ -64,22 +67,53 @@ class TorchBackend:
         self._caches.clear()
         del self._model
 
+    def _make_long_frequencies(self) -> None:
+        """Let transformers make them now: it does so at the first long position, from a config
+        that `_rotated_as_long` has changed by then."""
+        beyond = _long_context(self._model.config)
+        for module in self._model.modules():
+            if beyond and getattr(module, "rope_type", None) == "longrope":
+                module(torch.zeros(1), position_ids=torch.tensor([[beyond]]))
+
     @torch.inference_mode()
     def _row(self, row: Row) -> NDArray[np.float32]:
         model: Any = self._model
         if row.start == 0:
             self._caches[row.slot] = DynamicCache(config=model.config)
+        rotation = _rotated_as_long(model.config) if row.is_long else nullcontext()
         try:
-            output = model(
-                input_ids=torch.tensor([row.tokens]),
-                past_key_values=self._caches[row.slot],
-                use_cache=True,
-                # 0 would mean all of them.
-                logits_to_keep=max(row.num_logits, 1),
-            )
+            with rotation:
+                output = model(
+                    input_ids=torch.tensor([row.tokens]),
+                    past_key_values=self._caches[row.slot],
+                    use_cache=True,
+                    # 0 would mean all of them.
+                    logits_to_keep=max(row.num_logits, 1),
+                )
         except RuntimeError as error:
             raise EngineError(f"PyTorch failed: {error}") from error
         return output.logits[0, : row.num_logits].float().numpy()
+
+
+def _long_context(config: Any) -> int | None:
+    """Tokens beyond which a text is rotated by LongRoPE's long factors; None without them."""
+    rope: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
+    original = rope.get("original_max_position_embeddings", config.max_position_embeddings)
+    is_longer = config.max_position_embeddings > original
+    return original if rope.get("rope_type") == "longrope" and is_longer else None
+
+
+@contextmanager
+def _rotated_as_long(config: Any) -> Generator[None]:
+    """Inside, every position is rotated by the long factors. transformers decides by the positions
+    of one call, which may be but the beginning of a long text."""
+    rope, name = config.rope_parameters, "original_max_position_embeddings"
+    original = rope[name]
+    rope[name] = 0
+    try:
+        yield
+    finally:
+        rope[name] = original
 
 
 def _eos_token_ids(model: PreTrainedModel) -> frozenset[int]:

@@ -27,24 +27,32 @@ class RequestState:
     tokens: list[int]
     """The prompt and what was generated after it."""
     num_prompt: int
+    num_prefill: int
+    """Tokens to compute before the next one is chosen: the prompt, or more after `recompute`."""
     num_computed: int = 0
     """Tokens in the cache."""
+    is_long: bool = False
+    """Whether the text is beyond the model's first context (see `Row`)."""
     slot: int = -1
 
     @property
     def is_prefilling(self) -> bool:
-        """Whether the next step computes tokens of the prompt."""
-        return self.num_computed < self.num_prompt
+        """Whether the next step computes more than the newest token."""
+        return self.num_computed < self.num_prefill
+
+    def recompute(self) -> None:
+        """Begin again with all tokens so far."""
+        self.num_computed, self.num_prefill = 0, len(self.tokens)
 
     def next_row(self, prefill_chunk: int) -> Row:
         """The tokens that the next step computes."""
         start = self.num_computed
         if start + 1 == len(self.tokens):
-            return Row(self.slot, start, self.tokens[start:], num_logits=1)
+            return Row(self.slot, start, self.tokens[start:], 1, self.is_long)
         boundary = (start // prefill_chunk + 1) * prefill_chunk
-        end = min(boundary, self.num_prompt) if self.is_prefilling else len(self.tokens)
+        end = min(boundary, self.num_prefill) if self.is_prefilling else len(self.tokens)
         is_last = end == len(self.tokens)
-        return Row(self.slot, start, self.tokens[start:end], num_logits=int(is_last))
+        return Row(self.slot, start, self.tokens[start:end], int(is_last), self.is_long)
 
 
 class Scheduler:

@@ -59,21 +59,25 @@ class Checkpoint:
         """The shape of a tensor."""
         return self._find(name).shape
 
-    def blocks(self, name: str) -> Iterator[NDArray[np.float32]]:
-        """The values of a tensor in order, flat, `BLOCK` at a time. A block is overwritten by
-        the next one.
+    def blocks(
+        self, name: str, start: int = 0, stop: int | None = None
+    ) -> Iterator[NDArray[np.float32]]:
+        """The values of a tensor in order, flat, `BLOCK` at a time; those from `start` to `stop`
+        if they are given. A block is overwritten by the next one.
 
         Raises:
             CheckpointError: the tensor is missing, has another type or is not finite.
         """
         tensor = self._find(name)
         self.unread.discard(name)
-        stored, values = np.empty(BLOCK, _STORED[tensor.dtype]), np.empty(BLOCK, np.float32)
+        stop = prod(tensor.shape) if stop is None else stop
+        size = min(BLOCK, stop - start)
+        stored, values = np.empty(size, _STORED[tensor.dtype]), np.empty(size, np.float32)
         # Plain reads, not a memory map: touched pages of a map count as memory of the process.
         with tensor.file.open("rb", buffering=0) as file:
-            file.seek(tensor.offset)
-            for start in range(0, prod(tensor.shape), BLOCK):
-                count = min(BLOCK, prod(tensor.shape) - start)
+            file.seek(tensor.offset + start * stored.itemsize)
+            for at in range(start, stop, BLOCK):
+                count = min(BLOCK, stop - at)
                 _read_exactly(file, stored[:count], tensor.file)
                 block = _widen(stored[:count], values[:count])
                 if not np.isfinite(block).all():
@@ -82,6 +86,19 @@ class Checkpoint:
                         "training has diverged or the file is damaged"
                     )
                 yield block
+
+    def matrix(self, name: str) -> NDArray[np.float32]:
+        """A whole tensor in memory.
+
+        Raises:
+            CheckpointError: as `blocks`.
+        """
+        values = np.empty(self.shape(name), np.float32)
+        flat, done = values.reshape(-1), 0
+        for block in self.blocks(name):
+            flat[done : done + len(block)] = block
+            done += len(block)
+        return values
 
     def _find(self, name: str) -> StoredTensor:
         tensor = self.tensors.get(name)

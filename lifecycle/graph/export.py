@@ -8,17 +8,16 @@ from math import prod
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
-
 from lifecycle.engines.decoder import GRAPH, WEIGHTS, DecoderInfo
 from lifecycle.errors import CheckpointError
 from lifecycle.graph.architectures import read_spec
-from lifecycle.graph.builder import EMBEDDING, HEAD, build_decoder
+from lifecycle.graph.builder import build_decoder
 from lifecycle.graph.checkpoint import Checkpoint
 from lifecycle.graph.fields import Fields
 from lifecycle.graph.nodes import save_model
 from lifecycle.graph.spec import DecoderSpec
 from lifecycle.graph.targets import Target
+from lifecycle.graph.tensors import TensorSource
 from lifecycle.graph.weights import WeightFile
 
 
@@ -41,13 +40,14 @@ def export_decoder(
     spec = read_spec(config)
     info = _describe(spec, config, source, target)
     checkpoint = Checkpoint(source)
-    if spec.tied_embeddings:
-        _require_tied(checkpoint)
     total = 4 * sum(prod(tensor.shape) for tensor in checkpoint.tensors.values())
     report = on_write or (lambda done, total: None)
     with WeightFile(out / WEIGHTS, lambda done: report(min(done, total), total)) as weights:
-        graph = build_decoder(spec, checkpoint, weights, target)
-    _require_all_read(checkpoint, spec)
+        tensors = TensorSource(spec, checkpoint, weights)
+        if spec.tied_embeddings:
+            tensors.require_tied()
+        graph = build_decoder(spec, tensors, weights, target)
+    tensors.require_all_read()
     save_model(graph, out / GRAPH)
     info.save(out)
     return info
@@ -66,29 +66,6 @@ def read_json(path: Path) -> dict[str, Any]:
     return cast("dict[str, Any]", found)
 
 
-def _require_tied(checkpoint: Checkpoint) -> None:
-    """Where both tied matrices are stored they must be equal, or one of them would be lost."""
-    if not {EMBEDDING, HEAD} <= checkpoint.tensors.keys():
-        return
-    pairs = zip(checkpoint.blocks(EMBEDDING), checkpoint.blocks(HEAD), strict=False)
-    is_same_shape = checkpoint.shape(EMBEDDING) == checkpoint.shape(HEAD)
-    if not is_same_shape or not all(np.array_equal(*pair) for pair in pairs):
-        raise CheckpointError(
-            f"{checkpoint.folder}: {HEAD} differs from {EMBEDDING}, though config.json has "
-            "tie_word_embeddings true; set it to false if both were trained"
-        )
-
-
-def _require_all_read(checkpoint: Checkpoint, spec: DecoderSpec) -> None:
-    """A tensor without a place in the graph means another model than the spec describes."""
-    left = {name for name in checkpoint.unread if not name.endswith("rotary_emb.inv_freq")}
-    if left:
-        raise CheckpointError(
-            f"{checkpoint.folder}: tensor '{min(left)}' has no place in a {spec.architecture} "
-            f"graph ({len(left)} such); config.json does not describe these weights"
-        )
-
-
 def _describe(
     spec: DecoderSpec, config: dict[str, Any], source: Path, target: Target
 ) -> DecoderInfo:
@@ -103,15 +80,22 @@ def _describe(
         scheme="fp32",
         vocab_size=spec.vocab_size,
         hidden_size=spec.hidden_size,
-        num_layers=spec.num_layers,
-        num_kv_heads=spec.num_kv_heads,
-        head_size=spec.head_size,
+        num_layers=len(spec.layers),
+        num_kv_heads=spec.attention.num_kv_heads,
+        head_size=spec.attention.head_size,
         max_position_embeddings=spec.max_position_embeddings,
         bos_token_id=fields.optional_integer("bos_token_id", least=0),
         eos_token_ids=ends.token_ids("eos_token_id"),
         kv_dtype=target.kv_dtype,
-        sliding_window=spec.sliding_window,
+        sliding_window=_window(spec),
+        long_context=spec.long_context,
         target=target.use,
         providers=target.providers,
         schemes=target.schemes,
     )
+
+
+def _window(spec: DecoderSpec) -> int | None:
+    """The window of all layers, or the widest of those that differ; None if some have none."""
+    windows = [layer.window for layer in spec.layers]
+    return None if None in windows else max(window for window in windows if window)

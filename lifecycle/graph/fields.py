@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 from lifecycle.errors import CheckpointError
@@ -23,10 +23,17 @@ class Fields:
     values: Mapping[str, Any]
     where: str = "config.json"
     """What errors begin with: the file, and the field that holds the object."""
+    stored: Mapping[str, str] = field(default_factory=dict[str, str])
+    """The names in the file of fields that are called otherwise here."""
 
     def or_else(self, **defaults: Any) -> Fields:
         """The same fields, with values for those that are not there."""
-        return Fields(defaults | dict(self.values), self.where)
+        return replace(self, values=defaults | dict(self.values))
+
+    def called(self, **stored: str) -> Fields:
+        """The same fields under our names; `hidden_size="n_embd"` reads the second as the first."""
+        found = {ours: self.values[name] for ours, name in stored.items() if name in self.values}
+        return Fields(dict(self.values) | found, self.where, {**self.stored, **stored})
 
     def integer(self, name: str, least: int = 1) -> int:
         """A whole number from `least` to `LARGEST`."""
@@ -55,6 +62,17 @@ class Fields:
             raise self.wrong(name, "true or false")
         return value
 
+    def optional_number(self, name: str) -> float | None:
+        """The same; None for null and for a field that is not there."""
+        return None if self.values.get(name) is None else self.number(name)
+
+    def numbers(self, name: str, count: int) -> tuple[float, ...]:
+        """A list of `count` numbers above 0."""
+        value = self.values.get(name)
+        if not isinstance(value, list) or len(items := cast("list[object]", value)) != count:
+            raise self.wrong(name, f"a list of {count} numbers")
+        return tuple(Fields({name: item}, self.where, self.stored).number(name) for item in items)
+
     def choice(self, name: str, known: Collection[str]) -> str:
         """One of `known`."""
         value = self.values.get(name)
@@ -75,6 +93,27 @@ class Fields:
             raise self.wrong(name, f"a list of {count}, each one of {', '.join(known)}")
         return cast("list[str]", items)
 
+    def bits(self, name: str, count: int) -> list[bool] | None:
+        """A list of `count` of 0 and 1, or a longer one of which the first count; None for null
+        and for a field that is not there."""
+        value = self.values.get(name)
+        if value is None:
+            return None
+        items = cast("list[object]", value) if isinstance(value, list) else []
+        if len(items) < count or not all(type(item) is int and item in (0, 1) for item in items):
+            raise self.wrong(name, f"a list of {count}, each 0 or 1")
+        return [item == 1 for item in items[:count]]
+
+    def indices(self, name: str, count: int) -> frozenset[int]:
+        """A list of numbers below `count`; none for null and for a field that is not there."""
+        value = self.values.get(name)
+        items = cast("list[object]", [] if value is None else value)
+        if not isinstance(items, list) or not all(
+            type(item) is int and 0 <= item < count for item in items
+        ):
+            raise self.wrong(name, f"a list of numbers below {count}")
+        return frozenset(cast("list[int]", items))
+
     def token_ids(self, name: str) -> tuple[int, ...]:
         """One id or a list of ids; none for null and for a field that is not there."""
         value = self.values.get(name)
@@ -93,10 +132,16 @@ class Fields:
             raise self.wrong(name, "one object of plain values, the same for all layers")
         return Fields(section, f"{self.where}: {name}")
 
+    def require(self, name: str, only: object) -> None:
+        """Refuse a field that is there with another value than `only`."""
+        if self.values.get(name, only) != only:
+            raise self.wrong(name, f"{only!r}: nothing else can be exported")
+
     def wrong(self, name: str, expected: str, hint: str = "") -> CheckpointError:
         """The error for a field that is not as `expected`."""
+        stored = self.stored.get(name, name)
         if name not in self.values:
-            return CheckpointError(f"{self.where}: '{name}' is missing; expected {expected}")
+            return CheckpointError(f"{self.where}: '{stored}' is missing; expected {expected}")
         return CheckpointError(
-            f"{self.where}: {name}: expected {expected}, got {self.values[name]!r}{hint}"
+            f"{self.where}: {stored}: expected {expected}, got {self.values[name]!r}{hint}"
         )

@@ -9,7 +9,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from lifecycle.graph.rewrite import GraphRewrite, Linear, matrix_shape
+from lifecycle.graph.experts import quantize_experts
+from lifecycle.graph.rewrite import GraphRewrite, Linear, Mixture, matrix_shape
 
 _SHRINK = np.array([1.05, 1.0, 0.95, 0.9, 0.85], np.float32)
 """Scales tried per block, as parts of the one that just reaches the largest weight. On normal
@@ -32,6 +33,10 @@ class Int4:
     def linear(self, rewrite: GraphRewrite, linear: Linear) -> None:
         """Replace one product."""
         self._product(rewrite, linear, *self._store(rewrite, linear.name, linear.weight))
+
+    def experts(self, rewrite: GraphRewrite, mixture: Mixture) -> None:
+        """Replace a mixture of experts."""
+        quantize_experts(rewrite, mixture, 4, self.block_size, quantize)
 
     def embedding(self, rewrite: GraphRewrite, head: Linear | None) -> None:
         """Replace the look-up of tokens, and the head if it is the same matrix: both then read

@@ -12,7 +12,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from lifecycle.graph.rewrite import GraphRewrite, Linear, matrix_shape
+from lifecycle.graph.experts import quantize_experts
+from lifecycle.graph.rewrite import GraphRewrite, Linear, Mixture, matrix_shape
 
 
 class Int8Rowwise:
@@ -31,6 +32,10 @@ class Int8Rowwise:
         transposed = np.ascontiguousarray(values.T)
         weight = rewrite.add(f"{linear.name}.weight.int8", transposed, values.size)
         self._product(rewrite, linear, weight, rewrite.add(f"{linear.name}.weight.scale", scales))
+
+    def experts(self, rewrite: GraphRewrite, mixture: Mixture) -> None:
+        """Replace a mixture of experts: in blocks, for its operator has no other fast form."""
+        quantize_experts(rewrite, mixture, 8, 32, _by_blocks)
 
     def embedding(self, rewrite: GraphRewrite, head: Linear | None) -> None:
         """Replace the look-up of tokens, and the head if it is the same matrix."""
@@ -89,3 +94,14 @@ class Int8Rowwise:
         if linear.bias is not None:
             y = g.node("Add", f"{name}.biased", y, linear.bias)
         rewrite.replace(linear.node, y)
+
+
+def _by_blocks(
+    weights: NDArray[np.float32], block_size: int
+) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+    """Rows [rows, in] as integers around 128, and the scale of each block."""
+    blocks = weights.reshape(len(weights), -1, block_size)
+    scales = np.abs(blocks).max(axis=2) / np.float32(127)
+    scales[scales == 0] = 1
+    integers = np.rint(blocks / scales[:, :, None]) + 128
+    return integers.astype(np.uint8).reshape(weights.shape), scales

@@ -22,8 +22,11 @@ CONTRIB_OPS = frozenset(
         "GroupQueryAttention",
         "MatMulIntegerToFloat",
         "MatMulNBits",
+        "MoE",
+        "QMoE",
         "QuickGelu",
         "RotaryEmbedding",
+        "SkipLayerNormalization",
         "SkipSimplifiedLayerNormalization",
     }
 )
@@ -58,13 +61,14 @@ class GraphNodes:
 
     def integers(self, name: str, *numbers: int) -> ir.Value:
         """A constant int64 vector, such as a shape; stored in the graph itself."""
-        return self._constant(name, np.array(numbers, np.int64))
+        return self.constant(name, np.array(numbers, np.int64))
 
     def scalar(self, name: str, value: np.generic) -> ir.Value:
         """A constant without dimensions; stored in the graph itself."""
-        return self._constant(name, np.asarray(value))
+        return self.constant(name, np.asarray(value))
 
-    def _constant(self, name: str, values: NDArray[Any]) -> ir.Value:
+    def constant(self, name: str, values: NDArray[Any]) -> ir.Value:
+        """A small constant; stored in the graph itself."""
         tensor = ir.tensor(values, name=name)
         shape, kind = ir.Shape(values.shape), ir.TensorType(tensor.dtype)
         return self.initializer(ir.Value(name=name, shape=shape, type=kind, const_value=tensor))

@@ -11,11 +11,13 @@ from typing import Protocol
 from lifecycle.engines.decoder import GRAPH, WEIGHTS, DecoderInfo
 from lifecycle.errors import StageError
 from lifecycle.graph.nodes import save_model
-from lifecycle.graph.rewrite import GraphRewrite, Linear
+from lifecycle.graph.rewrite import GraphRewrite, Linear, Mixture
 from lifecycle.graph.weights import WeightFile
 from lifecycle.pipeline.suggest import did_you_mean
 
 EMBEDDING = "embed_tokens"
+_ROUTERS = "*.router"
+"""Small, and a rounded router picks other experts: in float32 unless an exception names them."""
 
 
 class Scheme(Protocol):
@@ -23,6 +25,10 @@ class Scheme(Protocol):
 
     def linear(self, rewrite: GraphRewrite, linear: Linear) -> None:
         """Replace a product."""
+        ...
+
+    def experts(self, rewrite: GraphRewrite, mixture: Mixture) -> None:
+        """Replace a mixture of experts."""
         ...
 
     def embedding(self, rewrite: GraphRewrite, head: Linear | None) -> None:
@@ -51,7 +57,7 @@ def quantize_graph(
     """Write the graph of `source` to `out`, its matrices stored by `scheme`.
 
     `exceptions` maps patterns of the names of matrices (`lm_head`, `embed_tokens`,
-    `layers.0.mlp.down_proj`, `*.o_proj`) to other schemes, or to None for float32; the first
+    `layers.0.mlp.down_proj`, `*.o_proj`, `*.experts`) to other schemes, or to None for float32; the first
     match counts. Memory stays at about one quantised matrix. `on_done(matrices, all)` follows
     the work. `name` is what `decoder.json` calls it.
 
@@ -77,16 +83,21 @@ def _replace_all(
     exceptions: Mapping[str, Scheme | None],
     on_done: Callable[[int, int], None],
 ) -> None:
-    linears = rewrite.linears()
-    chosen = _choose([EMBEDDING, *(linear.name for linear in linears)], scheme, exceptions)
+    linears, mixtures = rewrite.linears(), rewrite.mixtures()
+    names = [EMBEDDING, *(linear.name for linear in linears), *(m.name for m in mixtures)]
+    chosen = _choose(names, scheme, exceptions)
     table = rewrite.embedding().inputs[0]
     tied = next((linear for linear in linears if linear.weight is table), None)
-    total = len(linears) + 1
-    for done, linear in enumerate(linears):
+    done, total = 0, len(names)
+    for linear in linears:
         picked = chosen[linear.name]
         if linear is not tied and picked is not None:
             picked.linear(rewrite, linear)
-        on_done(done + 1, total)
+        on_done(done := done + 1, total)
+    for mixture in mixtures:
+        if (picked := chosen[mixture.name]) is not None:
+            picked.experts(rewrite, mixture)
+        on_done(done := done + 1, total)
     # A matrix that is both head and embedding has one form: an exception for either is for both.
     picked = chosen[EMBEDDING]
     if tied is not None and picked is scheme:
@@ -106,6 +117,7 @@ def _choose(
                 f"no matrix is called '{pattern}'{did_you_mean(pattern, names)} "
                 f"(there are {', '.join(names[:5])}, …, {names[-1]})"
             )
+    exceptions = {**exceptions, _ROUTERS: None}
     return {
         name: next((s for p, s in exceptions.items() if fnmatchcase(name, p)), scheme)
         for name in names

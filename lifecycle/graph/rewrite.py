@@ -34,6 +34,16 @@ class Linear:
     """[out, in] of the weights."""
 
 
+@dataclass(frozen=True, slots=True)
+class Mixture:
+    """A node `MoE`: both its weights are constants [experts, out, in]."""
+
+    node: ir.Node
+    name: str
+    gate_up: ir.Value
+    down: ir.Value
+
+
 class GraphRewrite:
     """The graph in `folder`, and the file that takes the weights of the new one."""
 
@@ -58,6 +68,16 @@ class GraphRewrite:
                 found.append(Linear(node, node.name, x, weight, bias[0] if bias else None, shape))
         return found
 
+    def mixtures(self) -> list[Mixture]:
+        """All mixtures of experts, in the order of the graph."""
+        found: list[Mixture] = []
+        for node in self.graph:
+            if node.op_type == "MoE":
+                gate_up, down = node.inputs[2], node.inputs[4]
+                assert gate_up is not None and down is not None and node.name is not None
+                found.append(Mixture(node, node.name, gate_up, down))
+        return found
+
     def embedding(self) -> ir.Node:
         """The Gather that looks tokens up in a table of floats."""
         constants = self._matrices()
@@ -78,10 +98,12 @@ class GraphRewrite:
         value.name, value.type, value.shape = old.name, old.type, old.shape
 
     def blocks(self, weight: ir.Value) -> Iterator[NDArray[np.float32]]:
-        """The rows of a weight matrix in order, some at a time: [rows, in]."""
+        """The rows of a weight matrix, or of several in one tensor, in order, some at a time:
+        [rows, in]."""
         tensor = weight.const_value
         assert isinstance(tensor, ir.ExternalTensor)
-        rows, width = matrix_shape(weight)
+        *leading, width = tensor.shape.numpy()
+        rows = prod(leading)
         step = max(1, BLOCK // width)
         for row in range(0, rows, step):
             start, stop = row * width, min(row + step, rows) * width

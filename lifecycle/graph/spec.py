@@ -2,89 +2,42 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Literal
 
-import numpy as np
-from numpy.typing import NDArray
-
-
-@dataclass(frozen=True, slots=True)
-class Llama3Scaling:
-    """Rotary scaling of Llama 3.1: long wavelengths are stretched, short ones are kept."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position_embeddings: int
-
-    def __call__(self, frequencies: NDArray[np.float32]) -> NDArray[np.float32]:
-        """The scaled frequencies, in radians per token."""
-        wavelengths = 2 * np.pi / frequencies
-        turns = self.original_max_position_embeddings / wavelengths
-        kept = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
-        kept = np.clip(kept, 0.0, 1.0)
-        return (kept * frequencies + (1 - kept) * frequencies / self.factor).astype(np.float32)
+from lifecycle.graph.rope import Rope
 
 
 @dataclass(frozen=True, slots=True)
-class LinearScaling:
-    """Rotary scaling that stretches every wavelength by one factor."""
+class Norm:
+    """How activations are normalised."""
 
-    factor: float
-
-    def __call__(self, frequencies: NDArray[np.float32]) -> NDArray[np.float32]:
-        """The scaled frequencies, in radians per token."""
-        return frequencies / np.float32(self.factor)
-
-
-@dataclass(frozen=True, slots=True)
-class Rope:
-    """Rotary position embedding over the whole head, halves rotated (not interleaved)."""
-
-    theta: float = 10_000.0
-    scaling: LinearScaling | Llama3Scaling | None = None
-
-    def frequencies(self, head_size: int) -> NDArray[np.float32]:
-        """Radians per token, [head_size / 2]."""
-        exponents = np.arange(0, head_size, 2, dtype=np.float32) / np.float32(head_size)
-        frequencies = (1.0 / np.float32(self.theta) ** exponents).astype(np.float32)
-        return frequencies if self.scaling is None else self.scaling(frequencies)
-
-    def tables(
-        self, positions: int, head_size: int
-    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Cosines and sines, each float32 [positions, head_size / 2]."""
-        angles = np.outer(np.arange(positions, dtype=np.float32), self.frequencies(head_size))
-        return np.cos(angles), np.sin(angles)
+    epsilon: float
+    kind: Literal["rms", "layer"] = "rms"
+    """By the root of the mean square, or by mean and deviation."""
+    bias: bool = False
+    plus_one: bool = False
+    """Whether checkpoints store the weights less 1."""
 
 
 @dataclass(frozen=True, slots=True)
-class DecoderSpec:
-    """A decoder of pre-normalised blocks: RMS norm, rotary grouped-query attention, gated MLP."""
+class Attention:
+    """Grouped-query attention, the same in all layers but for what `Layer` says."""
 
-    architecture: str
-    """`model_type` of the checkpoint."""
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
     num_heads: int
     num_kv_heads: int
     head_size: int
-    max_position_embeddings: int
-    norm_eps: float
-    rope: Rope
-    activation: str = "silu"
-    """`silu`, `gelu`, `gelu_pytorch_tanh` or `relu`, on the gate of the MLP."""
     qkv_bias: bool = False
     o_bias: bool = False
-    mlp_bias: bool = False
-    qk_norm: bool = False
-    """Whether queries and keys are normalised per head before the rotation."""
-    tied_embeddings: bool = False
-    """Whether the output head is the embedding."""
-    sliding_window: int | None = None
-    """Tokens that a token sees, itself included; None is all."""
+    scale: float | None = None
+    """Factor on the products of queries and keys; None is head_size ** -0.5."""
+    softcap: float | None = None
+    """They are bent to stay within ± this."""
+    qk_norm: Literal["head", "own_heads", "width"] | None = None
+    """How queries and keys are normalised before the rotation: each head, by weights that all
+    share or by its own, or all heads together."""
 
     @property
     def q_size(self) -> int:
@@ -95,3 +48,127 @@ class DecoderSpec:
     def kv_size(self) -> int:
         """Width of the keys, or of the values, of a token."""
         return self.num_kv_heads * self.head_size
+
+
+@dataclass(frozen=True, slots=True)
+class Mlp:
+    """down(activation(gate(x)) * up(x)), or down(activation(up(x))) if not gated."""
+
+    size: int
+    activation: str = "silu"
+    """A key of `lifecycle.graph.feed_forward.ACTIVATIONS`."""
+    gated: bool = True
+    bias: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """A mixture: a router picks a few gated MLPs for each token and weighs their outputs."""
+
+    count: int
+    per_token: int
+    size: int
+    normalize: bool
+    """Whether the weights of the picked ones are made to add up to 1."""
+    activation: str = "silu"
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """What may differ between the layers of a model."""
+
+    feed_forward: Mlp | Experts
+    rope: Rope | None
+    """None: the layer sees no positions."""
+    window: int | None = None
+    """Tokens that a token sees, itself included; None is all."""
+
+
+@dataclass(frozen=True, slots=True)
+class BlockNorms:
+    """The names of a layer's norms in checkpoints; None where there is none."""
+
+    before_attention: str | None = "input_layernorm"
+    after_attention: str | None = None
+    before_mlp: str | None = "post_attention_layernorm"
+    after_mlp: str | None = None
+
+
+_LLAMA_NAMES = MappingProxyType(
+    {
+        "embed_tokens": "embed_tokens",
+        "layers": "layers.{i}",
+        "norm": "norm",
+        "q_norm": "self_attn.q_norm",
+        "k_norm": "self_attn.k_norm",
+        "qkv_proj": "self_attn.q_proj self_attn.k_proj self_attn.v_proj",
+        "o_proj": "self_attn.o_proj",
+        "gate_up_proj": "mlp.gate_proj mlp.up_proj",
+        "up_proj": "mlp.up_proj",
+        "down_proj": "mlp.down_proj",
+        "router": "mlp.gate",
+        "expert_gate": "mlp.experts.{e}.gate_proj",
+        "expert_up": "mlp.experts.{e}.up_proj",
+        "expert_down": "mlp.experts.{e}.down_proj",
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class TensorNames:
+    """How checkpoints call and lay out what the graph needs; Llama's way, unless said."""
+
+    prefix: str = "model."
+    """Of all but the head; also right where a checkpoint leaves it out."""
+    head: str = "lm_head"
+    changes: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Our names to theirs, below the prefix, where they differ from Llama's. Several theirs,
+    with spaces between, are joined row after row."""
+    transposed: bool = False
+    """Whether the matrices of the layers are stored as [in, out]."""
+    heads_together: bool = False
+    """Whether the rows of q, k and v are stored head by head: q, k, v of the first head …"""
+    ignored: tuple[str, ...] = ("rotary_emb.inv_freq",)
+    """Ends of the names of tensors that hold no weights."""
+
+    def of(self, part: str) -> str:
+        """Their name, or names, of our `part`."""
+        return self.changes.get(part) or _LLAMA_NAMES[part]
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderSpec:
+    """A decoder: embedding, layers of attention and feed-forward with residuals, output head."""
+
+    architecture: str
+    """`model_type` of the checkpoint."""
+    vocab_size: int
+    hidden_size: int
+    max_position_embeddings: int
+    layers: tuple[Layer, ...]
+    attention: Attention
+    norm: Norm
+    block_norms: BlockNorms = BlockNorms()
+    parallel: bool = False
+    """Whether attention and feed-forward read the same residual; else one after the other. If
+    there is no norm before the feed-forward, it reads what the attention reads."""
+    learned_positions: str | None = None
+    """The name of a table of positions that is added to the embedding."""
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    """Factor on what a layer's two parts add to the residual."""
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None
+    tied_embeddings: bool = False
+    """Whether the output head is the embedding."""
+    names: TensorNames = TensorNames()
+
+    @property
+    def ropes(self) -> tuple[Rope, ...]:
+        """The different rotations of the layers."""
+        return tuple(dict.fromkeys(layer.rope for layer in self.layers if layer.rope))
+
+    @property
+    def long_context(self) -> int | None:
+        """Tokens beyond which a text is rotated by the long tables; None if there are none."""
+        return next((rope.long.beyond for rope in self.ropes if rope.long), None)

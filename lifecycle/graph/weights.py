@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from itertools import chain
+from collections.abc import Callable, Iterable
 from math import prod
 from pathlib import Path
 from types import TracebackType
@@ -12,9 +11,6 @@ from typing import Any, Self
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
-
-from lifecycle.errors import CheckpointError
-from lifecycle.graph.checkpoint import Checkpoint
 
 ALIGNMENT = 64
 """Bytes. A cache line and the widest vector register; a runtime maps any offset."""
@@ -79,26 +75,3 @@ class WeightFile:
         """Write a tensor that is small enough to be in memory."""
         dtype = ir.DataType.from_numpy(values.dtype)
         return self.add(name, dtype, values.shape, [values])
-
-
-def copy_tensor(
-    checkpoint: Checkpoint,
-    sources: Sequence[str],
-    file: WeightFile,
-    name: str,
-    shape: tuple[int, ...],
-) -> ir.Value:
-    """Copy tensors, joined along their first axis, into one of `shape`.
-
-    Raises:
-        CheckpointError: a source is missing, or they do not add up to `shape`.
-    """
-    shapes = [checkpoint.shape(source) for source in sources]
-    rows = sum(found[0] for found in shapes if found)
-    if any(not found or (rows, *found[1:]) != shape for found in shapes):
-        found = ", ".join(f"{s} {list(checkpoint.shape(s))}" for s in sources)
-        raise CheckpointError(
-            f"{checkpoint.folder}: {found}: config.json asks for {list(shape)} in all"
-        )
-    blocks = chain.from_iterable(checkpoint.blocks(source) for source in sources)
-    return file.add(name, ir.DataType.FLOAT, shape, blocks)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +13,14 @@ from lifecycle.engines.decoder import GRAPH, DecoderInfo
 
 
 class GraphRunner:
-    """`slots` sequences of up to `capacity` tokens over one exported folder."""
+    """`slots` sequences of up to `capacity` tokens over one exported folder; those in `long` hold
+    texts beyond the model's first context."""
 
-    def __init__(self, folder: Path, slots: int = 1, capacity: int = 64) -> None:
+    def __init__(
+        self, folder: Path, slots: int = 1, capacity: int = 64, long: Collection[int] = ()
+    ) -> None:
         info = DecoderInfo.load(folder)
+        self.offsets = [info.max_position_embeddings * (b in long) for b in range(slots)]
         options = ort.SessionOptions()
         options.intra_op_num_threads = 2
         self.session = ort.InferenceSession(
@@ -37,7 +41,7 @@ class GraphRunner:
         columns = np.arange(widest)
         valid = columns < np.array(counts)[:, None]
         pad = np.where(valid, starts[:-1, None] + columns, 0)
-        positions = [self.lengths[b] + j for b in slots for j in range(counts[b])]
+        positions = [self.offsets[b] + self.lengths[b] + j for b in slots for j in range(counts[b])]
         ids = [token for b in slots for token in new.get(b, ())]
         self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
         feeds: dict[str, NDArray[np.generic]] = {

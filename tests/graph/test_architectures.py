@@ -13,19 +13,25 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from lifecycle.errors import CheckpointError, UnsupportedArchitectureError
-from lifecycle.graph.architectures import read_spec
-from lifecycle.graph.spec import LinearScaling, Llama3Scaling
-from tests.graph.models import LLAMA3_ROPE, MODELS, SHAPE
+from lifecycle.graph.architectures import ARCHITECTURES, read_spec
+from lifecycle.graph.rope import LinearScaling, Llama3Scaling
+from tests.graph.models import LLAMA3_ROPE, MODELS, SHAPE, make_model
 
 LLAMA: dict[str, Any] = {"model_type": "llama", **SHAPE}
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_saved_config_is_read(name: str) -> None:
-    config = json.loads(MODELS[name]().config.to_json_string(use_diff=False))
+    config = json.loads(make_model(name).config.to_json_string(use_diff=False))
     spec = read_spec(config)
     assert spec.architecture == name.split("-")[0]
-    assert (spec.num_heads, spec.num_kv_heads) == (4, config["num_key_value_heads"])
+    assert spec.attention.num_heads == 4
+    assert spec.attention.num_kv_heads == config.get("num_key_value_heads", 4)
+
+
+def test_every_architecture_is_held_to_pytorch() -> None:
+    """By tests/graph/test_builder.py, which takes all of `MODELS`."""
+    assert {model_type for model_type, _ in MODELS.values()} == ARCHITECTURES.keys()
 
 
 def test_old_and_new_spellings_of_rope_are_equal() -> None:
@@ -33,8 +39,8 @@ def test_old_and_new_spellings_of_rope_are_equal() -> None:
     old = read_spec(LLAMA | {"rope_theta": 500.0, "rope_scaling": scaling})
     new = read_spec(LLAMA | {"rope_parameters": LLAMA3_ROPE})
     assert old == new
-    assert old.rope.theta == 500.0
-    assert old.rope.scaling == Llama3Scaling(4.0, 1.0, 4.0, 32)
+    assert old.ropes[0].theta == 500.0
+    assert old.ropes[0].scaling == Llama3Scaling(4.0, 1.0, 4.0, 32)
 
 
 @pytest.mark.parametrize(
@@ -49,23 +55,37 @@ def test_old_and_new_spellings_of_rope_are_equal() -> None:
 )
 def test_of_two_spellings_of_rope_the_one_of_transformers_counts(changes: dict[str, Any]) -> None:
     wanted = LlamaConfig(**SHAPE | copy.deepcopy(changes)).rope_parameters
-    assert read_spec(LLAMA | changes).rope == read_spec(LLAMA | {"rope_parameters": wanted}).rope
+    assert read_spec(LLAMA | changes).ropes == read_spec(LLAMA | {"rope_parameters": wanted}).ropes
 
 
 def test_older_scaling_says_type() -> None:
     spec = read_spec(LLAMA | {"rope_scaling": {"type": "linear", "factor": 2.0}})
-    assert spec.rope.scaling == LinearScaling(2.0)
+    assert spec.ropes[0].scaling == LinearScaling(2.0)
 
 
-@pytest.mark.parametrize("name", ["llama", "llama-llama3-rope", "llama-linear-rope"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "llama",
+        "llama-llama3-rope",
+        "llama-linear-rope",
+        "llama-yarn-rope",
+        "llama-yarn-factor",
+        "llama-dynamic-rope",
+    ],
+)
 def test_rope_tables_equal_transformers(name: str) -> None:
-    config = MODELS[name]().config
+    config = make_model(name).config
+    assert isinstance(config, LlamaConfig)
     spec = read_spec(json.loads(config.to_json_string(use_diff=False)))
     cos, sin = LlamaRotaryEmbedding(config)(torch.zeros(1), torch.arange(128)[None])
-    found = spec.rope.tables(128, spec.head_size)
-    for table, wanted in zip(found, (cos, sin), strict=True):
+    size = spec.attention.head_size
+    for of, wanted in ((np.cos, cos), (np.sin, sin)):
+        shape, rows = spec.ropes[0].table(of, 128, size)
+        table = np.concatenate(list(rows))
         assert table.dtype == np.float32
-        np.testing.assert_allclose(table, wanted[0, :, : spec.head_size // 2], atol=2e-5)
+        assert table.shape == shape == (128, size // 2)
+        np.testing.assert_allclose(table, wanted[0, :, : size // 2], atol=2e-5)
 
 
 def test_an_unknown_architecture_lists_the_known() -> None:
@@ -84,16 +104,13 @@ def test_a_config_without_an_architecture_is_refused() -> None:
     ("changes", "named"),
     [
         ({"hidden_act": "gelo"}, r"hidden_act.*'gelo'.*did you mean 'gelu'"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, r"rope_type.*'yarn'"),
+        ({"rope_parameters": {"rope_type": "yarm", "factor": 2.0}}, r"rope_type.*'yarm'.*'yarn'"),
         ({"rope_parameters": {"rope_type": "linear"}}, r"'factor' is missing"),
-        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, r"partial_rotary_factor.*0\.5"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.1}}, r"partial_rotary_factor.*0\.1"),
+        ({"rope_parameters": {"partial_rotary_factor": 1.5}}, r"partial_rotary_factor.*1\.5"),
         ({"num_hidden_layers": None}, r"num_hidden_layers.*None"),
         ({"vocab_size": "96"}, r"vocab_size.*'96'"),
         ({"quantization_config": {"bits": 4}}, r"quantization_config"),
-        (
-            {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 1},
-            r"layer_types",
-        ),
     ],
 )
 def test_what_cannot_be_expressed_is_named(changes: dict[str, Any], named: str) -> None:
@@ -147,12 +164,12 @@ def test_a_wrong_value_is_named_with_its_field(changes: dict[str, Any], named: s
 @pytest.mark.parametrize(("name", "heads"), [("llama", 64), ("mistral", 8), ("qwen3", 32)])
 def test_each_architecture_has_its_own_default_of_heads(name: str, heads: int) -> None:
     config = LLAMA | {"model_type": name, "num_attention_heads": 64, "head_dim": 2}
-    assert read_spec(config | {"num_key_value_heads": None}).num_kv_heads == 64
+    assert read_spec(config | {"num_key_value_heads": None}).attention.num_kv_heads == 64
     del config["num_key_value_heads"]
-    assert read_spec(config).num_kv_heads == heads
+    assert read_spec(config).attention.num_kv_heads == heads
 
 
 def test_defaults_are_those_of_transformers() -> None:
-    assert read_spec(LLAMA | {"model_type": "mistral"}).sliding_window == 4096
-    assert read_spec(LLAMA | {"model_type": "qwen3"}).head_size == 128
-    assert read_spec(LLAMA | {"model_type": "qwen2"}).sliding_window is None
+    assert read_spec(LLAMA | {"model_type": "mistral"}).layers[0].window == 4096
+    assert read_spec(LLAMA | {"model_type": "qwen3"}).attention.head_size == 128
+    assert read_spec(LLAMA | {"model_type": "qwen2"}).layers[0].window is None

@@ -29,21 +29,35 @@ def test_logits_equal_pytorch(name: str, tmp_path: Path) -> None:
     ids = [random.integers(3, VOCAB, count).tolist() for count in (40, 12, 25)]
     wanted = [torch_logits(model, row) for row in ids]
 
-    whole = GraphRunner(out).prefill(ids[0])
+    beyond = DecoderInfo.load(out).long_context
+    long = [beyond is not None and len(row) > beyond for row in ids]
+
+    whole = GraphRunner(out, long=[0] if long[0] else []).prefill(ids[0])
     assert np.abs(whole - wanted[0]).max() < TOLERANCE
 
-    runner = GraphRunner(out)
+    runner = GraphRunner(out, long=[0] if long[0] else [])
     chunks = [runner.prefill(ids[0][start : start + 16]) for start in range(0, 40, 16)]
     assert np.abs(np.concatenate(chunks) - wanted[0]).max() < TOLERANCE
 
-    for found, row in zip(_ragged(out, ids), wanted, strict=True):
+    assert np.abs(_rolled_back(out, ids[0], long[0]) - wanted[0]).max() < TOLERANCE
+
+    for found, row in zip(_ragged(out, ids, long), wanted, strict=True):
         assert np.abs(found - row).max() < TOLERANCE
 
 
-def _ragged(out: Path, ids: list[list[int]]) -> list[np.ndarray]:
+def _rolled_back(out: Path, ids: list[int], is_long: bool) -> np.ndarray:
+    """After 20 tokens eight wrong ones, as a failed speculation, which are then forgotten."""
+    runner = GraphRunner(out, long=[0] if is_long else [])
+    first = runner.prefill(ids[:20])
+    runner.prefill(ids[8:16])
+    runner.lengths[0] = 20
+    return np.concatenate([first, runner.prefill(ids[20:])])
+
+
+def _ragged(out: Path, ids: list[list[int]], long: list[bool]) -> list[np.ndarray]:
     """Three rows of four slots at different speeds: prefill, decode and idle in one step."""
-    runner = GraphRunner(out, slots=4)
     slots, widths = (3, 0, 2), (9, 1, 4)
+    runner = GraphRunner(out, slots=4, long=[slots[i] for i in range(3) if long[i]])
     logits: list[list[np.ndarray]] = [[] for _ in ids]
     fed = [0, 0, 0]
     turn = 0

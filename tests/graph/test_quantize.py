@@ -12,14 +12,20 @@ from numpy.typing import NDArray
 
 from lifecycle.engines.decoder import DecoderInfo
 from lifecycle.errors import StageError
+from lifecycle.graph.architectures import ARCHITECTURES
 from lifecycle.graph.check import check_graph
+from lifecycle.graph.export import export_decoder
 from lifecycle.graph.int4 import Int4
 from lifecycle.graph.int8 import Int8Rowwise
 from lifecycle.graph.quantize import Scheme, quantize_graph
+from lifecycle.graph.targets import Cpu
 from lifecycle.pipeline.artifact import hash_tree
+from tests.graph.models import MODELS, VOCAB, export_quantized, save_model, torch_logits
 from tests.graph.running import GraphRunner
 
 INT8 = Int8Rowwise(7)
+EXAMPLES = {model_type: name for name, (model_type, _) in reversed(MODELS.items())}
+"""Each architecture -> the first model of it."""
 
 
 def operators(folder: Path) -> dict[str, str]:
@@ -72,6 +78,37 @@ def test_a_tied_matrix_has_one_form(name: str, tiny: Path, tmp_path: Path) -> No
 def test_skipping_all_changes_no_number(tiny: Path, tmp_path: Path) -> None:
     out = quantized(tiny, tmp_path, INT8, {"*": None})
     assert np.array_equal(GraphRunner(out).prefill([5, 6]), GraphRunner(tiny).prefill([5, 6]))
+
+
+@pytest.mark.parametrize("scheme", [Int8Rowwise(8), Int4(16)])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_architecture_is_quantized(architecture: str, scheme: Scheme, tmp_path: Path) -> None:
+    model = save_model(EXAMPLES[architecture], tmp_path)
+    out = export_quantized(tmp_path, scheme)
+    left = {name for name, op in operators(out).items() if op in ("Gemm", "MoE")}
+    assert all(name.endswith(".router") for name in left)
+    ids = np.random.default_rng(0).integers(3, VOCAB, 30).tolist()
+    wanted, found = torch_logits(model, ids), GraphRunner(out).prefill(ids)
+    errors = np.linalg.norm(found - wanted, axis=1) / np.linalg.norm(wanted, axis=1)
+    assert np.median(errors) < (0.05 if isinstance(scheme, Int8Rowwise) else 0.35)
+
+
+def test_experts_can_stay_in_float32(tmp_path: Path) -> None:
+    save_model("mixtral", tmp_path)
+    full = tmp_path / "full"
+    full.mkdir()
+    export_decoder(tmp_path, full, Cpu())
+    found = operators(quantized(full, tmp_path / "out", Int4(32), {"*.1.mlp.experts": None}))
+    assert (found["layers.0.mlp.experts.int4"], found["layers.1.mlp.experts"]) == ("QMoE", "MoE")
+
+
+def test_experts_that_no_block_divides_are_named(tmp_path: Path) -> None:
+    save_model("qwen3_moe-odd", tmp_path)
+    full = tmp_path / "full"
+    full.mkdir()
+    export_decoder(tmp_path, full, Cpu())
+    with pytest.raises(StageError, match=r"layers\.0\.mlp\.experts: blocks.*\*\.experts"):
+        quantized(full, tmp_path / "out", Int4())
 
 
 def test_a_pattern_without_a_match_names_the_near_one(tiny: Path, tmp_path: Path) -> None:
