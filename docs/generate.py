@@ -12,7 +12,6 @@ from pathlib import Path
 
 from lifecycle.cli import COMMANDS, main, usage
 from lifecycle.commands.stages import describe
-from lifecycle.graph.architectures import ARCHITECTURES
 from lifecycle.graph.targets import Target
 from lifecycle.pipeline import registry
 from lifecycle.pipeline.stage import Stage
@@ -65,8 +64,15 @@ def architectures() -> str:
         "and within the rounding of `int8-rowwise` and `int4` when it is quantised.\n"
     )
     rows = [
-        (_code(name), _doc(read).strip(), "yes", "yes", "yes", "not yet")
-        for name, read in ARCHITECTURES.items()
+        (
+            _code(name),
+            _doc(registry.load_function(registry.ARCHITECTURES, name)).strip(),
+            "yes",
+            "yes",
+            "yes",
+            "not yet",
+        )
+        for name in registry.names(registry.ARCHITECTURES)
     ]
     headings = ("`model_type`", "what it is", "exported", "parity", "quantised", "LoRA slots")
     return "\n".join([NOTE, "# Architectures of decoders\n", intro, _table(headings, rows)])

@@ -7,7 +7,7 @@ import importlib.util
 import inspect
 import sys
 import traceback
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from importlib.machinery import SourceFileLoader
 from importlib.metadata import EntryPoint, entry_points
@@ -36,7 +36,8 @@ ADAPTERS = "lifecycle.adapters"
 TARGETS = "lifecycle.targets"
 ENGINES = "lifecycle.engines"
 FORMATS = "lifecycle.formats"
-GROUPS = (STAGES, ADAPTERS, TARGETS, ENGINES, FORMATS)
+ARCHITECTURES = "lifecycle.architectures"
+GROUPS = (STAGES, ADAPTERS, TARGETS, ENGINES, FORMATS, ARCHITECTURES)
 
 T = TypeVar("T")
 
@@ -85,31 +86,45 @@ def load(group: str, use: str, base: type[T], roots: Iterable[Path] = ()) -> typ
         PluginError: unknown name, failing import, or a class that is no `base`.
         MissingExtraError: its packages are not installed.
     """
-    if is_file_use(use):
-        found: object = _load_file(use, roots)
-    else:
-        entry = _entries(group).get(use)
-        if entry is None:
-            if use.endswith(".py"):
-                raise PluginError(f"'{use}' names a file but no class in it; write {use}:CLASS")
-            known = names(group)
-            what = group.removeprefix("lifecycle.").removesuffix("s")
-            raise PluginError(
-                f"unknown {what} '{use}'{did_you_mean(use, known)} (known: {', '.join(known)})"
-            )
-        try:
-            found = entry.load()
-        except ModuleNotFoundError as error:
-            missing = MissingExtraError.explain(f"'{use}'", error)
-            raise missing or PluginError(f"{group} '{use}' cannot be imported: {error}") from error
-        except Exception as error:
-            raise PluginError(f"{group} '{use}' cannot be imported: {error}") from error
+    found = _load_file(use, roots) if is_file_use(use) else _load_entry(group, use)
     if not (isinstance(found, type) and issubclass(found, base)):
         raise PluginError(f"'{use}' is no {base.__name__}: {found!r}")
     if inspect.isabstract(found):
         missing = ", ".join(sorted(cast("Any", found).__abstractmethods__))
         raise PluginError(f"'{use}' does not define what a {base.__name__} needs: {missing}")
     return found
+
+
+def load_function(group: str, name: str) -> Callable[..., Any]:
+    """The function of that name in a group.
+
+    Raises:
+        PluginError: unknown name, failing import, or no function.
+        MissingExtraError: its packages are not installed.
+    """
+    found = _load_entry(group, name)
+    if not callable(found) or isinstance(found, type):
+        raise PluginError(f"{group} '{name}' is no function: {found!r}")
+    return cast("Callable[..., Any]", found)
+
+
+def _load_entry(group: str, use: str) -> object:
+    entry = _entries(group).get(use)
+    if entry is None:
+        if use.endswith(".py"):
+            raise PluginError(f"'{use}' names a file but no class in it; write {use}:CLASS")
+        known = names(group)
+        what = group.removeprefix("lifecycle.").removesuffix("s")
+        raise PluginError(
+            f"unknown {what} '{use}'{did_you_mean(use, known)} (known: {', '.join(known)})"
+        )
+    try:
+        return entry.load()
+    except ModuleNotFoundError as error:
+        missing = MissingExtraError.explain(f"'{use}'", error)
+        raise missing or PluginError(f"{group} '{use}' cannot be imported: {error}") from error
+    except Exception as error:
+        raise PluginError(f"{group} '{use}' cannot be imported: {error}") from error
 
 
 def _load_file(use: str, roots: Iterable[Path]) -> object:

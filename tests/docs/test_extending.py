@@ -10,8 +10,12 @@ import sys
 import tomllib
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from transformers import GemmaConfig, GemmaForCausalLM
 
+from lifecycle.engines.ort import OnnxEngine
 from tests.docs.blocks import ROOT, blocks
 
 
@@ -60,6 +64,45 @@ def test_the_recipe_runs_with_all_three_plug_ins(package: Path) -> None:
     )
     decoder = Path(stages["onnx"]["path"], "decoder.json")
     assert json.loads(decoder.read_text())["target"] == "small-cpu"
+
+
+def test_the_architecture_gives_the_logits_of_pytorch(package: Path) -> None:
+    config = GemmaConfig(
+        vocab_size=96,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+    )
+    torch.manual_seed(0)
+    model = GemmaForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.2)
+    model.save_pretrained(package / "gemma")
+    (package / "gemma" / "onnx").mkdir()
+    script = (
+        "from pathlib import Path; from lifecycle.graph.export import export_decoder; "
+        "from lifecycle.graph.targets import Cpu; "
+        "export_decoder(Path('gemma'), Path('gemma/onnx'), Cpu())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=package,
+        env=os.environ | {"PYTHONPATH": str(package)},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode == 0, done.stderr
+    engine = OnnxEngine.open(package / "gemma" / "onnx")
+    found = engine.logits([5, 6, 7, 8])
+    engine.close()
+    with torch.no_grad():
+        wanted = model(torch.tensor([[5, 6, 7, 8]])).logits[0].numpy()
+    assert np.abs(found - wanted).max() < 1e-4
 
 
 def test_the_plug_ins_are_listed_and_described(package: Path) -> None:

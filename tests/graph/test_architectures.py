@@ -13,8 +13,9 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from lifecycle.errors import CheckpointError, UnsupportedArchitectureError
-from lifecycle.graph.architectures import ARCHITECTURES, read_spec
+from lifecycle.graph.architectures import read_spec
 from lifecycle.graph.rope import LinearScaling, Llama3Scaling
+from lifecycle.pipeline.registry import ARCHITECTURES, names
 from tests.graph.models import LLAMA3_ROPE, MODELS, SHAPE, make_model
 
 LLAMA: dict[str, Any] = {"model_type": "llama", **SHAPE}
@@ -31,7 +32,7 @@ def test_every_saved_config_is_read(name: str) -> None:
 
 def test_every_architecture_is_held_to_pytorch() -> None:
     """By tests/graph/test_builder.py, which takes all of `MODELS`."""
-    assert {model_type for model_type, _ in MODELS.values()} == ARCHITECTURES.keys()
+    assert {model_type for model_type, _ in MODELS.values()} == set(names(ARCHITECTURES))
 
 
 def test_old_and_new_spellings_of_rope_are_equal() -> None:

@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from lifecycle.engines.decoder import DecoderInfo
 from lifecycle.errors import StageError
-from lifecycle.graph.architectures import ARCHITECTURES
 from lifecycle.graph.check import check_graph
 from lifecycle.graph.export import export_decoder
 from lifecycle.graph.int4 import Int4
@@ -20,6 +19,7 @@ from lifecycle.graph.int8 import Int8Rowwise
 from lifecycle.graph.quantize import Scheme, quantize_graph
 from lifecycle.graph.targets import Cpu
 from lifecycle.pipeline.artifact import hash_tree
+from lifecycle.pipeline.registry import ARCHITECTURES, names
 from tests.graph.models import MODELS, VOCAB, export_quantized, save_model, torch_logits
 from tests.graph.running import GraphRunner
 
@@ -81,7 +81,7 @@ def test_skipping_all_changes_no_number(tiny: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("scheme", [Int8Rowwise(8), Int4(16)])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", names(ARCHITECTURES))
 def test_every_architecture_is_quantized(architecture: str, scheme: Scheme, tmp_path: Path) -> None:
     model = save_model(EXAMPLES[architecture], tmp_path)
     out = export_quantized(tmp_path, scheme)

@@ -24,7 +24,16 @@ def test_every_built_in_comes_through_the_entry_points() -> None:
 @pytest.mark.parametrize("group", registry.GROUPS)
 def test_every_built_in_can_be_loaded(group: str) -> None:
     for name in registry.names(group):
-        assert registry.load(group, name, object).__module__.startswith("lifecycle.")
+        if group == registry.ARCHITECTURES:
+            found = registry.load_function(group, name)
+        else:
+            found = registry.load(group, name, object)
+        assert found.__module__.startswith("lifecycle.")
+
+
+def test_a_class_is_no_function() -> None:
+    with pytest.raises(PluginError, match="'merge' is no function"):
+        registry.load_function(registry.STAGES, "merge")
 
 
 def test_unknown_names_get_a_suggestion_and_the_list() -> None:

@@ -1,38 +1,21 @@
-"""From a Hugging Face `config.json` to a `DecoderSpec`: one short function per architecture."""
+"""From a Hugging Face `config.json` to a `DecoderSpec`: one short function per architecture.
+
+A function takes the `Fields` of a config and is found by its `model_type` in the entry-point
+group `lifecycle.architectures`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from lifecycle.errors import CheckpointError, UnsupportedArchitectureError
-from lifecycle.graph.architectures import cohere, gemma, gpt, llama, mixtures
+from lifecycle.errors import CheckpointError, PluginError, UnsupportedArchitectureError
 from lifecycle.graph.fields import Fields
 from lifecycle.graph.spec import DecoderSpec
+from lifecycle.pipeline.registry import ARCHITECTURES, load_function, names
 from lifecycle.pipeline.suggest import did_you_mean
-
-ARCHITECTURES: dict[str, Callable[[Fields], DecoderSpec]] = {
-    "llama": llama.llama,
-    "mistral": llama.mistral,
-    "qwen2": llama.qwen2,
-    "qwen3": llama.qwen3,
-    "smollm3": llama.smollm3,
-    "phi3": llama.phi3,
-    "olmo2": llama.olmo2,
-    "granite": llama.granite,
-    "gemma2": gemma.gemma2,
-    "gemma3_text": gemma.gemma3,
-    "cohere2": cohere.cohere2,
-    "gpt2": gpt.gpt2,
-    "gpt_neox": gpt.gpt_neox,
-    "stablelm": gpt.stablelm,
-    "starcoder2": gpt.starcoder2,
-    "mixtral": mixtures.mixtral,
-    "qwen3_moe": mixtures.qwen3_moe,
-}
-"""`model_type` -> the function that reads its config."""
 
 
 def read_spec(config: Mapping[str, Any]) -> DecoderSpec:
@@ -42,18 +25,20 @@ def read_spec(config: Mapping[str, Any]) -> DecoderSpec:
         UnsupportedArchitectureError: no function here knows the `model_type`.
         CheckpointError: a field is missing or wrong, or asks for what the graph cannot express.
     """
-    name = str(config.get("model_type", ""))
-    if name not in ARCHITECTURES:
+    name, known = str(config.get("model_type", "")), names(ARCHITECTURES)
+    if name not in known:
         raise UnsupportedArchitectureError(
             f"config.json: model_type: unsupported architecture '{name}'"
-            f"{did_you_mean(name, ARCHITECTURES)} (supported: {', '.join(sorted(ARCHITECTURES))})"
+            f"{did_you_mean(name, known)} (supported: {', '.join(known)})"
         )
     if config.get("quantization_config"):
         raise CheckpointError(
             "config.json: quantization_config: the weights are already quantised; "
             "start from the full-precision checkpoint"
         )
-    spec = ARCHITECTURES[name](Fields(config))
+    spec = load_function(ARCHITECTURES, name)(Fields(config))
+    if not isinstance(spec, DecoderSpec):
+        raise PluginError(f"{ARCHITECTURES} '{name}' gave no DecoderSpec: {spec!r}")
     _require_sound(spec)
     return spec
 
