@@ -14,6 +14,7 @@ COMMANDS = {
     "recipes": ("lifecycle.commands.recipes:main", "list, show or copy the shipped recipes"),
     "stages": ("lifecycle.commands.stages:main", "list the stages, or the settings of one"),
     "runs": ("lifecycle.commands.runs:main", "list, show or compare past runs"),
+    "inspect": ("lifecycle.commands.inspect:main", "show what an ONNX graph is made of"),
     "schema": ("lifecycle.commands.schema:main", "print the JSON schema of recipes, for editors"),
     "doctor": ("lifecycle.commands.doctor:main", "show what this machine and installation can do"),
     "gc": ("lifecycle.commands.gc:main", "free the space of old runs"),

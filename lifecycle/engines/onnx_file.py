@@ -12,6 +12,8 @@ from pathlib import Path
 
 from lifecycle.errors import EngineError
 
+_LARGEST = 2**31 - 1
+"""Bytes that a protobuf message may have."""
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
 _LEADS_TO: dict[str, dict[int, str]] = {
@@ -41,6 +43,11 @@ def check_external_data(graph: Path) -> None:
         EngineError: names the file and what is wrong with it.
     """
     try:
+        if graph.stat().st_size > _LARGEST:
+            raise EngineError(
+                f"{graph} is larger than 2 GiB, which no reader of ONNX takes; save it with its "
+                "weights as external data beside it"
+            )
         data = memoryview(graph.read_bytes())
     except OSError as error:
         raise EngineError(f"{graph} cannot be read: {error.strerror}") from error
