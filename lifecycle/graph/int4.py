@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -32,7 +33,7 @@ class Int4:
 
     def linear(self, rewrite: GraphRewrite, linear: Linear) -> None:
         """Replace one product."""
-        self._product(rewrite, linear, *self._store(rewrite, linear.name, linear.weight))
+        self.product(rewrite, linear, *self._store(rewrite, linear.name, linear.weight))
 
     def experts(self, rewrite: GraphRewrite, mixture: Mixture) -> None:
         """Replace a mixture of experts."""
@@ -65,7 +66,7 @@ class Int4:
             found = g.node("Slice", f"{node.name}.whole", found, *bounds)
         rewrite.replace(node, found)
         if head is not None:
-            self._product(rewrite, head, values, scales)
+            self.product(rewrite, head, values, scales)
 
     def _store(
         self, rewrite: GraphRewrite, name: str, weight: ir.Value
@@ -78,9 +79,10 @@ class Int4:
             rewrite.add(f"{name}.weight.scales", scales),
         )
 
-    def _product(
+    def product(
         self, rewrite: GraphRewrite, linear: Linear, values: ir.Value, scales: ir.Value
     ) -> None:
+        """Put the operator for stored weights in the place of a product."""
         out, width = linear.shape
         y = rewrite.before(linear.node).node(
             "MatMulNBits",
@@ -106,29 +108,37 @@ def quantize(weights: _Floats, block_size: int) -> tuple[_Integers, _Floats]:
     rows, width = weights.shape
     padded = np.pad(weights, ((0, 0), (0, -width % block_size)))
     blocks = padded.reshape(-1, block_size)
-    scales = _best_scales(blocks)
-    integers = (_rounded(blocks, scales) + 8).astype(np.uint8)
-    packed = integers[:, 0::2] | (integers[:, 1::2] << np.uint8(4))
+    scales = best_scales(blocks)
+    packed = pack_nibbles(_rounded(blocks, scales))
     return packed.reshape(rows, -1, block_size // 2), scales.reshape(rows, -1)
+
+
+def pack_nibbles(integers: NDArray[Any]) -> _Integers:
+    """Integers from -8 to 7, [rows, width], as bytes [rows, width / 2], plus 8, lower half first."""
+    shifted = (integers + 8).astype(np.uint8)
+    return shifted[:, 0::2] | (shifted[:, 1::2] << np.uint8(4))
 
 
 def _rounded(blocks: _Floats, scales: _Floats) -> _Floats:
     return np.clip(np.rint(blocks / scales[:, None]), -8, 7)
 
 
-def _best_scales(blocks: _Floats) -> _Floats:
+def best_scales(blocks: _Floats, importance: _Floats | None = None) -> _Floats:
     """The scale of each block, [blocks]; negative where the largest weight is positive, so that
-    it falls on -8 and the finer step is used."""
+    it falls on -8 and the finer step is used. `importance` [blocks, size] weighs squared errors."""
     at = np.abs(blocks).argmax(axis=1)[:, None]
     widest = np.take_along_axis(blocks, at, axis=1)[:, 0] / np.float32(-8)
     widest[widest == 0] = 1
     best, least = widest.copy(), np.full(len(blocks), np.inf, np.float32)
+    weighed = blocks if importance is None else blocks * importance
     for part in _SHRINK:
         integers = _rounded(blocks, widest * part)
         # For given integers the best scale is <w, q> / <q, q>, and the squared error that it
         # leaves is |w|² - <w, q>² / <q, q>.
-        dot = np.einsum("ij,ij->i", blocks, integers)
-        norm = np.maximum(np.einsum("ij,ij->i", integers, integers), 1)
+        dot = np.einsum("ij,ij->i", weighed, integers)
+        squares = integers if importance is None else integers * importance
+        norm = np.einsum("ij,ij->i", squares, integers)
+        norm[norm == 0] = 1
         error = -dot * dot / norm
         better = (error < least) & (dot != 0)
         least[better] = error[better]

@@ -27,7 +27,8 @@ class Export(Stage):
     version: ClassVar[int] = 2
 
     model: Ref[HfModel]
-    """A Llama, Mistral, Qwen2 or Qwen3 model without an adapter beside it."""
+    """A decoder without an adapter beside it; `docs/reference/architectures.md` lists those that
+    are known."""
     target: Target = Cpu()
     """The hardware that the graph is made for."""
 

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import time
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, get_args
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, Field, model_validator
 
 from lifecycle.errors import StageError
-from lifecycle.kinds import OnnxModel
+from lifecycle.kinds import Conversations, OnnxModel, Text
 from lifecycle.pipeline.artifact import Metrics
 from lifecycle.pipeline.stage import Context, Ref, Stage
 from lifecycle.pipeline.suggest import did_you_mean
 from lifecycle.stages.export import COMPANIONS
+
+if TYPE_CHECKING:
+    from lifecycle.graph.calibration import Calibration
+    from lifecycle.graph.quantize import Quantized, Scheme
 
 SchemeName = Literal["int8-rowwise", "int4"]
 
@@ -39,7 +45,7 @@ class Quantize(Stage):
     on the rest of the batch; best for batches and prefill. `int4`: weights in blocks; best
     for single streams of models that are larger than the processor's cache."""
     skip: tuple[str, ...] = ()
-    """Patterns of matrices that stay in float32, such as `lm_head` or `layers.0.*`."""
+    """Patterns of matrices that stay in float32, such as `lm_head`, `layers.0.*` or `*.experts`."""
     int8: tuple[str, ...] = ("lm_head",)
     """For `int4`: patterns of matrices that are stored as by `int8-rowwise`. The output head,
     and the embedding where it is the same matrix, suffers most from 4 bits; in small models
@@ -50,14 +56,29 @@ class Quantize(Stage):
     weight_bits: Literal[7, 8] = 7
     """Bits used of each int8 weight. 7 is right on every processor; 8 is a little finer, but
     overflows on x86 without VNNI instructions (`lifecycle doctor` shows them)."""
+    method: Literal["rtn", "gptq"] = "rtn"
+    """For `int4`: how weights are rounded. `rtn`: each block by itself, to the least squared
+    error. `gptq`: each layer by what it reads on `calibration`, to the least change of its
+    output."""
+    calibration: Ref[Conversations | Text] | None = None
+    """For `gptq`: texts like those that the model will see; their train split is read."""
+    samples: int = Field(128, ge=1)
+    """For `gptq`: how many texts are read."""
+    sample_length: int = Field(512, ge=16)
+    """For `gptq`: most tokens of a text."""
+
+    @model_validator(mode="after")
+    def _method_fits(self) -> Self:
+        if self.method == "gptq" and self.scheme != "int4":
+            raise ValueError(f"method: 'gptq' is for scheme int4, not for {self.scheme}")
+        if (self.method == "gptq") != (self.calibration is not None):
+            raise ValueError("method: gptq and calibration go together; give both or neither")
+        return self
 
     def run(self, ctx: Context) -> Metrics:
         """Write `model.onnx`, `model.onnx.data`, `decoder.json`; link the tokeniser files."""
         from lifecycle.engines.decoder import WEIGHTS, DecoderInfo
         from lifecycle.graph.check import check_graph
-        from lifecycle.graph.int4 import Int4
-        from lifecycle.graph.int8 import Int8Rowwise
-        from lifecycle.graph.quantize import Scheme, quantize_graph
 
         model = ctx.input(self.model)
         info = DecoderInfo.load(model.path)
@@ -67,19 +88,7 @@ class Quantize(Stage):
                 f"of '{self.model}' (it runs {', '.join(info.schemes) or 'none'})"
             )
         started = time.perf_counter()
-        ctx.progress.phase("matrices")
-        int8 = Int8Rowwise(self.weight_bits)
-        exceptions: dict[str, Scheme | None] = dict.fromkeys(self.skip)
-        if self.scheme == "int4":
-            exceptions |= dict.fromkeys(self.int8, int8)
-        made = quantize_graph(
-            model.path,
-            ctx.out,
-            self.scheme,
-            Int4(self.block_size) if self.scheme == "int4" else int8,
-            exceptions,
-            ctx.progress.update,
-        )
+        made = self._quantize(ctx, model.path)
         check_graph(ctx.out)
         for name in COMPANIONS:
             if (model.path / name).is_file():
@@ -90,3 +99,44 @@ class Quantize(Stage):
             "ratio": round(made.bytes / (model.path / WEIGHTS).stat().st_size, 4),
             "seconds": round(time.perf_counter() - started, 3),
         }
+
+    def _quantize(self, ctx: Context, source: Path) -> Quantized:
+        from lifecycle.graph.int8 import Int8Rowwise
+        from lifecycle.graph.quantize import quantize_graph
+
+        int8 = Int8Rowwise(self.weight_bits)
+        exceptions: dict[str, Scheme | None] = dict.fromkeys(self.skip)
+        scheme: Scheme = int8
+        if self.scheme == "int4":
+            exceptions |= dict.fromkeys(self.int8, int8)
+            scheme = self._int4(ctx, source)
+        ctx.progress.phase("matrices")
+        return quantize_graph(source, ctx.out, self.scheme, scheme, exceptions, ctx.progress.update)
+
+    def _int4(self, ctx: Context, source: Path) -> Scheme:
+        from lifecycle.graph.gptq import Gptq
+        from lifecycle.graph.int4 import Int4
+
+        if self.calibration is None:
+            return Int4(self.block_size)
+        return Gptq(self.block_size, self._read_calibration(ctx, source, self.calibration))
+
+    def _read_calibration(self, ctx: Context, source: Path, name: str) -> Calibration:
+        from lifecycle.data.chat import ChatTokenizer
+        from lifecycle.engines.decoder import DecoderInfo
+        from lifecycle.evaluation.samples import ranked_rows, select, supervised, windows
+        from lifecycle.graph.calibration import Calibration
+
+        assert self.calibration is not None
+        data, info = ctx.input(self.calibration), DecoderInfo.load(source)
+        context = min(self.sample_length, info.long_context or info.max_position_embeddings)
+        build = partial(windows, length=context) if isinstance(data, Text) else supervised
+        rows = ranked_rows(data, "train", name)
+        found = select(rows, [ChatTokenizer.load(source)], build, context, self.samples)
+        if len(found.items) < self.samples:
+            raise StageError(
+                f"calibration: '{name}' has {len(found.items)} texts of at most {context} tokens, "
+                f"{self.samples} are asked for; set samples to {len(found.items)}, or give more "
+                "data or a larger sample_length"
+            )
+        return Calibration(source, [sample.token_ids for (sample,) in found.items])

@@ -138,12 +138,14 @@ def test_real_weights_keep_their_perplexity(
     stories: Path,
     tmp_path: Path,
 ) -> None:
-    texts = _sample(stories, slots=8, count=200)
-    change = _loss(quantized(stories, tmp_path, scheme, exceptions), texts) - _loss(stories, texts)
+    texts = sample_texts(stories, slots=8, count=200)
+    change = mean_loss(quantized(stories, tmp_path, scheme, exceptions), texts) - mean_loss(
+        stories, texts
+    )
     assert np.exp(change) < bound
 
 
-def _sample(folder: Path, slots: int, count: int) -> NDArray[np.int64]:
+def sample_texts(folder: Path, slots: int, count: int) -> NDArray[np.int64]:
     """Stories that the model tells, [slots, count]."""
     random = np.random.default_rng(0)
     runner = GraphRunner(folder, slots, count + 2)
@@ -156,7 +158,7 @@ def _sample(folder: Path, slots: int, count: int) -> NDArray[np.int64]:
     return ids
 
 
-def _loss(folder: Path, texts: NDArray[np.int64]) -> float:
+def mean_loss(folder: Path, texts: NDArray[np.int64]) -> float:
     """The mean negative log-likelihood of the texts, in nats per token."""
     runner = GraphRunner(folder, len(texts), texts.shape[1])
     found = runner.step({b: row.tolist() for b, row in enumerate(texts)})

@@ -10,10 +10,11 @@ from pydantic import ValidationError
 
 from lifecycle.engines.decoder import DecoderInfo
 from lifecycle.errors import StageError
-from lifecycle.kinds import HfModel, OnnxModel
+from lifecycle.kinds import Conversations, HfModel, OnnxModel
 from lifecycle.pipeline.artifact import Artifact
 from lifecycle.stages.export import Export
 from lifecycle.stages.quantize import Quantize
+from tests import tiny
 from tests.conftest import RunStage, as_artifact
 from tests.graph.models import save_model
 
@@ -60,3 +61,44 @@ def test_a_target_may_not_run_a_scheme(exported: Artifact, run_stage: RunStage) 
     path.write_text(path.read_text().replace('"int4"', '"int2"'))
     with pytest.raises(StageError, match="'int4' does not run on target 'cpu'"):
         run_stage(stage(scheme="int4"), onnx=as_artifact(OnnxModel, exported.path))
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"scheme": "int8-rowwise", "method": "gptq", "calibration": "c"}, "is for scheme int4"),
+        ({"scheme": "int4", "method": "gptq"}, "go together"),
+        ({"scheme": "int4", "calibration": "c"}, "go together"),
+        ({"scheme": "int4", "block_size": 48}, "block_size"),
+        ({"scheme": "int4", "method": "gtpq"}, "method"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_named(settings: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValidationError, match=named):
+        stage(**settings)
+
+
+@pytest.fixture
+def calibration(tmp_path: Path) -> Artifact:
+    """The conversations that `tests.tiny` trains on."""
+    folder = tiny.write_rows(tmp_path / "data", tiny.ROWS)
+    (folder / "train.jsonl").write_text((folder / "test.jsonl").read_text())
+    return as_artifact(Conversations, folder)
+
+
+def test_gptq_reads_the_calibration(
+    learnt_onnx: OnnxModel, calibration: Artifact, run_stage: RunStage
+) -> None:
+    settings = {"scheme": "int4", "calibration": "c", "method": "gptq", "samples": 4}
+    made = run_stage(stage(**settings), onnx=learnt_onnx, c=calibration)
+    plain = run_stage(stage(scheme="int4"), onnx=learnt_onnx)
+    assert made.metrics["bytes"] == plain.metrics["bytes"]
+    assert made.digest != plain.digest
+
+
+def test_too_few_texts_for_calibration_are_counted(
+    learnt_onnx: OnnxModel, calibration: Artifact, run_stage: RunStage
+) -> None:
+    settings = {"scheme": "int4", "calibration": "c", "method": "gptq", "samples": 5000}
+    with pytest.raises(StageError, match=r"'c' has \d+ texts.*5000 are asked.*set samples to \d+"):
+        run_stage(stage(**settings), onnx=learnt_onnx, c=calibration)

@@ -1,0 +1,130 @@
+"""Calibration sees what PyTorch sees; GPTQ rounds for it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from transformers import PreTrainedModel
+
+from lifecycle.errors import StageError
+from lifecycle.graph import gptq, int4
+from lifecycle.graph.calibration import Calibration
+from lifecycle.graph.export import export_decoder
+from lifecycle.graph.gptq import Gptq
+from lifecycle.graph.int4 import Int4
+from lifecycle.graph.int8 import Int8Rowwise
+from lifecycle.graph.targets import Cpu
+from tests.graph.models import MODELS, VOCAB, save_model
+from tests.graph.running import GraphRunner
+from tests.graph.test_quantize import mean_loss, quantized, sample_texts
+
+Floats = NDArray[np.float32]
+RANDOM = np.random.default_rng(5)
+TEXTS = [RANDOM.integers(3, VOCAB, length).tolist() for length in (30, 7, 19, 1)]
+
+
+def exported(name: str, folder: Path) -> tuple[PreTrainedModel, Path]:
+    model = save_model(name, folder)
+    out = folder / "onnx"
+    out.mkdir()
+    export_decoder(folder, out, Cpu())
+    return model, out
+
+
+def seen_by_torch(model: PreTrainedModel, module: str) -> Floats:
+    """The moments of what a module reads on `TEXTS`."""
+    read: list[torch.Tensor] = []
+    hook = model.get_submodule(module).register_forward_hook(
+        lambda _, inputs, __: read.append(inputs[0].flatten(0, -2))
+    )
+    with torch.no_grad():
+        for text in TEXTS:
+            model(torch.tensor([text]))
+    hook.remove()
+    rows = torch.cat(read)
+    return (rows.T @ rows / len(rows)).numpy()
+
+
+def test_moments_are_those_of_pytorch(tmp_path: Path) -> None:
+    model, out = exported("llama", tmp_path)
+    calibration = Calibration(out, TEXTS)
+    for i in range(2):
+        for ours, theirs in (
+            ("self_attn.qkv_proj", "self_attn.q_proj"),
+            ("self_attn.o_proj", "self_attn.o_proj"),
+            ("mlp.gate_up_proj", "mlp.gate_proj"),
+            ("mlp.down_proj", "mlp.down_proj"),
+        ):
+            found = calibration.second_moments(f"layers.{i}.{ours}")
+            wanted = seen_by_torch(model, f"model.layers.{i}.{theirs}")
+            np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-3 * wanted.max())
+    found = calibration.second_moments("lm_head")
+    np.testing.assert_allclose(found, seen_by_torch(model, "lm_head"), rtol=1e-3, atol=1e-3)
+
+
+def test_a_layer_reads_what_the_replaced_one_before_it_gives(tmp_path: Path) -> None:
+    model, out = exported("llama", tmp_path)
+    calibration = Calibration(out, TEXTS)
+    calibration.second_moments("layers.0.mlp.down_proj")
+    other = RANDOM.standard_normal((64, 96)).astype(np.float32) * 0.2
+    calibration.replace("layers.0.mlp.down_proj", other)
+    found = calibration.second_moments("layers.1.self_attn.qkv_proj")
+    with torch.no_grad():
+        weight = model.get_parameter("model.layers.0.mlp.down_proj.weight")
+        weight.copy_(torch.from_numpy(other))
+    wanted = seen_by_torch(model, "model.layers.1.self_attn.q_proj")
+    np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", sorted(set(MODELS) - {"qwen3_moe-odd"}))
+def test_every_architecture_is_walked(name: str, tmp_path: Path) -> None:
+    _, out = exported(name, tmp_path)
+    made = quantized(out, tmp_path / "int4", Gptq(16, Calibration(out, TEXTS)))
+    assert np.isfinite(GraphRunner(made).prefill(TEXTS[0])).all()
+
+
+def test_what_a_product_gives_changes_less_than_by_plain_rounding() -> None:
+    mixing = RANDOM.standard_normal((128, 128)) * np.geomspace(1, 0.01, 128)
+    inputs = (RANDOM.standard_normal((2000, 128)) @ mixing).astype(np.float32)
+    weights = RANDOM.standard_normal((32, 128)).astype(np.float32)
+
+    def change(integers: Floats, scales: Floats) -> float:
+        rounded = (integers.reshape(*scales.shape, -1) * scales[:, :, None]).reshape(32, 128)
+        return float(np.linalg.norm(inputs @ (rounded - weights).T))
+
+    packed, scales = int4.quantize(weights, 32)
+    plain = (np.stack([packed & 15, packed >> 4], axis=-1).astype(np.float32) - 8).reshape(32, 128)
+    moments = inputs.T @ inputs / np.float32(len(inputs))
+    integers, own = gptq.quantize(weights, moments, 32)
+    assert integers.min() >= -8 and integers.max() <= 7
+    assert change(integers.astype(np.float32), own) < 0.75 * change(plain, scales)
+
+
+@pytest.mark.parametrize("moments", [np.zeros((40, 40)), np.ones((40, 40)), np.eye(40) * 1e12])
+def test_inputs_that_say_little_are_no_trouble(moments: Floats) -> None:
+    weights = RANDOM.standard_normal((4, 40)).astype(np.float32)
+    integers, scales = gptq.quantize(weights, moments.astype(np.float32), 32)
+    assert integers.shape == (4, 64) and scales.shape == (4, 2)
+    assert np.isfinite(scales).all()
+    assert not integers[:, 40:].any()
+
+
+def test_real_weights_lose_less_than_by_plain_rounding(stories: Path, tmp_path: Path) -> None:
+    texts, calibration = np.split(sample_texts(stories, slots=24, count=200), [8])
+    before = mean_loss(stories, texts)
+    head = {"lm_head": Int8Rowwise(8)}
+    plain = quantized(stories, tmp_path / "rtn", Int4(32), head)
+    scheme = Gptq(32, Calibration(stories, calibration.tolist()))
+    rounded = quantized(stories, tmp_path / "gptq", scheme, head)
+    assert mean_loss(rounded, texts) - before < 0.8 * (mean_loss(plain, texts) - before)
+
+
+@pytest.mark.parametrize("texts", [[], [[]], [[5] * 129]])
+def test_texts_that_do_not_fit_are_refused(texts: list[list[int]], tmp_path: Path) -> None:
+    _, out = exported("llama", tmp_path)
+    with pytest.raises(StageError, match="calibration texts of up to"):
+        Calibration(out, texts)
