@@ -35,6 +35,11 @@ class Fields:
         found = {ours: self.values[name] for ours, name in stored.items() if name in self.values}
         return Fields(dict(self.values) | found, self.where, {**self.stored, **stored})
 
+    def without(self, *names: str) -> Fields:
+        """The same fields less some."""
+        kept = {name: value for name, value in self.values.items() if name not in names}
+        return replace(self, values=kept)
+
     def integer(self, name: str, least: int = 1) -> int:
         """A whole number from `least` to `LARGEST`."""
         value = self.values.get(name)
@@ -133,8 +138,8 @@ class Fields:
         return Fields(section, f"{self.where}: {name}")
 
     def require(self, name: str, only: object) -> None:
-        """Refuse a field that is there with another value than `only`."""
-        if self.values.get(name, only) != only:
+        """Refuse a field that is there, and not null, with another value than `only`."""
+        if self.values.get(name) not in (None, only):
             raise self.wrong(name, f"{only!r}: nothing else can be exported")
 
     def wrong(self, name: str, expected: str, hint: str = "") -> CheckpointError:

@@ -81,6 +81,14 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-gelu-tanh": ("llama", {"hidden_act": "gelu_pytorch_tanh"}),
     "mistral-window": ("mistral", {"sliding_window": 7}),
     "mistral-full": ("mistral", {"sliding_window": None}),
+    "ministral": (
+        "ministral",
+        {
+            "layer_types": ["full_attention", "sliding_attention"],
+            "sliding_window": 6,
+            "head_dim": 16,
+        },
+    ),
     "qwen2": ("qwen2", {}),
     "qwen2-window": (
         "qwen2",
@@ -141,6 +149,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "starcoder2": ("starcoder2", {"sliding_window": 8}),
     "mixtral": ("mixtral", {"num_local_experts": 4}),
     "qwen3_moe": ("qwen3_moe", MOE | {"num_experts": 4, "head_dim": 16}),
+    "qwen3_moe-window": (
+        "qwen3_moe",
+        MOE | {"num_experts": 4, "use_sliding_window": True, "sliding_window": 6},
+    ),
     "qwen3_moe-odd": (
         "qwen3_moe",
         {

@@ -14,7 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from lifecycle.errors import CheckpointError, UnsupportedArchitectureError
 from lifecycle.graph.architectures import read_spec
-from lifecycle.graph.rope import LinearScaling, Llama3Scaling
+from lifecycle.graph.rope import FactorScaling, LinearScaling, Llama3Scaling, YarnScaling
 from lifecycle.pipeline.registry import ARCHITECTURES, names
 from tests.graph.models import LLAMA3_ROPE, MODELS, SHAPE, make_model
 
@@ -117,6 +117,96 @@ def test_a_config_without_an_architecture_is_refused() -> None:
 def test_what_cannot_be_expressed_is_named(changes: dict[str, Any], named: str) -> None:
     with pytest.raises(CheckpointError, match=named):
         read_spec(LLAMA | changes)
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+LONG = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+GEMMA3 = {"model_type": "gemma3_text", "head_dim": 16}
+MIXED = ["full_attention", "sliding_attention"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"is_causal": False}, "is_causal: expected True"),
+        ({"per_layer_config": {"0": {}}}, "per_layer_config"),
+        ({"partial_rotary_factor": 0.5}, r"partial_rotary_factor.*whole heads.*0\.5"),
+        (GEMMA3 | {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        ({"model_type": "gemma2", "use_bidirectional_attention": True}, "use_bidirectional"),
+        ({"model_type": "gpt2", "scale_attn_weights": False}, "scale_attn_weights: expected True"),
+        ({"model_type": "starcoder2", "mlp_type": "gated"}, "mlp_type: expected 'default'"),
+        ({"model_type": "smollm3", "layer_types": MIXED}, "layer_types.*use_sliding_window"),
+        ({"model_type": "smollm3", "no_rope_layers": [2, 0]}, "no_rope_layers: .*0 or 1"),
+        (
+            {"model_type": "phi3", "rope_scaling": LONG | {"type": "su", "long_factor": [1]}},
+            "long_factor",
+        ),
+        ({"model_type": "qwen3_moe", "num_experts": 4}, "num_experts_per_tok: .*at most"),
+        ({"model_type": "qwen3_moe", "mlp_only_layers": [7]}, "mlp_only_layers: .*below 2"),
+        ({"model_type": "mixtral", "hidden_act": "gelu"}, "hidden_act: expected one of silu"),
+        ({"model_type": "gpt2", "n_inner": 0}, "n_inner: expected an integer from 1"),
+        (GEMMA3 | {"rope_parameters": {"rope_theta": 9.0}}, "expected full_attention and"),
+    ],
+)
+def test_what_would_be_another_model_is_refused(changes: dict[str, Any], named: str) -> None:
+    with pytest.raises(CheckpointError, match=named):
+        read_spec(LLAMA | changes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"is_causal": None},
+        GEMMA3 | {"use_bidirectional_attention": None, "attn_logit_softcapping": None},
+        GEMMA3 | {"sliding_window_pattern": None, "layer_types": MIXED},
+        {"model_type": "cohere2", "sliding_window_pattern": None, "layer_types": MIXED},
+        {"model_type": "smollm3", "max_window_layers": None},
+        {"model_type": "qwen3_moe", "max_window_layers": None, "num_experts": 8},
+    ],
+)
+def test_null_is_as_good_as_absent(changes: dict[str, Any]) -> None:
+    read_spec(LLAMA | changes)
+
+
+def test_windows_are_those_of_transformers() -> None:
+    def windows(**changes: Any) -> list[int | None]:
+        return [layer.window for layer in read_spec(LLAMA | changes).layers]
+
+    assert windows(model_type="mistral", layer_types=MIXED, sliding_window=9) == [None, 9]
+    window = {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 2}
+    assert windows(model_type="qwen3_moe", num_experts=8, **window) == [9, 9]
+    assert windows(model_type="qwen3", **window) == [None, None]
+    gemma = {"sliding_window": 9, "num_hidden_layers": 6}
+    assert windows(**GEMMA3, **gemma) == [9, 9, 9, 9, 9, None]
+
+
+def test_phi3_calls_its_longrope_yarn() -> None:
+    for name in ("type", "rope_type"):
+        spec = read_spec(LLAMA | {"model_type": "phi3", "rope_scaling": LONG | {name: "yarn"}})
+        assert spec.ropes[0].scaling == FactorScaling((1.0,) * 8)
+    long = LONG | {"type": "longrope", "rope_type": "yarn"}
+    changes = {"rope_scaling": long, "max_position_embeddings": 8192}
+    assert read_spec(LLAMA | changes | {"model_type": "phi3"}).long_context == 4096
+
+
+def test_the_original_context_beside_the_rotation_counts_more() -> None:
+    spec = read_spec(LLAMA | {"original_max_position_embeddings": 64, "rope_scaling": YARN})
+    assert spec.ropes[0].scaling == YarnScaling(4.0, 64)
+
+
+def test_yarn_that_was_switched_on_by_hand_lengthens_the_context() -> None:
+    spec = read_spec(LLAMA | {"rope_scaling": YARN, "max_position_embeddings": 32})
+    assert spec.max_position_embeddings == 128
+
+
+def test_names_that_only_look_like_fields_are_not_read() -> None:
+    neox = {"model_type": "gpt_neox", "num_key_value_heads": None, "num_attention_heads": 4}
+    spec = read_spec(LLAMA | neox | {"partial_rotary_factor": 0.5, "rope_theta": 5.0})
+    assert (spec.ropes[0].size, spec.ropes[0].theta) == (4, 10_000.0)
+    gemma = read_spec(LLAMA | GEMMA3 | {"hidden_act": "gelu"}).layers[0].feed_forward
+    assert gemma.activation == "gelu_pytorch_tanh"
+    moe = {"model_type": "qwen3_moe", "num_experts": 8}
+    assert read_spec(LLAMA | moe).attention.head_size == 16
 
 
 QWEN = {"model_type": "qwen2", "use_sliding_window": True}

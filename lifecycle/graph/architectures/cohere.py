@@ -28,7 +28,7 @@ def cohere2(fields: Fields) -> DecoderSpec:
     )
     spec = read_common(fields)
     rope = read_rope(fields, spec.attention.head_size, interleaved=True)
-    types = read_layer_types(fields, fields.integer("sliding_window_pattern"))
+    types = read_layer_types(fields, "sliding_window_pattern")
     ropes = {FULL: None, SLIDING: rope}
     return replace(
         spec,

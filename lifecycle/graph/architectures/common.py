@@ -6,17 +6,19 @@ from collections.abc import Sequence
 
 from lifecycle.graph.architectures.rotation import read_rope
 from lifecycle.graph.feed_forward import ACTIVATIONS
-from lifecycle.graph.fields import Fields
-from lifecycle.graph.rope import Rope
+from lifecycle.graph.fields import LARGEST, Fields
+from lifecycle.graph.rope import Rope, YarnScaling
 from lifecycle.graph.spec import Attention, DecoderSpec, Experts, Layer, Mlp, Norm
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 
-def read_common(fields: Fields) -> DecoderSpec:
+def read_common(fields: Fields, partial_rotary: bool = False) -> DecoderSpec:
     """A decoder like Llama's from the fields that most configs share. Defaults are those of
     transformers, for fields that it leaves out; what differs between architectures is set by
-    their functions."""
+    their functions. `partial_rotary`: whether they may rotate a part of each head."""
+    fields.require("is_causal", True)
+    fields.require("per_layer_config", None)
     fields = fields.or_else(hidden_act="silu", rms_norm_eps=1e-6)
     attention = read_attention(fields)
     mlp = Mlp(
@@ -24,12 +26,13 @@ def read_common(fields: Fields) -> DecoderSpec:
         fields.choice("hidden_act", ACTIVATIONS),
         bias=fields.flag("mlp_bias"),
     )
-    layer = Layer(mlp, read_rope(fields, attention.head_size))
+    rope = read_rope(fields, attention.head_size, partial=partial_rotary)
+    layer = Layer(mlp, rope)
     return DecoderSpec(
         architecture=fields.values["model_type"],
         vocab_size=fields.integer("vocab_size"),
         hidden_size=fields.integer("hidden_size"),
-        max_position_embeddings=fields.integer("max_position_embeddings"),
+        max_position_embeddings=_positions(fields, rope),
         layers=(layer,) * fields.integer("num_hidden_layers"),
         attention=attention,
         norm=Norm(fields.number("rms_norm_eps")),
@@ -50,12 +53,24 @@ def read_attention(fields: Fields) -> Attention:
     )
 
 
-def read_layer_types(fields: Fields, period: int) -> list[str]:
+def _positions(fields: Fields, rope: Rope) -> int:
+    """The longest text. YaRN is often switched on by a `rope_scaling` alone, which leaves
+    `max_position_embeddings` as it was before."""
+    positions = fields.integer("max_position_embeddings")
+    if isinstance(rope.scaling, YarnScaling):
+        stretched = rope.scaling.factor * rope.scaling.original_max_position_embeddings
+        return max(positions, min(int(stretched), LARGEST))
+    return positions
+
+
+def read_layer_types(fields: Fields, period: str) -> list[str]:
     """Whether each layer is `SLIDING` or `FULL`: as `layer_types` says, else every layer slides
-    but the last of each `period`."""
+    but the last of each so many as the field `period` says."""
     layers = fields.integer("num_hidden_layers")
-    default = [SLIDING if (i + 1) % period else FULL for i in range(layers)]
-    return fields.choices("layer_types", (FULL, SLIDING), layers) or default
+    if types := fields.choices("layer_types", (FULL, SLIDING), layers):
+        return types
+    every = fields.integer(period)
+    return [SLIDING if (i + 1) % every else FULL for i in range(layers)]
 
 
 def mixed_layers(

@@ -31,7 +31,7 @@ def gemma2(fields: Fields) -> DecoderSpec:
     fields = _named(fields).or_else(attn_logit_softcapping=50.0, final_logit_softcapping=30.0)
     spec = _gemma(fields)
     layer = spec.layers[0]
-    types = read_layer_types(fields, period=2)
+    types = read_layer_types(fields.or_else(sliding_window_pattern=2), "sliding_window_pattern")
     ropes = {FULL: layer.rope, SLIDING: layer.rope}
     return replace(spec, layers=mixed_layers(fields, types, layer.feed_forward, ropes))
 
@@ -39,24 +39,22 @@ def gemma2(fields: Fields) -> DecoderSpec:
 def gemma3(fields: Fields) -> DecoderSpec:
     """Gemma 3: five layers with a window and a rotation of their own before each without."""
     fields = _named(fields).or_else(sliding_window_pattern=6)
-    fields.require("use_bidirectional_attention", False)
     size = fields.integer("head_dim")
     ropes: dict[str, Rope | None] = {
         kind: make_rope(fields, rope, size) for kind, rope in _rope_fields(fields).items()
     }
     # The two rotations are read above, not as one for all layers.
-    values = {
-        k: v for k, v in fields.values.items() if k not in ("rope_parameters", "rope_scaling")
-    }
-    spec = _gemma(replace(fields, values=values))
-    types = read_layer_types(fields, period=fields.integer("sliding_window_pattern"))
+    spec = _gemma(fields.without("rope_parameters", "rope_scaling"))
+    types = read_layer_types(fields, "sliding_window_pattern")
     layers = mixed_layers(fields, types, spec.layers[0].feed_forward, ropes)
     return replace(spec, layers=layers, attention=replace(spec.attention, qk_norm="head"))
 
 
 def _named(fields: Fields) -> Fields:
+    fields.require("use_bidirectional_attention", False)
+    # `hidden_act` is in published files too, and is not read.
+    fields = fields.or_else(hidden_activation="gelu_pytorch_tanh")
     return fields.called(hidden_act="hidden_activation").or_else(
-        hidden_act="gelu_pytorch_tanh",
         num_key_value_heads=4,
         head_dim=256,
         query_pre_attn_scalar=256,

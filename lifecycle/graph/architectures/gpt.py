@@ -52,6 +52,8 @@ def gpt2(fields: Fields) -> DecoderSpec:
 
 def gpt_neox(fields: Fields) -> DecoderSpec:
     """GPT-NeoX and Pythia: a quarter of each head rotated, attention and MLP side by side."""
+    # Their usual names are not read.
+    fields = fields.without("rope_theta", "partial_rotary_factor")
     fields = fields.called(
         rope_theta="rotary_emb_base", partial_rotary_factor="rotary_pct"
     ).or_else(
@@ -61,7 +63,7 @@ def gpt_neox(fields: Fields) -> DecoderSpec:
         use_parallel_residual=True,
         attention_bias=True,
     )
-    spec = _with_layer_norms(fields)
+    spec = _with_layer_norms(fields, partial_rotary=True)
     layer = spec.layers[0]
     mlp = Mlp(
         fields.integer("intermediate_size"),
@@ -93,7 +95,7 @@ def gpt_neox(fields: Fields) -> DecoderSpec:
 def stablelm(fields: Fields) -> DecoderSpec:
     """StableLM 2: Llama with layer norms, and a quarter of each head rotated."""
     fields = fields.or_else(num_key_value_heads=32, layer_norm_eps=1e-5, partial_rotary_factor=0.25)
-    spec = _with_layer_norms(fields)
+    spec = _with_layer_norms(fields, partial_rotary=True)
     parallel = fields.flag("use_parallel_residual")
     own_norms = "own_heads" if fields.flag("qk_layernorm") else None
     return replace(
@@ -143,6 +145,6 @@ def starcoder2(fields: Fields) -> DecoderSpec:
     )
 
 
-def _with_layer_norms(fields: Fields) -> DecoderSpec:
+def _with_layer_norms(fields: Fields, partial_rotary: bool = False) -> DecoderSpec:
     norm = Norm(fields.number("layer_norm_eps"), "layer", bias=True)
-    return replace(read_common(fields), norm=norm)
+    return replace(read_common(fields, partial_rotary), norm=norm)

@@ -20,9 +20,14 @@ def llama(fields: Fields) -> DecoderSpec:
 
 
 def mistral(fields: Fields) -> DecoderSpec:
-    """Mistral 7B and later: Llama with a sliding window, of 4,096 tokens if not said."""
+    """Mistral 7B and later: Llama with a window of 4,096 tokens if not said, or in some layers."""
     fields = fields.or_else(num_key_value_heads=8, sliding_window=4096)
-    return with_window(read_common(fields), fields.optional_integer("sliding_window"))
+    spec = read_common(fields)
+    if types := fields.choices("layer_types", (FULL, SLIDING), len(spec.layers)):
+        layer = spec.layers[0]
+        ropes = {FULL: layer.rope, SLIDING: layer.rope}
+        return replace(spec, layers=mixed_layers(fields, types, layer.feed_forward, ropes))
+    return with_window(spec, fields.optional_integer("sliding_window"))
 
 
 def qwen2(fields: Fields) -> DecoderSpec:
@@ -52,6 +57,9 @@ def smollm3(fields: Fields) -> DecoderSpec:
     every, count = fields.integer("no_rope_layer_interval"), len(spec.layers)
     rotated = fields.bits("no_rope_layers", count) or [(i + 1) % every > 0 for i in range(count)]
     types = [FULL if has_rope else SLIDING for has_rope in rotated]
+    given = fields.choices("layer_types", (FULL, SLIDING), count) or ()
+    if SLIDING in given and not fields.flag("use_sliding_window"):
+        raise fields.wrong("layer_types", f"{FULL} in all layers where use_sliding_window is false")
     layers = qwen_layers(fields.or_else(layer_types=types), spec)
     return replace(
         spec,
@@ -65,13 +73,13 @@ def smollm3(fields: Fields) -> DecoderSpec:
 def phi3(fields: Fields) -> DecoderSpec:
     """Phi-3, 3.5 and 4-mini: fused matrices, and rotations for long texts."""
     rope = fields.section("rope_scaling").values or fields.section("rope_parameters").values
-    if rope.get("type", rope.get("rope_type")) == "yarn":
+    if rope.get("rope_type", rope.get("type")) == "yarn":
         # What one release called its LongRoPE.
-        fields = replace(fields, values={**fields.values, "rope_scaling": {**rope, "type": "su"}})
-    spec = with_window(
-        read_common(fields.or_else(rms_norm_eps=1e-5, original_max_position_embeddings=4096)),
-        fields.optional_integer("sliding_window"),
-    )
+        longrope = {**rope, "rope_type": "longrope"}
+        fields = replace(fields, values={**fields.values, "rope_scaling": longrope})
+    fields = fields.or_else(rms_norm_eps=1e-5, original_max_position_embeddings=4096)
+    spec = read_common(fields, partial_rotary=True)
+    spec = with_window(spec, fields.optional_integer("sliding_window"))
     fused = {"qkv_proj": "self_attn.qkv_proj", "gate_up_proj": "mlp.gate_up_proj"}
     return replace(spec, names=TensorNames(changes=fused))
 
@@ -117,9 +125,10 @@ def qwen_layers(fields: Fields, spec: DecoderSpec) -> tuple[Layer, ...]:
     count = len(spec.layers)
     types = fields.choices("layer_types", (FULL, SLIDING), count)
     window = fields.optional_integer("sliding_window")
-    full = fields.integer("max_window_layers", least=0)
     if not fields.flag("use_sliding_window") or window is None:
         return spec.layers
-    types = types or [FULL if i < full else SLIDING for i in range(count)]
+    if types is None:
+        full = fields.integer("max_window_layers", least=0)
+        types = [FULL if i < full else SLIDING for i in range(count)]
     first = spec.layers[0]
     return mixed_layers(fields, types, first.feed_forward, {FULL: first.rope, SLIDING: first.rope})

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from lifecycle.graph.architectures.common import read_common
-from lifecycle.graph.architectures.llama import qwen3, with_window
+from lifecycle.graph.architectures.llama import with_window
 from lifecycle.graph.fields import Fields
 from lifecycle.graph.spec import DecoderSpec, Experts, TensorNames
 
@@ -47,7 +47,11 @@ def qwen3_moe(fields: Fields) -> DecoderSpec:
         moe_intermediate_size=768,
         decoder_sparse_step=1,
     )
-    spec = qwen3(fields)
+    spec = read_common(fields)
+    spec = replace(spec, attention=replace(spec.attention, qk_norm="head"))
+    if fields.flag("use_sliding_window"):
+        window = fields.or_else(sliding_window=4096).optional_integer("sliding_window")
+        spec = with_window(spec, window)
     normalize = fields.flag("norm_topk_prob")
     experts = _experts(fields, "num_experts", "moe_intermediate_size", normalize)
     dense = fields.indices("mlp_only_layers", len(spec.layers))

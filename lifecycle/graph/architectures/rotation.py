@@ -26,14 +26,23 @@ class _Scaled(NamedTuple):
     long: LongContext | None = None
 
 
-def read_rope(fields: Fields, head_size: int, interleaved: bool = False) -> Rope:
+def read_rope(
+    fields: Fields, head_size: int, interleaved: bool = False, partial: bool = False
+) -> Rope:
     """Both spellings, the older `rope_scaling` before `rope_parameters`: so does transformers,
-    whose files have a `rope_parameters` even where a `rope_scaling` was added by hand."""
+    whose files have a `rope_parameters` even where a `rope_scaling` was added by hand. `partial`:
+    whether the architecture may rotate a part of each head."""
     scaling, parameters = fields.section("rope_scaling"), fields.section("rope_parameters")
     rope = (scaling if scaling.values else parameters).or_else(
         rope_theta=fields.values.get("rope_theta", 10_000.0),
         partial_rotary_factor=fields.values.get("partial_rotary_factor"),
     )
+    if not partial and rope.values["partial_rotary_factor"] not in (None, 1.0):
+        raise rope.wrong("partial_rotary_factor", "1.0: this architecture rotates whole heads")
+    original = fields.values.get("original_max_position_embeddings")
+    if original is not None:
+        # Beside the rotation's own fields it counts more than among them.
+        rope = Fields({**rope.values, "original_max_position_embeddings": original}, rope.where)
     return make_rope(fields, rope, head_size, interleaved)
 
 
