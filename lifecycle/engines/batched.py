@@ -91,9 +91,19 @@ class BatchedEngine(Engine):
         result = np.empty((len(tokens), self.vocab_size), dtype=np.float32)
         for start in range(0, len(tokens), self._prefill_chunk):
             chunk = tokens[start : start + self._prefill_chunk]
-            row = Row(0, start, chunk, num_logits=len(chunk), is_long=self._is_long(tokens))
+            row = Row(0, start, chunk, num_logits=len(chunk), is_long=self.is_long(tokens))
             result[start : start + len(chunk)] = self._backend.forward([row])
         return result
+
+    def forward(self, rows: Sequence[Row]) -> NDArray[np.float32]:
+        """What the backend makes of rows (see `Backend.forward`), past scheduler and sampling:
+        for gates that feed a model in ways that no request does. The engine must be idle."""
+        self._require_idle()
+        return self._backend.forward(rows)
+
+    def is_long(self, tokens: Sequence[int]) -> bool:
+        """What `Row.is_long` must be for the rows of a text."""
+        return self._long_context is not None and len(tokens) > self._long_context
 
     def generate(
         self,
@@ -147,11 +157,8 @@ class BatchedEngine(Engine):
         )
         sampler = Sampler(request.params, request.prompt, self.vocab_size)
         tokens, count = list(request.prompt), len(request.prompt)
-        is_long = self._is_long(tokens)
+        is_long = self.is_long(tokens)
         return RequestState(request, sampler, tokens, count, count, is_long=is_long)
-
-    def _is_long(self, tokens: Sequence[int]) -> bool:
-        return self._long_context is not None and len(tokens) > self._long_context
 
     def _advance(self, state: RequestState, choice: Choice | None) -> Event:
         """Give a request its next token, and end it if that is the last."""
@@ -167,7 +174,7 @@ class BatchedEngine(Engine):
         is_full = num_generated >= params.max_tokens or len(state.tokens) >= self.max_model_len
         if is_full:
             self._scheduler.remove(id)
-        elif not state.is_long and self._is_long(state.tokens):
+        elif not state.is_long and self.is_long(state.tokens):
             # All that is in the cache was rotated as in a short text.
             state.is_long = True
             state.recompute()

@@ -30,11 +30,18 @@ class OnnxEngine(BatchedEngine):
     """Continuous batching over an exported decoder, on the providers that it was made for."""
 
     @classmethod
-    def open(cls, path: Path, options: EngineOptions | None = None) -> Self:
+    def open(
+        cls,
+        path: Path,
+        options: EngineOptions | None = None,
+        providers: Sequence[str] | None = None,
+    ) -> Self:
+        """As `Engine.open`; `providers` are execution providers to run on instead of those that
+        the graph was made for."""
         options = options or EngineOptions()
         info = DecoderInfo.load(path)
         max_model_len = context_length(options, info.max_position_embeddings)
-        session = open_session(path / GRAPH, info.providers, options.threads)
+        session = open_session(path / GRAPH, providers or info.providers, options.threads)
         check_signature(session, info, path / GRAPH)
         backend = OrtBackend(session, info, options, max_model_len)
         return cls(

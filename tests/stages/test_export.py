@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from lifecycle.errors import StageError
+from lifecycle.evaluation.parity import measure_parity
+from lifecycle.graph.export import export_decoder
+from lifecycle.graph.targets import Cpu
 from lifecycle.kinds import HfModel
 from lifecycle.pipeline.artifact import hash_tree
 from lifecycle.stages.export import Export
@@ -38,4 +42,42 @@ def test_the_folder_is_complete_and_the_same_each_time(base: HfModel, run_stage:
 def test_an_adapter_must_be_merged_first(base: HfModel, run_stage: RunStage) -> None:
     (base.path / "adapter").mkdir()
     with pytest.raises(StageError, match="merge it first"):
+        run_stage(STAGE, base=base)
+
+
+def test_the_graph_is_compared_with_pytorch(base: HfModel, run_stage: RunStage) -> None:
+    assert 0 < run_stage(STAGE, base=base).metrics["parity"] < 1e-5
+
+
+def test_a_comparison_can_be_left_out_for_a_reason(base: HfModel, run_stage: RunStage) -> None:
+    stage = Export.model_validate({"model": "base", "no_parity": "no PyTorch here"})
+    metrics = run_stage(stage, base=base).metrics
+    assert metrics["no_parity"] == "no PyTorch here"
+    assert "parity" not in metrics
+
+
+def test_a_graph_that_differs_is_no_artifact(base: HfModel, run_stage: RunStage) -> None:
+    stage = Export.model_validate({"model": "base", "parity": 1e-12})
+    with pytest.raises(StageError, match=r"differ by .* parity allows 1e-12 .*prefill.*rollback"):
+        run_stage(stage, base=base)
+
+
+def test_a_wrong_graph_is_noticed_in_every_way_of_feeding(tmp_path: Path) -> None:
+    model = save_model("mistral-window", tmp_path)
+    wider = json.loads((tmp_path / "config.json").read_text()) | {"sliding_window": 9}
+    for name in ("right", "wrong"):
+        (tmp_path / name).mkdir()
+    export_decoder(tmp_path, tmp_path / "right", Cpu())
+    (tmp_path / "config.json").write_text(json.dumps(wider))
+    export_decoder(tmp_path, tmp_path / "wrong", Cpu())
+    model.save_pretrained(tmp_path)
+    assert max(measure_parity(tmp_path, tmp_path / "right").values()) < 1e-5
+    assert min(measure_parity(tmp_path, tmp_path / "wrong").values()) > 1e-2
+
+
+def test_too_little_memory_is_said_before_the_export(
+    base: HfModel, run_stage: RunStage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lifecycle.stages.export.available_memory", lambda: 1000)
+    with pytest.raises(StageError, match=r"takes .* GiB of memory.*no_parity"):
         run_stage(STAGE, base=base)
