@@ -26,8 +26,8 @@ from benchmarks.peers import Worker, cache_dir, environment
 from benchmarks.random_llama import SMOLLM2_135M, write_llama
 from lifecycle.engines.base import Engine, EngineOptions, Request, SamplingParams
 from lifecycle.engines.ort import OnnxEngine
+from lifecycle.graph.blockwise import Blockwise
 from lifecycle.graph.export import export_decoder
-from lifecycle.graph.int4 import Int4
 from lifecycle.graph.int8 import Int8Rowwise
 from lifecycle.graph.quantize import Scheme, quantize_graph
 from lifecycle.graph.targets import Cpu
@@ -67,8 +67,8 @@ def our_models(folder: Path, checkpoint: Path) -> dict[str, Path]:
         shutil.rmtree(path, ignore_errors=True)
         path.mkdir(parents=True)
     export_decoder(checkpoint, full, Cpu())
-    quantize_graph(full, made["int4 alike"], "int4", Int4(32), {})
-    by_default = Int4(default["block_size"])
+    quantize_graph(full, made["int4 alike"], "int4", Blockwise(32), {})
+    by_default = Blockwise(default["block_size"])
     quantize_graph(full, made["int4 by default"], "int4", by_default, exceptions)
     return made
 

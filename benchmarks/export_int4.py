@@ -57,8 +57,8 @@ def main() -> None:
 
 def export(source: Path, out: Path) -> None:
     """What a measured process of ours does."""
+    from lifecycle.graph.blockwise import Blockwise
     from lifecycle.graph.export import export_decoder
-    from lifecycle.graph.int4 import Int4
     from lifecycle.graph.quantize import quantize_graph
     from lifecycle.graph.targets import Cpu
 
@@ -66,7 +66,7 @@ def export(source: Path, out: Path) -> None:
     for folder in (full, int4):
         folder.mkdir(parents=True)
     export_decoder(source, full, Cpu())
-    quantize_graph(full, int4, "int4", Int4(32), {})
+    quantize_graph(full, int4, "int4", Blockwise(32), {})
 
 
 def measure(

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from lifecycle.errors import StageError
 from lifecycle.graph.rewrite import GraphRewrite, Mixture
 
-Quantizer = Callable[[NDArray[np.float32], int], tuple[NDArray[np.uint8], NDArray[np.float32]]]
-"""Rows of weights [rows, in] and a block size to packed integers [rows, in * bits / 8] and scales
+Quantizer = Callable[[NDArray[np.float32], int, int], tuple[NDArray[np.uint8], NDArray[np.float32]]]
+"""Rows of weights [rows, in], a block size and bits to packed integers [rows, in * bits / 8] and scales
 [rows, blocks]."""
 
 
@@ -31,7 +31,7 @@ def quantize_experts(
     stored: list[ir.Value] = []
     for weight, part in zip(weights, ("gate_up_proj", "down_proj"), strict=True):
         experts, rows, width = _shape(weight)
-        pairs = [quantize(block, size) for block in rewrite.blocks(weight)]
+        pairs = [quantize(block, size, bits) for block in rewrite.blocks(weight)]
         values = np.concatenate([pair[0].reshape(len(pair[0]), -1) for pair in pairs])
         scales = np.concatenate([pair[1] for pair in pairs])
         name = f"{mixture.name}.{part}"

@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from lifecycle.graph.experts import quantize_experts
+from lifecycle.graph.blockwise import Blockwise
 from lifecycle.graph.rewrite import GraphRewrite, Linear, Mixture, matrix_shape
 
 
@@ -35,7 +35,7 @@ class Int8Rowwise:
 
     def experts(self, rewrite: GraphRewrite, mixture: Mixture) -> None:
         """Replace a mixture of experts: in blocks, for its operator has no other fast form."""
-        quantize_experts(rewrite, mixture, 8, 32, _by_blocks)
+        Blockwise(32, bits=8).experts(rewrite, mixture)
 
     def embedding(self, rewrite: GraphRewrite, head: Linear | None) -> None:
         """Replace the look-up of tokens, and the head if it is the same matrix."""
@@ -94,14 +94,3 @@ class Int8Rowwise:
         if linear.bias is not None:
             y = g.node("Add", f"{name}.biased", y, linear.bias)
         rewrite.replace(linear.node, y)
-
-
-def _by_blocks(
-    weights: NDArray[np.float32], block_size: int
-) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
-    """Rows [rows, in] as integers around 128, and the scale of each block."""
-    blocks = weights.reshape(len(weights), -1, block_size)
-    scales = np.abs(blocks).max(axis=2) / np.float32(127)
-    scales[scales == 0] = 1
-    integers = np.rint(blocks / scales[:, :, None]) + 128
-    return integers.astype(np.uint8).reshape(weights.shape), scales

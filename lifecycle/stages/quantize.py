@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from lifecycle.graph.calibration import Calibration
     from lifecycle.graph.quantize import Quantized, Scheme
 
-SchemeName = Literal["int8-rowwise", "int4"]
+SchemeName = Literal["int8-rowwise", "int8", "int4"]
 
 
 def _known_scheme(value: Any) -> Any:
@@ -43,7 +43,8 @@ class Quantize(Stage):
     scheme: Annotated[SchemeName, BeforeValidator(_known_scheme)]
     """`int8-rowwise`: weights by output channel, activations by row; output that does not depend
     on the rest of the batch; best for batches and prefill. `int4`: weights in blocks; best
-    for single streams of models that are larger than the processor's cache."""
+    for single streams of models that are larger than the processor's cache. `int8`: the same in
+    8 bits."""
     skip: tuple[str, ...] = ()
     """Patterns of matrices that stay in float32, such as `lm_head`, `layers.0.*` or `*.experts`."""
     int8: tuple[str, ...] = ("lm_head",)
@@ -51,13 +52,13 @@ class Quantize(Stage):
     and the embedding where it is the same matrix, suffers most from 4 bits; in small models
     `*.down_proj` is next."""
     block_size: Literal[16, 32, 64, 128] = 64
-    """For `int4`: how many weights share a scale. Smaller blocks are finer, larger ones are
+    """For `int4` and `int8`: how many weights share a scale. Smaller blocks are finer, larger ones are
     faster and take less memory."""
     weight_bits: Literal[7, 8] = 7
-    """Bits used of each int8 weight. 7 is right on every processor; 8 is a little finer, but
+    """For `int8-rowwise`, also of parts of `int4`: bits used of each weight. 7 is right on every processor; 8 is a little finer, but
     overflows on x86 without VNNI instructions (`lifecycle doctor` shows them)."""
     method: Literal["rtn", "gptq"] = "rtn"
-    """For `int4`: how weights are rounded. `rtn`: each block by itself, to the least squared
+    """For `int4` and `int8`: how weights are rounded. `rtn`: each block by itself, to the least squared
     error. `gptq`: each layer by what it reads on `calibration`, to the least change of its
     output."""
     calibration: Ref[Conversations | Text] | None = None
@@ -69,8 +70,10 @@ class Quantize(Stage):
 
     @model_validator(mode="after")
     def _method_fits(self) -> Self:
-        if self.method == "gptq" and self.scheme != "int4":
-            raise ValueError(f"method: 'gptq' is for scheme int4, not for {self.scheme}")
+        if self.method == "gptq" and self.scheme == "int8-rowwise":
+            raise ValueError(
+                "method: 'gptq' is for the schemes int4 and int8, not for int8-rowwise"
+            )
         if (self.method == "gptq") != (self.calibration is not None):
             raise ValueError("method: gptq and calibration go together; give both or neither")
         return self
@@ -107,19 +110,21 @@ class Quantize(Stage):
         int8 = Int8Rowwise(self.weight_bits)
         exceptions: dict[str, Scheme | None] = dict.fromkeys(self.skip)
         scheme: Scheme = int8
+        if self.scheme != "int8-rowwise":
+            scheme = self._blockwise(ctx, source)
         if self.scheme == "int4":
             exceptions |= dict.fromkeys(self.int8, int8)
-            scheme = self._int4(ctx, source)
         ctx.progress.phase("matrices")
         return quantize_graph(source, ctx.out, self.scheme, scheme, exceptions, ctx.progress.update)
 
-    def _int4(self, ctx: Context, source: Path) -> Scheme:
+    def _blockwise(self, ctx: Context, source: Path) -> Scheme:
+        from lifecycle.graph.blockwise import Blockwise
         from lifecycle.graph.gptq import Gptq
-        from lifecycle.graph.int4 import Int4
 
+        bits = 4 if self.scheme == "int4" else 8
         if self.calibration is None:
-            return Int4(self.block_size)
-        return Gptq(self.block_size, self._read_calibration(ctx, source, self.calibration))
+            return Blockwise(self.block_size, bits)
+        return Gptq(self.block_size, self._read_calibration(ctx, source, self.calibration), bits)
 
     def _read_calibration(self, ctx: Context, source: Path, name: str) -> Calibration:
         from lifecycle.data.chat import ChatTokenizer

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lifecycle.cli import main
-from lifecycle.graph.int4 import Int4
+from lifecycle.graph.blockwise import Blockwise
 from tests.graph.models import export_quantized, save_model
 
 
@@ -16,7 +16,7 @@ from tests.graph.models import export_quantized, save_model
 def graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("inspect")
     save_model("llama", root)
-    return export_quantized(root, Int4(32))
+    return export_quantized(root, Blockwise(32))
 
 
 def test_layers_that_are_alike_share_a_line(graph: Path, capsys) -> None:

@@ -16,7 +16,7 @@ from lifecycle.engines.base import Engine, EngineOptions, FinishReason, Request,
 from lifecycle.engines.ort import OnnxEngine
 from lifecycle.engines.pytorch import TorchEngine
 from lifecycle.errors import EngineError, RequestError
-from lifecycle.graph.int4 import Int4
+from lifecycle.graph.blockwise import Blockwise
 from lifecycle.graph.int8 import Int8Rowwise
 from lifecycle.graph.quantize import Scheme, quantize_graph
 from tests.engines.conftest import Model
@@ -65,7 +65,7 @@ def test_no_neighbour_changes_a_request(random_model: Model) -> None:
     assert identical == total > 50
 
 
-@pytest.mark.parametrize("scheme", [Int8Rowwise(weight_bits=8), Int4()])
+@pytest.mark.parametrize("scheme", [Int8Rowwise(weight_bits=8), Blockwise()])
 def test_no_neighbour_changes_a_quantised_request(
     random_model: Model, tmp_path: Path, scheme: Scheme
 ) -> None:

@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from lifecycle.errors import StageError
-from lifecycle.graph import gptq, int4
+from lifecycle.graph import blockwise, gptq
+from lifecycle.graph.blockwise import Blockwise
 from lifecycle.graph.calibration import Calibration
 from lifecycle.graph.export import export_decoder
 from lifecycle.graph.gptq import Gptq
-from lifecycle.graph.int4 import Int4
 from lifecycle.graph.int8 import Int8Rowwise
 from lifecycle.graph.targets import Cpu
 from tests.graph.models import MODELS, VOCAB, save_model
@@ -96,7 +96,7 @@ def test_what_a_product_gives_changes_less_than_by_plain_rounding() -> None:
         rounded = (integers.reshape(*scales.shape, -1) * scales[:, :, None]).reshape(32, 128)
         return float(np.linalg.norm(inputs @ (rounded - weights).T))
 
-    packed, scales = int4.quantize(weights, 32)
+    packed, scales = blockwise.quantize(weights, 32)
     plain = (np.stack([packed & 15, packed >> 4], axis=-1).astype(np.float32) - 8).reshape(32, 128)
     moments = inputs.T @ inputs / np.float32(len(inputs))
     integers, own = gptq.quantize(weights, moments, 32)
@@ -117,7 +117,7 @@ def test_real_weights_lose_less_than_by_plain_rounding(stories: Path, tmp_path: 
     texts, calibration = np.split(sample_texts(stories, slots=24, count=200), [8])
     before = mean_loss(stories, texts)
     head = {"lm_head": Int8Rowwise(8)}
-    plain = quantized(stories, tmp_path / "rtn", Int4(32), head)
+    plain = quantized(stories, tmp_path / "rtn", Blockwise(32), head)
     scheme = Gptq(32, Calibration(stories, calibration.tolist()))
     rounded = quantized(stories, tmp_path / "gptq", scheme, head)
     assert mean_loss(rounded, texts) - before < 0.8 * (mean_loss(plain, texts) - before)

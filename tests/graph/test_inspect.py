@@ -10,8 +10,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from lifecycle.errors import EngineError, StageError
+from lifecycle.graph.blockwise import Blockwise
 from lifecycle.graph.inspect import Inspection, inspect_graph
-from lifecycle.graph.int4 import Int4
 from lifecycle.graph.int8 import Int8Rowwise
 from lifecycle.graph.quantize import Scheme, quantize_graph
 from tests.graph.models import VOCAB, export_quantized, save_model
@@ -39,7 +39,7 @@ def test_a_float_graph(tiny: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("scheme", "precision"), [(Int8Rowwise(7), "int8"), (Int4(32), "int4, blocks of 32")]
+    ("scheme", "precision"), [(Int8Rowwise(7), "int8"), (Blockwise(32), "int4, blocks of 32")]
 )
 def test_tied_weights_in_fewer_bits_count_once(
     scheme: Scheme, precision: str, tiny: Path, tmp_path: Path
@@ -56,14 +56,14 @@ def test_tied_weights_in_fewer_bits_count_once(
 
 def test_padding_of_blocks_is_no_parameter(tmp_path: Path) -> None:
     save_model("llama-narrow", tmp_path)
-    found = inspect_graph(export_quantized(tmp_path, Int4(64)))
+    found = inspect_graph(export_quantized(tmp_path, Blockwise(64)))
     shapes = {matrix.name: matrix.parameters for matrix in found.matrices}
     assert shapes["layers.0.mlp.gate_up_proj.product"] == 2 * 96 * 40
 
 
 def test_only_the_experts_that_a_token_visits_count_as_work(tmp_path: Path) -> None:
     save_model("mixtral", tmp_path)
-    out = export_quantized(tmp_path, Int4(32))
+    out = export_quantized(tmp_path, Blockwise(32))
     mixture = next(m for m in inspect_graph(out).matrices if m.operator.endswith("QMoE"))
     assert mixture.parameters == 4 * 3 * HIDDEN * INNER
     assert mixture.multiply_adds == 2 * 3 * HIDDEN * INNER

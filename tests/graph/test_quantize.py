@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from lifecycle.engines.decoder import DecoderInfo
 from lifecycle.errors import StageError
+from lifecycle.graph.blockwise import Blockwise
 from lifecycle.graph.check import check_graph
 from lifecycle.graph.export import export_decoder
-from lifecycle.graph.int4 import Int4
 from lifecycle.graph.int8 import Int8Rowwise
 from lifecycle.graph.quantize import Scheme, quantize_graph
 from lifecycle.graph.targets import Cpu
@@ -51,7 +51,7 @@ def test_every_matrix_is_replaced(tiny: Path, tmp_path: Path) -> None:
     assert DecoderInfo.load(tmp_path).scheme == "int8-rowwise"
 
 
-@pytest.mark.parametrize("scheme", [INT8, Int4()])
+@pytest.mark.parametrize("scheme", [INT8, Blockwise()])
 def test_the_same_graph_gives_the_same_bytes(scheme: Scheme, tiny: Path, tmp_path: Path) -> None:
     one, two = (quantized(tiny, tmp_path / name, scheme) for name in ("one", "two"))
     assert hash_tree(one) == hash_tree(two)
@@ -59,7 +59,7 @@ def test_the_same_graph_gives_the_same_bytes(scheme: Scheme, tiny: Path, tmp_pat
 
 def test_exceptions_pick_other_schemes(tiny: Path, tmp_path: Path) -> None:
     exceptions = {"layers.0.mlp.*": None, "*.o_proj": INT8}
-    found = operators(quantized(tiny, tmp_path, Int4(), exceptions))
+    found = operators(quantized(tiny, tmp_path, Blockwise(), exceptions))
     assert found["layers.0.mlp.down_proj"] == "Gemm"
     assert found["layers.1.mlp.down_proj.product"] == "MatMulNBits"
     assert found["layers.0.self_attn.o_proj.product"] == "MatMulIntegerToFloat"
@@ -70,7 +70,7 @@ def test_exceptions_pick_other_schemes(tiny: Path, tmp_path: Path) -> None:
 def test_a_tied_matrix_has_one_form(name: str, tiny: Path, tmp_path: Path) -> None:
     kept = operators(quantized(tiny, tmp_path / "kept", INT8, {name: None}))
     assert (kept["lm_head"], kept["embed_tokens"]) == ("Gemm", "Gather")
-    moved = operators(quantized(tiny, tmp_path / "moved", Int4(), {name: INT8}))
+    moved = operators(quantized(tiny, tmp_path / "moved", Blockwise(), {name: INT8}))
     assert moved["lm_head.product"] == "MatMulIntegerToFloat"
     assert "GatherBlockQuantized" not in moved.values()
 
@@ -80,7 +80,7 @@ def test_skipping_all_changes_no_number(tiny: Path, tmp_path: Path) -> None:
     assert np.array_equal(GraphRunner(out).prefill([5, 6]), GraphRunner(tiny).prefill([5, 6]))
 
 
-@pytest.mark.parametrize("scheme", [Int8Rowwise(8), Int4(16)])
+@pytest.mark.parametrize("scheme", [Int8Rowwise(8), Blockwise(16)])
 @pytest.mark.parametrize("architecture", names(ARCHITECTURES))
 def test_every_architecture_is_quantized(architecture: str, scheme: Scheme, tmp_path: Path) -> None:
     model = save_model(EXAMPLES[architecture], tmp_path)
@@ -98,7 +98,7 @@ def test_experts_can_stay_in_float32(tmp_path: Path) -> None:
     full = tmp_path / "full"
     full.mkdir()
     export_decoder(tmp_path, full, Cpu())
-    found = operators(quantized(full, tmp_path / "out", Int4(32), {"*.1.mlp.experts": None}))
+    found = operators(quantized(full, tmp_path / "out", Blockwise(32), {"*.1.mlp.experts": None}))
     assert (found["layers.0.mlp.experts.int4"], found["layers.1.mlp.experts"]) == ("QMoE", "MoE")
 
 
@@ -108,7 +108,7 @@ def test_experts_that_no_block_divides_are_named(tmp_path: Path) -> None:
     full.mkdir()
     export_decoder(tmp_path, full, Cpu())
     with pytest.raises(StageError, match=r"layers\.0\.mlp\.experts: blocks.*\*\.experts"):
-        quantized(full, tmp_path / "out", Int4())
+        quantized(full, tmp_path / "out", Blockwise())
 
 
 def test_a_pattern_without_a_match_names_the_near_one(tiny: Path, tmp_path: Path) -> None:
@@ -119,7 +119,7 @@ def test_a_pattern_without_a_match_names_the_near_one(tiny: Path, tmp_path: Path
 def test_quantized_models_are_not_quantized_again(tiny: Path, tmp_path: Path) -> None:
     once = quantized(tiny, tmp_path / "once", INT8)
     with pytest.raises(StageError, match="quantised already"):
-        quantized(once, tmp_path / "twice", Int4())
+        quantized(once, tmp_path / "twice", Blockwise())
 
 
 @pytest.mark.parametrize(
@@ -127,8 +127,8 @@ def test_quantized_models_are_not_quantized_again(tiny: Path, tmp_path: Path) ->
     [
         (Int8Rowwise(8), {}, 1.01),
         (Int8Rowwise(7), {}, 1.01),
-        (Int4(32), {"lm_head": INT8, "*.down_proj": INT8}, 1.08),
-        (Int4(), {"lm_head": INT8}, 1.13),
+        (Blockwise(32), {"lm_head": INT8, "*.down_proj": INT8}, 1.08),
+        (Blockwise(), {"lm_head": INT8}, 1.13),
     ],
 )
 def test_real_weights_keep_their_perplexity(

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from lifecycle.graph.int4 import Int4, quantize
+from lifecycle.graph.blockwise import Blockwise, quantize
 from lifecycle.graph.quantize import quantize_graph
 from tests.graph.models import (
     VOCAB,
@@ -47,6 +47,18 @@ def test_no_block_is_worse_than_rounded_by_its_largest(
     assert (error <= bound * 1.0001).all()
 
 
+@pytest.mark.parametrize("name", ["llama-tied", "llama-narrow", "mixtral", "qwen3_moe"])
+def test_eight_bits_are_close_to_float(name: str, tmp_path: Path) -> None:
+    model = save_model(name, tmp_path)
+    out = export_quantized(tmp_path, Blockwise(16, bits=8))
+    ids = np.random.default_rng(0).integers(3, VOCAB, 30).tolist()
+    wanted, found = torch_logits(model, ids), GraphRunner(out).prefill(ids)
+    errors = np.linalg.norm(found - wanted, axis=1) / np.linalg.norm(wanted, axis=1)
+    assert np.median(errors) < 0.03
+    integers, scales = quantize(np.eye(16, dtype=np.float32), 16, 8)
+    np.testing.assert_allclose((integers[:, 0] - np.float32(128)) * scales, np.eye(16), atol=1e-6)
+
+
 def test_zeros_stay_zeros() -> None:
     packed, scales = quantize(np.zeros((2, 40), np.float32), 32)
     assert np.array_equal(dequantize(packed, scales), np.zeros((2, 64)))
@@ -62,7 +74,7 @@ def test_normal_weights_lose_about_eight_percent() -> None:
 @pytest.mark.parametrize("name", ["llama", "llama-tied", "llama-biases", "qwen3", "llama-narrow"])
 def test_logits_follow_the_dequantized_weights(name: str, block_size: int, tmp_path: Path) -> None:
     model = save_model(name, tmp_path)
-    out = export_quantized(tmp_path, Int4(block_size))
+    out = export_quantized(tmp_path, Blockwise(block_size))
     replace_matrices(model, lambda w: dequantize(*quantize(w, block_size))[:, : w.shape[1]])
     ids = np.random.default_rng(0).integers(3, VOCAB, 30).tolist()
     wanted = torch_logits(model, ids)
@@ -76,7 +88,7 @@ def test_logits_follow_the_dequantized_weights(name: str, block_size: int, tmp_p
 def test_experts_follow_the_dequantized_weights(name: str, block_size: int, tmp_path: Path) -> None:
     model = save_model(name, tmp_path)
     size = block_size if name == "mixtral" else 16
-    out = export_quantized(tmp_path, Int4(size))
+    out = export_quantized(tmp_path, Blockwise(size))
     replace_matrices(model, lambda w: dequantize(*quantize(w, size))[:, : w.shape[1]])
     ids = np.random.default_rng(0).integers(3, VOCAB, 30).tolist()
     wanted = torch_logits(model, ids)
@@ -87,7 +99,7 @@ def test_experts_follow_the_dequantized_weights(name: str, block_size: int, tmp_
 
 
 def test_a_tied_head_and_embedding_share_their_bytes(tiny: Path, tmp_path: Path) -> None:
-    quantize_graph(tiny, tmp_path, "int4", Int4())
+    quantize_graph(tiny, tmp_path, "int4", Blockwise())
     graph = onnx.load(tmp_path / "model.onnx", load_external_data=False).graph
     offsets = {
         tensor.name: entry.value

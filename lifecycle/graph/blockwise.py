@@ -1,10 +1,10 @@
-"""4-bit weights in blocks along the input, symmetric, one float32 scale per block."""
+"""Weights of 4 or 8 bits in blocks along the input, symmetric, one float32 scale per block."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -23,13 +23,14 @@ _Floats = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
-class Int4:
+class Blockwise:
     """Products by `MatMulNBits`, the embedding by `GatherBlockQuantized`."""
 
     block_size: int = 64
     """Weights that share a scale: 16, 32, 64 or 128. ONNX Runtime's packed matrices hold a scale
-    and a sum of 4 bytes each per block, so a weight takes 6 bits at 32, 5 at 64 and 4.5 at 128,
-    and reading them is what a decoding step of one row waits for."""
+    and a sum of 4 bytes each per block, so a weight of 4 bits takes 6 at 32, 5 at 64 and 4.5 at
+    128, and reading them is what a decoding step of one row waits for."""
+    bits: Literal[4, 8] = 4
 
     def linear(self, rewrite: GraphRewrite, linear: Linear) -> None:
         """Replace one product."""
@@ -37,25 +38,25 @@ class Int4:
 
     def experts(self, rewrite: GraphRewrite, mixture: Mixture) -> None:
         """Replace a mixture of experts."""
-        quantize_experts(rewrite, mixture, 4, self.block_size, quantize)
+        quantize_experts(rewrite, mixture, self.bits, self.block_size, quantize)
 
     def embedding(self, rewrite: GraphRewrite, head: Linear | None) -> None:
         """Replace the look-up of tokens, and the head if it is the same matrix: both then read
-        the same bytes, as [vocab, blocks, size / 2] and as [vocab, blocks * size / 2]."""
+        the same bytes, as [vocab, blocks, bytes] and as [vocab, blocks * bytes]."""
         node = rewrite.embedding()
         table, tokens = node.inputs
         assert table is not None and node.name is not None
         values, scales = self._store(rewrite, node.name, table)
         rows, width = matrix_shape(table)
         size = self.block_size
-        row_bytes = -(-width // size) * size // 2
-        flat = rewrite.view(values, f"{node.name}.weight.int4_rows", (rows, row_bytes))
+        row_bytes = -(-width // size) * size * self.bits // 8
+        flat = rewrite.view(values, f"{node.name}.weight.int{self.bits}_rows", (rows, row_bytes))
         g = rewrite.before(node)
         found = g.node(
             "GatherBlockQuantized",
             f"{node.name}.dequantized",
             *(flat, tokens, scales),
-            bits=4,
+            bits=self.bits,
             block_size=size,
             gather_axis=0,
             quantize_axis=1,
@@ -71,11 +72,11 @@ class Int4:
     def _store(
         self, rewrite: GraphRewrite, name: str, weight: ir.Value
     ) -> tuple[ir.Value, ir.Value]:
-        pairs = [quantize(block, self.block_size) for block in rewrite.blocks(weight)]
+        pairs = [quantize(block, self.block_size, self.bits) for block in rewrite.blocks(weight)]
         values = np.concatenate([pair[0] for pair in pairs])
         scales = np.concatenate([pair[1] for pair in pairs])
         return (
-            rewrite.add(f"{name}.weight.int4", values, prod(matrix_shape(weight))),
+            rewrite.add(f"{name}.weight.int{self.bits}", values, prod(matrix_shape(weight))),
             rewrite.add(f"{name}.weight.scales", scales),
         )
 
@@ -90,7 +91,7 @@ class Int4:
             *(linear.x, values, scales, None, None, linear.bias),
             K=width,
             N=out,
-            bits=4,
+            bits=self.bits,
             block_size=self.block_size,
             # Activations in int8 by row and block: the only fast path on CPUs.
             accuracy_level=4,
@@ -98,41 +99,46 @@ class Int4:
         rewrite.replace(linear.node, y)
 
 
-def quantize(weights: _Floats, block_size: int) -> tuple[_Integers, _Floats]:
-    """Rows of weights [rows, in] as packed integers [rows, blocks, block_size / 2] and scales
-    [rows, blocks].
+def quantize(weights: _Floats, block_size: int, bits: int = 4) -> tuple[_Integers, _Floats]:
+    """Rows of weights [rows, in] as packed integers [rows, blocks, block_size * bits / 8] and
+    scales [rows, blocks].
 
-    A weight is (integer - 8) * scale; the lower half of a byte comes first. Each scale is the
+    A weight is (integer - 8) * scale in 4 bits, the lower half of a byte first, and
+    (integer - 128) * scale in 8. Each scale is the
     one of a few that leaves the least squared error of its block.
     """
     rows, width = weights.shape
     padded = np.pad(weights, ((0, 0), (0, -width % block_size)))
     blocks = padded.reshape(-1, block_size)
-    scales = best_scales(blocks)
-    packed = pack_nibbles(_rounded(blocks, scales))
-    return packed.reshape(rows, -1, block_size // 2), scales.reshape(rows, -1)
+    scales = best_scales(blocks, bits)
+    packed = pack(_rounded(blocks, scales, bits), bits)
+    return packed.reshape(rows, -1, block_size * bits // 8), scales.reshape(rows, -1)
 
 
-def pack_nibbles(integers: NDArray[Any]) -> _Integers:
-    """Integers from -8 to 7, [rows, width], as bytes [rows, width / 2], plus 8, lower half first."""
-    shifted = (integers + 8).astype(np.uint8)
+def pack(integers: NDArray[Any], bits: int) -> _Integers:
+    """Signed integers [rows, width] as bytes [rows, width * bits / 8], without their signs; of two
+    in a byte the first is in its lower half."""
+    shifted = (integers.astype(np.int16) + 2 ** (bits - 1)).astype(np.uint8)
+    if bits == 8:
+        return shifted
     return shifted[:, 0::2] | (shifted[:, 1::2] << np.uint8(4))
 
 
-def _rounded(blocks: _Floats, scales: _Floats) -> _Floats:
-    return np.clip(np.rint(blocks / scales[:, None]), -8, 7)
+def _rounded(blocks: _Floats, scales: _Floats, bits: int) -> _Floats:
+    half = 2 ** (bits - 1)
+    return np.clip(np.rint(blocks / scales[:, None]), -half, half - 1)
 
 
-def best_scales(blocks: _Floats, importance: _Floats | None = None) -> _Floats:
+def best_scales(blocks: _Floats, bits: int, importance: _Floats | None = None) -> _Floats:
     """The scale of each block, [blocks]; negative where the largest weight is positive, so that
-    it falls on -8 and the finer step is used. `importance` [blocks, size] weighs squared errors."""
+    it falls on the lowest integer and the finer step is used. `importance` [blocks, size] weighs squared errors."""
     at = np.abs(blocks).argmax(axis=1)[:, None]
-    widest = np.take_along_axis(blocks, at, axis=1)[:, 0] / np.float32(-8)
+    widest = np.take_along_axis(blocks, at, axis=1)[:, 0] / np.float32(-(2 ** (bits - 1)))
     widest[widest == 0] = 1
     best, least = widest.copy(), np.full(len(blocks), np.inf, np.float32)
     weighed = blocks if importance is None else blocks * importance
     for part in _SHRINK:
-        integers = _rounded(blocks, widest * part)
+        integers = _rounded(blocks, widest * part, bits)
         # For given integers the best scale is <w, q> / <q, q>, and the squared error that it
         # leaves is |w|² - <w, q>² / <q, q>.
         dot = np.einsum("ij,ij->i", weighed, integers)
