@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager, nullcontext
+from inspect import signature
 from pathlib import Path
 from typing import Any, Self
 
@@ -57,6 +58,7 @@ class TorchBackend:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
+        self._cache_argument = _cache_argument(model)
         self._make_long_frequencies()
         self._caches: dict[int, DynamicCache] = {}
 
@@ -85,7 +87,7 @@ class TorchBackend:
             with rotation:
                 output = model(
                     input_ids=torch.tensor([row.tokens]),
-                    past_key_values=self._caches[row.slot],
+                    **{self._cache_argument: self._caches[row.slot]},
                     use_cache=True,
                     # 0 would mean all of them.
                     logits_to_keep=max(row.num_logits, 1),
@@ -93,6 +95,13 @@ class TorchBackend:
         except RuntimeError as error:
             raise EngineError(f"PyTorch failed: {error}") from error
         return output.logits[0, : row.num_logits].float().numpy()
+
+
+def _cache_argument(model: Any) -> str:
+    """What the model calls its cache: `cache` from transformers 5.24 on."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    names = signature(inner.forward).parameters
+    return "cache" if "cache" in names else "past_key_values"
 
 
 def _long_context(config: Any) -> int | None:
