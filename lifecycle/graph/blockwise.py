@@ -72,7 +72,9 @@ class Blockwise:
     def _store(
         self, rewrite: GraphRewrite, name: str, weight: ir.Value
     ) -> tuple[ir.Value, ir.Value]:
-        pairs = [quantize(block, self.block_size, self.bits) for block in rewrite.blocks(weight)]
+        pairs = list(
+            rewrite.map_blocks(weight, lambda block: quantize(block, self.block_size, self.bits))
+        )
         values = np.concatenate([pair[0] for pair in pairs])
         scales = np.concatenate([pair[1] for pair in pairs])
         return (

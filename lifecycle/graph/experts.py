@@ -31,7 +31,7 @@ def quantize_experts(
     stored: list[ir.Value] = []
     for weight, part in zip(weights, ("gate_up_proj", "down_proj"), strict=True):
         experts, rows, width = _shape(weight)
-        pairs = [quantize(block, size, bits) for block in rewrite.blocks(weight)]
+        pairs = list(rewrite.map_blocks(weight, lambda block: quantize(block, size, bits)))
         values = np.concatenate([pair[0].reshape(len(pair[0]), -1) for pair in pairs])
         scales = np.concatenate([pair[1] for pair in pairs])
         name = f"{mixture.name}.{part}"

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
 from lifecycle.engines.decoder import GRAPH
+from lifecycle.engines.limits import usable_cores
 from lifecycle.errors import StageError
 from lifecycle.graph.nodes import GraphNodes
 from lifecycle.graph.weights import WeightFile
+
+T = TypeVar("T")
 
 BLOCK = 1 << 18
 """Elements that are quantised together: 1 MB of float32, which stays in a core's cache."""
@@ -108,6 +113,21 @@ class GraphRewrite:
         for row in range(0, rows, step):
             start, stop = row * width, min(row + step, rows) * width
             yield np.concatenate(list(_floats(tensor, start, stop))).reshape(-1, width)
+
+    def map_blocks(
+        self, weight: ir.Value, change: Callable[[NDArray[np.float32]], T]
+    ) -> Iterator[T]:
+        """`change` of each of `blocks`, in order; a few are worked on at once, which numpy's
+        larger operations allow."""
+        cores = usable_cores()
+        with ThreadPoolExecutor(cores) as pool:
+            pending: deque[Future[T]] = deque()
+            for block in self.blocks(weight):
+                pending.append(pool.submit(change, block))
+                if len(pending) > 2 * cores:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
 
     def add(self, name: str, values: NDArray[Any], elements: int = 0) -> ir.Value:
         """Store a quantised tensor, or its scales, that stands for `elements` weights."""
