@@ -9,7 +9,6 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from lifecycle.engines.limits import available_memory
 from lifecycle.errors import StageError
 from lifecycle.graph.targets import Cpu, Target
 from lifecycle.kinds import HfModel, OnnxModel
@@ -95,6 +94,7 @@ class Export(Stage):
 
 def _require_memory(folder: Path) -> None:
     """PyTorch will need all weights as float32; say so before the export, not after it."""
+    from lifecycle.engines.limits import available_memory
     from lifecycle.graph.checkpoint import Checkpoint
 
     elements = sum(prod(tensor.shape) for tensor in Checkpoint(folder).tensors.values())

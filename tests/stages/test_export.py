@@ -78,6 +78,6 @@ def test_a_wrong_graph_is_noticed_in_every_way_of_feeding(tmp_path: Path) -> Non
 def test_too_little_memory_is_said_before_the_export(
     base: HfModel, run_stage: RunStage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lifecycle.stages.export.available_memory", lambda: 1000)
+    monkeypatch.setattr("lifecycle.engines.limits.available_memory", lambda: 1000)
     with pytest.raises(StageError, match=r"takes .* GiB of memory.*no_parity"):
         run_stage(STAGE, base=base)

@@ -25,8 +25,9 @@ def gpt2(fields: Fields) -> DecoderSpec:
     fields.require("scale_attn_weights", True)
     fields.require("scale_attn_by_inverse_layer_idx", False)
     size = fields.optional_integer("intermediate_size") or 4 * fields.integer("hidden_size")
-    spec = _with_layer_norms(replace(fields, values={**fields.values, "intermediate_size": size}))
-    mlp = Mlp(size, fields.choice("hidden_act", ACTIVATIONS), gated=False, bias=True)
+    fields = replace(fields, values={**fields.values, "intermediate_size": size})
+    spec = _with_layer_norms(fields)
+    mlp = _plain_mlp(fields, bias=True)
     return replace(
         spec,
         layers=(Layer(mlp, rope=None),) * len(spec.layers),
@@ -65,12 +66,7 @@ def gpt_neox(fields: Fields) -> DecoderSpec:
     )
     spec = _with_layer_norms(fields, partial_rotary=True)
     layer = spec.layers[0]
-    mlp = Mlp(
-        fields.integer("intermediate_size"),
-        fields.choice("hidden_act", ACTIVATIONS),
-        gated=False,
-        bias=True,
-    )
+    mlp = _plain_mlp(fields, bias=True)
     return replace(
         spec,
         layers=(replace(layer, feed_forward=mlp),) * len(spec.layers),
@@ -131,12 +127,7 @@ def starcoder2(fields: Fields) -> DecoderSpec:
     bias = fields.flag("use_bias")
     spec = with_window(_with_layer_norms(fields), fields.optional_integer("sliding_window"))
     layer = spec.layers[0]
-    mlp = Mlp(
-        fields.integer("intermediate_size"),
-        fields.choice("hidden_act", ACTIVATIONS),
-        gated=False,
-        bias=bias,
-    )
+    mlp = _plain_mlp(fields, bias=bias)
     return replace(
         spec,
         layers=(replace(layer, feed_forward=mlp),) * len(spec.layers),
@@ -148,3 +139,8 @@ def starcoder2(fields: Fields) -> DecoderSpec:
 def _with_layer_norms(fields: Fields, partial_rotary: bool = False) -> DecoderSpec:
     norm = Norm(fields.number("layer_norm_eps"), "layer", bias=True)
     return replace(read_common(fields, partial_rotary), norm=norm)
+
+
+def _plain_mlp(fields: Fields, bias: bool) -> Mlp:
+    size = fields.integer("intermediate_size")
+    return Mlp(size, fields.choice("hidden_act", ACTIVATIONS), gated=False, bias=bias)
