@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from math import prod
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-from numpy.typing import NDArray
 
 from lifecycle.errors import StageError
 from lifecycle.graph.rewrite import GraphRewrite, Mixture
-
-Quantizer = Callable[[NDArray[np.float32], int, int], tuple[NDArray[np.uint8], NDArray[np.float32]]]
-"""Rows of weights [rows, in], a block size and bits to packed integers [rows, in * bits / 8] and scales
-[rows, blocks]."""
+from lifecycle.graph.rounding import quantize
 
 
-def quantize_experts(
-    rewrite: GraphRewrite, mixture: Mixture, bits: int, block_size: int, quantize: Quantizer
-) -> None:
+def quantize_experts(rewrite: GraphRewrite, mixture: Mixture, bits: int, block_size: int) -> None:
     """Put the operator `QMoE` in the place of `MoE`, in blocks of at most `block_size`.
 
     Raises:

@@ -8,9 +8,10 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from lifecycle.graph.blockwise import Blockwise, best_scales, pack
+from lifecycle.graph.blockwise import Blockwise
 from lifecycle.graph.calibration import Calibration
 from lifecycle.graph.rewrite import GraphRewrite, Linear
+from lifecycle.graph.rounding import best_scales, pack
 
 _Floats = NDArray[np.float32]
 

@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from lifecycle.graph.blockwise import Blockwise, quantize
+from lifecycle.graph.blockwise import Blockwise
 from lifecycle.graph.quantize import quantize_graph
+from lifecycle.graph.rounding import quantize
 from tests.graph.models import (
     VOCAB,
     export_quantized,

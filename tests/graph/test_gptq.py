@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from lifecycle.errors import StageError
-from lifecycle.graph import blockwise, gptq
+from lifecycle.graph import gptq, rounding
 from lifecycle.graph.blockwise import Blockwise
 from lifecycle.graph.calibration import Calibration
 from lifecycle.graph.export import export_decoder
@@ -96,7 +96,7 @@ def test_what_a_product_gives_changes_less_than_by_plain_rounding() -> None:
         rounded = (integers.reshape(*scales.shape, -1) * scales[:, :, None]).reshape(32, 128)
         return float(np.linalg.norm(inputs @ (rounded - weights).T))
 
-    packed, scales = blockwise.quantize(weights, 32)
+    packed, scales = rounding.quantize(weights, 32)
     plain = (np.stack([packed & 15, packed >> 4], axis=-1).astype(np.float32) - 8).reshape(32, 128)
     moments = inputs.T @ inputs / np.float32(len(inputs))
     integers, own = gptq.quantize(weights, moments, 32)
