@@ -29,7 +29,7 @@ def export_decoder(
 ) -> DecoderInfo:
     """Write `model.onnx`, `model.onnx.data` and `decoder.json` of the model in `source`.
 
-    Weights are float32. Memory stays at a few blocks of `checkpoint.BLOCK` elements, whatever
+    Weights are float32. Memory stays at a few blocks of `safetensors_file.BLOCK` elements, whatever
     the size of the model. `on_write(bytes, all)` follows the writing of the weights.
 
     Raises:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from lifecycle import safetensors_file
 from lifecycle.errors import CheckpointError
 from lifecycle.graph import checkpoint as module
 from lifecycle.graph.checkpoint import Checkpoint
@@ -19,7 +20,7 @@ from lifecycle.graph.checkpoint import Checkpoint
 def test_values_equal_torch(
     dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "BLOCK", 10)
+    monkeypatch.setattr(safetensors_file, "BLOCK", 10)
     tensor = torch.randn(7, 5).to(dtype)
     save_file({"other": torch.ones(3), "w": tensor}, tmp_path / "model.safetensors")
     checkpoint = Checkpoint(tmp_path)
