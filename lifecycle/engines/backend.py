@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -20,6 +21,8 @@ class Row(NamedTuple):
     """How many logits are wanted: those after the last so many of `tokens`."""
     is_long: bool = False
     """Whether the text is beyond the first context of a model that rotates such texts otherwise."""
+    adapter: int = 0
+    """The adapter slot that the text is computed with; 0 is none."""
 
 
 class Backend(Protocol):
@@ -35,6 +38,18 @@ class Backend(Protocol):
         Raises:
             EngineError: the runtime failed. Slots that were not in `rows` keep their texts.
         """
+        ...
+
+    def load_adapter(self, folder: Path) -> int:
+        """Load a PEFT folder into a free adapter slot, which is returned: 1 or more.
+
+        Raises:
+            EngineError: the backend has no slots, none is free, or the adapter does not fit.
+        """
+        ...
+
+    def unload_adapter(self, slot: int) -> None:
+        """Make an adapter slot free that no row uses any more."""
         ...
 
     def close(self) -> None:

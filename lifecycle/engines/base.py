@@ -56,6 +56,8 @@ class Request:
     id: str
     prompt: Sequence[int]
     params: SamplingParams = field(default_factory=SamplingParams)
+    adapter: str | None = None
+    """The name of a loaded adapter to answer with."""
 
 
 class Event(NamedTuple):
@@ -129,6 +131,29 @@ class Engine(ABC):
     def step(self) -> list[Event]:
         """Run the model once over all that can advance; at most one token per request."""
 
+    @abstractmethod
+    def load_adapter(self, name: str, folder: Path) -> None:
+        """Make the LoRA adapter of a PEFT folder known by a name; requests can then ask for it, and
+        one batch can mix adapters.
+
+        Raises:
+            EngineError: the model has no slots or none is free, the name is in use, or the adapter
+                does not fit; nothing has changed.
+        """
+
+    @abstractmethod
+    def unload_adapter(self, name: str) -> None:
+        """Free the slot of an adapter.
+
+        Raises:
+            EngineError: there is none of this name, or requests still use it.
+        """
+
+    @property
+    @abstractmethod
+    def adapters(self) -> tuple[str, ...]:
+        """The names of the loaded adapters."""
+
     @property
     @abstractmethod
     def num_running(self) -> int:
@@ -140,9 +165,9 @@ class Engine(ABC):
         """Requests that wait for a slot."""
 
     @abstractmethod
-    def logits(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
-        """The logits after each of `token_ids`, [len(token_ids), vocab_size]; needs an idle
-        engine."""
+    def logits(self, token_ids: Sequence[int], adapter: str | None = None) -> NDArray[np.float32]:
+        """The logits after each of `token_ids`, [len(token_ids), vocab_size], by a loaded adapter if
+        one is named; needs an idle engine."""
 
     @abstractmethod
     def generate(

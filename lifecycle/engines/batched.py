@@ -4,6 +4,7 @@ samplers choose."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,6 +47,7 @@ class BatchedEngine(Engine):
         self._long_context = long_context
         self._backend = backend
         self._scheduler = Scheduler(options.max_num_seqs, options.prefill_chunk)
+        self._adapters: dict[str, int] = {}
         self._cancelled: list[Event] = []
         self._is_open = True
 
@@ -85,13 +87,32 @@ class BatchedEngine(Engine):
     def num_waiting(self) -> int:
         return len(self._scheduler.waiting)
 
-    def logits(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
+    def load_adapter(self, name: str, folder: Path) -> None:
+        self._require_open()
+        if name in self._adapters:
+            raise EngineError(f"there is an adapter '{name}' already: unload it first")
+        self._adapters[name] = self._backend.load_adapter(folder)
+
+    def unload_adapter(self, name: str) -> None:
+        self._require_open()
+        slot = self.adapter_slot(name)
+        if users := sum(state.adapter == slot for state in self._scheduler.states()):
+            raise EngineError(f"adapter '{name}' is used by {users} requests")
+        self._backend.unload_adapter(slot)
+        del self._adapters[name]
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        return tuple(self._adapters)
+
+    def logits(self, token_ids: Sequence[int], adapter: str | None = None) -> NDArray[np.float32]:
         self._require_idle()
+        slot = self.adapter_slot(adapter)
         tokens = check_tokens(token_ids, most=self.max_model_len, vocab_size=self.vocab_size)
         result = np.empty((len(tokens), self.vocab_size), dtype=np.float32)
         for start in range(0, len(tokens), self._prefill_chunk):
             chunk = tokens[start : start + self._prefill_chunk]
-            row = Row(0, start, chunk, num_logits=len(chunk), is_long=self.is_long(tokens))
+            row = Row(0, start, chunk, len(chunk), self.is_long(tokens), slot)
             result[start : start + len(chunk)] = self._backend.forward([row])
         return result
 
@@ -104,6 +125,19 @@ class BatchedEngine(Engine):
     def is_long(self, tokens: Sequence[int]) -> bool:
         """What `Row.is_long` must be for the rows of a text."""
         return self._long_context is not None and len(tokens) > self._long_context
+
+    def adapter_slot(self, name: str | None) -> int:
+        """The slot of a loaded adapter, as in `Row.adapter`; 0 for none.
+
+        Raises:
+            EngineError: none of this name is loaded.
+        """
+        if name is None:
+            return 0
+        if name not in self._adapters:
+            known = ", ".join(self._adapters) or "none"
+            raise EngineError(f"no adapter '{name}' is loaded (loaded: {known})")
+        return self._adapters[name]
 
     def generate(
         self,
@@ -157,8 +191,12 @@ class BatchedEngine(Engine):
         )
         sampler = Sampler(request.params, request.prompt, self.vocab_size)
         tokens, count = list(request.prompt), len(request.prompt)
+        try:
+            slot = self.adapter_slot(request.adapter)
+        except EngineError as error:
+            raise RequestError(str(error)) from None
         is_long = self.is_long(tokens)
-        return RequestState(request, sampler, tokens, count, count, is_long=is_long)
+        return RequestState(request, sampler, tokens, count, count, is_long=is_long, adapter=slot)
 
     def _advance(self, state: RequestState, choice: Choice | None) -> Event:
         """Give a request its next token, and end it if that is the last."""

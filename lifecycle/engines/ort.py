@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -16,6 +16,9 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from lifecycle.engines.adapter_bank import AdapterBank
+from lifecycle.engines.adapters import GRAPH as ADAPTED
+from lifecycle.engines.adapters import AdapterLayout
 from lifecycle.engines.backend import Row
 from lifecycle.engines.base import EngineOptions
 from lifecycle.engines.batched import BatchedEngine
@@ -24,6 +27,9 @@ from lifecycle.engines.layout import MIN_WIDTH, Inputs, advance, pack
 from lifecycle.engines.limits import context_length
 from lifecycle.engines.ort_session import cache_names, check_signature, open_session, present_name
 from lifecycle.errors import EngineError
+
+_MAX_BINDINGS = 64
+"""Kept for each graph; each has room for the logits of its rows."""
 
 
 class OnnxEngine(BatchedEngine):
@@ -41,9 +47,14 @@ class OnnxEngine(BatchedEngine):
         options = options or EngineOptions()
         info = DecoderInfo.load(path)
         max_model_len = context_length(options, info.max_position_embeddings)
-        session = open_session(path / GRAPH, providers or info.providers, options.threads)
-        check_signature(session, info, path / GRAPH)
-        backend = OrtBackend(session, info, options, max_model_len)
+        providers, layout = providers or info.providers, AdapterLayout.load(path)
+
+        def open_graph(name: str, more: Mapping[str, Sequence[int]]) -> ort.InferenceSession:
+            session = open_session(path / name, providers, options.threads)
+            check_signature(session, info, path / name, more)
+            return session
+
+        backend = OrtBackend(open_graph, info, options, max_model_len, layout)
         return cls(
             backend,
             options=options,
@@ -63,16 +74,21 @@ class OrtBackend:
 
     def __init__(
         self,
-        session: ort.InferenceSession,
+        open_graph: Callable[[str, Mapping[str, Sequence[int]]], ort.InferenceSession],
         info: DecoderInfo,
         options: EngineOptions,
         max_model_len: int,
+        layout: AdapterLayout | None,
     ) -> None:
-        self._session = session
+        self._open_graph = open_graph
+        self._layout = layout
         self._max_model_len = max_model_len
         self._vocab_size = info.vocab_size
         self._long_offset = info.max_position_embeddings if info.long_context else 0
-        self._step_inputs = {i.name for i in session.get_inputs()} - set(cache_names(info))
+        self._graph: _Graph | None = _Graph(open_graph(GRAPH, {}))
+        self._adapted: _Graph | None = None
+        """The graph with slots, once an adapter has been loaded."""
+        self._bank: AdapterBank | None = None
         num_slots = options.max_num_seqs
         # The attention wants room for the whole width of a step behind every text, also behind
         # those that bring fewer tokens to it.
@@ -87,41 +103,79 @@ class OrtBackend:
                 f"{num_slots}, max_model_len, {max_model_len}, or prefill_chunk, "
                 f"{options.prefill_chunk}"
             ) from error
-        self._bindings: dict[int, _Binding] = {}
         self._inputs: Inputs = {}
-        self._decoding: list[int] = []
-        """The slots, if every row of the last step had one token."""
+        self._step: object = None
+        """What the last step was bound to: its graph, slots and adapters."""
 
     def forward(self, rows: Sequence[Row]) -> NDArray[np.float32]:
         decodes = all(len(row.tokens) == row.num_logits == 1 for row in rows)
-        slots = [row.slot for row in rows] if decodes else []
-        if decodes and slots == self._decoding:
+        entries = None
+        if self._bank is not None and any(row.adapter for row in rows):
+            entries = self._bank.select(rows)
+        graph = self._graph if entries is None else self._adapted
+        assert graph is not None
+        binding = self._binding(graph, 1 + max(row.slot for row in rows), entries)
+        step = (binding, [(row.slot, row.adapter) for row in rows]) if decodes else None
+        if decodes and step == self._step:
             advance(self._inputs, rows, self._long_offset)
-            binding = self._binding(len(self._inputs["query_seqlens"]))
         else:
             self._inputs = pack(rows, self._max_model_len, self._long_offset)
-            binding = self._binding(len(self._inputs["query_seqlens"]))
-            for name in self._step_inputs:
+            if self._bank is not None and entries is not None:
+                self._inputs |= self._bank.inputs(rows, entries)
+            for name in graph.step_inputs & self._inputs.keys():
                 binding.binding.bind_cpu_input(name, self._inputs[name])
-        self._decoding = slots
+        self._step = step
         logits = binding.fetch(len(self._inputs["logit_index"]))
         try:
-            self._session.run_with_iobinding(binding.binding)
+            graph.session.run_with_iobinding(binding.binding)
         except Exception as error:
             raise EngineError(f"ONNX Runtime failed: {error}") from error
         return logits
 
-    def close(self) -> None:
-        self._bindings.clear()
-        self._cache.clear()
-        del self._session
+    def load_adapter(self, folder: Path) -> int:
+        if self._layout is None:
+            raise EngineError(
+                "this model has no adapter slots: export it with adapters, such as "
+                "{slots: 8, rank: 16}, or merge the adapter"
+            )
+        bank = self._bank or AdapterBank(self._layout)
+        slot = bank.load(folder)
+        if self._adapted is None:
+            self._adapted = _Graph(self._open_graph(ADAPTED, self._layout.shapes()))
+        self._bank = bank
+        return slot
 
-    def _binding(self, num_rows: int) -> _Binding:
-        """What a step of `num_rows` rows is bound to."""
-        if num_rows not in self._bindings:
+    def unload_adapter(self, slot: int) -> None:
+        assert self._bank is not None
+        self._bank.unload(slot)
+        # Its slot may get other weights.
+        self._step = None
+
+    def close(self) -> None:
+        self._graph = self._adapted = self._bank = self._step = None
+        self._cache.clear()
+
+    def _binding(self, graph: _Graph, num_rows: int, entries: range | None) -> _Binding:
+        """What a step of `num_rows` rows over some adapters is bound to."""
+        key = (num_rows, entries)
+        if key not in graph.bindings:
+            if len(graph.bindings) >= _MAX_BINDINGS:
+                graph.bindings.clear()
             cache = {name: array[:num_rows] for name, array in self._cache.items()}
-            self._bindings[num_rows] = _Binding(self._session, cache, self._vocab_size)
-        return self._bindings[num_rows]
+            binding = _Binding(graph.session, cache, self._vocab_size)
+            if self._bank is not None and entries is not None:
+                binding.bind(self._bank.weights(entries))
+            graph.bindings[key] = binding
+        return graph.bindings[key]
+
+
+class _Graph:
+    """A session, and what it has been bound to by rows and adapters."""
+
+    def __init__(self, session: ort.InferenceSession) -> None:
+        self.session = session
+        self.step_inputs = {i.name for i in session.get_inputs()}
+        self.bindings: dict[tuple[int, range | None], _Binding] = {}
 
 
 class _Binding:
@@ -140,6 +194,11 @@ class _Binding:
             self.binding.bind_ortvalue_output(present_name(name), value)
         self._logits = np.empty((0, vocab_size), np.float32)
         self._bound_rows = -1
+
+    def bind(self, weights: Mapping[str, NDArray[np.float32]]) -> None:
+        """Bind inputs that stay where they are."""
+        for name, array in weights.items():
+            self.binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
 
     def fetch(self, count: int) -> NDArray[np.float32]:
         """Where the next run writes `count` rows of logits."""

@@ -6,11 +6,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import onnxruntime as ort
 
+from lifecycle.engines.adapters import PLACES, TOKENS
 from lifecycle.engines.decoder import DecoderInfo
 from lifecycle.engines.limits import usable_cores
 from lifecycle.engines.onnx_file import check_external_data
@@ -66,8 +67,14 @@ def open_session(
         raise EngineError(f"{graph} cannot be opened: {error}") from error
 
 
-def check_signature(session: ort.InferenceSession, info: DecoderInfo, graph: Path) -> None:
-    """Compare the inputs and outputs of a graph with its description.
+def check_signature(
+    session: ort.InferenceSession,
+    info: DecoderInfo,
+    graph: Path,
+    more: Mapping[str, Sequence[int]] | None = None,
+) -> None:
+    """Compare the inputs and outputs of a graph with its description; `more` inputs, by the last
+    two of their dimensions, belong to its adapter slots.
 
     Raises:
         EngineError: names the first tensor that is missing, unknown or of another shape.
@@ -77,13 +84,16 @@ def check_signature(session: ort.InferenceSession, info: DecoderInfo, graph: Pat
     cache = cache_names(info)
     inputs = {tensor.name: tensor.shape for tensor in session.get_inputs()}
     outputs = {tensor.name: tensor.shape for tensor in session.get_outputs()}
-    wrong = {*STEP_INPUTS, *cache} ^ (inputs.keys() - {"position_ids"})
+    more = more or {}
+    slots = {TOKENS, PLACES, *more} if more else set[str]()
+    wrong = {*STEP_INPUTS, *cache, *slots} ^ (inputs.keys() - {"position_ids"})
     wrong |= {"logits", *map(present_name, cache)} ^ outputs.keys()
     wrong |= {
         name
         for name in inputs.keys() & set(cache)
         if inputs[name][1::2] != [info.num_kv_heads, info.head_size]
     }
+    wrong |= {n for n in inputs.keys() & more.keys() if inputs[n][1:] != list(more[n])}
     if outputs.get("logits", [info.vocab_size])[-1] != info.vocab_size:
         wrong.add("logits")
     if wrong:

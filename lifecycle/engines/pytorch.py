@@ -65,6 +65,15 @@ class TorchBackend:
     def forward(self, rows: Sequence[Row]) -> NDArray[np.float32]:
         return np.concatenate([self._row(row) for row in rows])
 
+    def load_adapter(self, folder: Path) -> int:
+        raise EngineError(
+            "the PyTorch engine runs the adapter beside its model and loads no others; export the "
+            "model with adapter slots"
+        )
+
+    def unload_adapter(self, slot: int) -> None:
+        raise NotImplementedError
+
     def close(self) -> None:
         self._caches.clear()
         del self._model

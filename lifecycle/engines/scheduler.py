@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import heapq
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 
 from lifecycle.engines.backend import Row
 from lifecycle.engines.base import Request
@@ -33,6 +35,8 @@ class RequestState:
     """Tokens in the cache."""
     is_long: bool = False
     """Whether the text is beyond the model's first context (see `Row`)."""
+    adapter: int = 0
+    """The adapter slot that the request is computed with; 0 is none."""
     slot: int = -1
 
     @property
@@ -48,11 +52,12 @@ class RequestState:
         """The tokens that the next step computes."""
         start = self.num_computed
         if start + 1 == len(self.tokens):
-            return Row(self.slot, start, self.tokens[start:], 1, self.is_long)
+            return Row(self.slot, start, self.tokens[start:], 1, self.is_long, self.adapter)
         boundary = (start // prefill_chunk + 1) * prefill_chunk
         end = min(boundary, self.num_prefill) if self.is_prefilling else len(self.tokens)
         is_last = end == len(self.tokens)
-        return Row(self.slot, start, self.tokens[start:end], int(is_last), self.is_long)
+        tokens = self.tokens[start:end]
+        return Row(self.slot, start, tokens, int(is_last), self.is_long, self.adapter)
 
 
 class Scheduler:
@@ -68,6 +73,10 @@ class Scheduler:
 
     def __contains__(self, request_id: str) -> bool:
         return request_id in self.running or request_id in self.waiting
+
+    def states(self) -> Iterator[RequestState]:
+        """All requests, running or waiting."""
+        return chain(self.running.values(), self.waiting.values())
 
     def add(self, state: RequestState) -> None:
         """Put a request at the end of the line."""

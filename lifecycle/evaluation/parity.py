@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lifecycle.engines.adapters import AdapterLayout
 from lifecycle.engines.backend import Row
 from lifecycle.engines.base import EngineOptions
 from lifecycle.engines.batched import BatchedEngine
 from lifecycle.engines.decoder import DecoderInfo
 from lifecycle.errors import StageError
+from lifecycle.evaluation.random_adapter import write_random_adapter
 
 Logits = NDArray[np.float32]
 
@@ -30,21 +34,9 @@ def measure_parity(model: Path, graph: Path) -> dict[str, float]:
     Raises:
         StageError: the logits are no numbers.
     """
-    from lifecycle.engines.ort import OnnxEngine
-    from lifecycle.engines.pytorch import TorchEngine
-
-    info = DecoderInfo.load(graph)
-    room = min(info.max_position_embeddings, max(_LENGTHS))
-    random = np.random.default_rng(0)
-    texts = [random.integers(0, info.vocab_size, min(n, room)).tolist() for n in _LENGTHS]
-    whole = EngineOptions(1, room, prefill_chunk=max(_LENGTHS))
-    reference = TorchEngine.open(model, whole)
-    wanted = [reference.logits(text) for text in texts]
-    # Both would be in memory otherwise.
-    reference.close()
-    options = EngineOptions(len(texts) + 1, room, max(_LENGTHS))
-    providers = ["CPUExecutionProvider"] if missing_providers(graph) else info.providers
-    engine = OnnxEngine.open(graph, options, providers)
+    texts = _texts(DecoderInfo.load(graph))
+    wanted = _reference(model, texts)
+    engine = _open(graph)
     try:
         ways: dict[str, Callable[[BatchedEngine, Sequence[list[int]]], list[Logits]]] = {
             "prefill": lambda e, t: [e.logits(text) for text in t],
@@ -55,6 +47,74 @@ def measure_parity(model: Path, graph: Path) -> dict[str, float]:
         return {name: _distance(feed(engine, texts), wanted) for name, feed in ways.items()}
     finally:
         engine.close()
+
+
+def measure_adapters(model: Path, graph: Path) -> float:
+    """The same distance where the texts of a batch have different random adapters, the last one
+    none, at different speeds; and where each is alone, chunk by chunk. The reference is PEFT's.
+    `graph` must have slots."""
+    layout = AdapterLayout.load(graph)
+    assert layout is not None
+    texts = _texts(DecoderInfo.load(graph))
+    plain = _reference(model, texts)
+    engine = _open(graph)
+    try:
+        return _with_adapters(model, engine, layout, texts, plain)
+    finally:
+        engine.close()
+
+
+def _with_adapters(
+    model: Path,
+    engine: BatchedEngine,
+    layout: AdapterLayout,
+    texts: Sequence[list[int]],
+    plain: Sequence[Logits],
+) -> float:
+    wanted = list(plain)
+    with TemporaryDirectory() as root, warnings.catch_warnings():
+        # PEFT has remarks on configurations, such as on the layout of GPT-2's weights.
+        warnings.simplefilter("ignore")
+        for n in range(min(layout.slots, len(texts) - 1)):
+            folder = Path(root, str(n))
+            folder.mkdir()
+            for file in model.iterdir():
+                (folder / file.name).symlink_to(file.absolute())
+            write_random_adapter(folder / "adapter", layout, seed=n)
+            wanted[n] = _reference(folder, [texts[n]])[0]
+            engine.load_adapter(str(n), folder / "adapter")
+    slots = [engine.adapter_slot(name) for name in engine.adapters]
+    slots += [0] * (len(texts) - len(slots))
+    alone = [_alone(engine, text, 0, slot) for text, slot in zip(texts, slots, strict=True)]
+    mixed = _ragged(engine, texts, slots)
+    return max(_distance(alone, wanted), _distance(mixed, wanted))
+
+
+def _texts(info: DecoderInfo) -> list[list[int]]:
+    random = np.random.default_rng(0)
+    room = min(info.max_position_embeddings, max(_LENGTHS))
+    return [random.integers(0, info.vocab_size, min(n, room)).tolist() for n in _LENGTHS]
+
+
+def _reference(model: Path, texts: Sequence[list[int]]) -> list[Logits]:
+    """What PyTorch makes of texts; its model is not kept, or both would be in memory."""
+    from lifecycle.engines.pytorch import TorchEngine
+
+    length = max(2, max(map(len, texts)))
+    engine = TorchEngine.open(model, EngineOptions(1, length, prefill_chunk=length))
+    try:
+        return [engine.logits(text) for text in texts]
+    finally:
+        engine.close()
+
+
+def _open(graph: Path) -> BatchedEngine:
+    from lifecycle.engines.ort import OnnxEngine
+
+    info = DecoderInfo.load(graph)
+    room = min(info.max_position_embeddings, max(_LENGTHS))
+    providers = ["CPUExecutionProvider"] if missing_providers(graph) else info.providers
+    return OnnxEngine.open(graph, EngineOptions(len(_LENGTHS) + 1, room, max(_LENGTHS)), providers)
 
 
 def missing_providers(graph: Path) -> list[str]:
@@ -74,31 +134,38 @@ def _distance(found: Sequence[Logits], wanted: Sequence[Logits]) -> float:
     return max(float(np.abs(one - other).max()) for one, other in pairs) / scale
 
 
-def _feed(engine: BatchedEngine, text: Sequence[int], start: int, stop: int, slot: int) -> Row:
+def _feed(
+    engine: BatchedEngine, text: Sequence[int], start: int, stop: int, slot: int, adapter: int = 0
+) -> Row:
     tokens = text[start:stop]
-    return Row(slot, start, tokens, len(tokens), engine.is_long(text))
+    return Row(slot, start, tokens, len(tokens), engine.is_long(text), adapter)
 
 
 def _in_chunks(engine: BatchedEngine, texts: Sequence[list[int]]) -> list[Logits]:
     return [_alone(engine, text, 0) for text in texts]
 
 
-def _alone(engine: BatchedEngine, text: list[int], start: int) -> Logits:
+def _alone(engine: BatchedEngine, text: list[int], start: int, adapter: int = 0) -> Logits:
     """The rest of a text from `start`, chunk by chunk."""
     parts = [
-        engine.forward([_feed(engine, text, at, at + _CHUNK, 0)]).copy()
+        engine.forward([_feed(engine, text, at, at + _CHUNK, 0, adapter)]).copy()
         for at in range(start, len(text), _CHUNK)
     ]
     return np.concatenate(parts)
 
 
-def _ragged(engine: BatchedEngine, texts: Sequence[list[int]]) -> list[Logits]:
+def _ragged(
+    engine: BatchedEngine, texts: Sequence[list[int]], adapters: Sequence[int] = (0, 0, 0)
+) -> list[Logits]:
     """All at once, each at its own speed, from the last slot to the second."""
     speeds, done = (_CHUNK, 1, 5), [0] * len(texts)
     slots = [len(texts) - i for i in range(len(texts))]
     parts: list[list[Logits]] = [[] for _ in texts]
     while running := [i for i, text in enumerate(texts) if done[i] < len(text)]:
-        rows = [_feed(engine, texts[i], done[i], done[i] + speeds[i], slots[i]) for i in running]
+        rows = [
+            _feed(engine, texts[i], done[i], done[i] + speeds[i], slots[i], adapters[i])
+            for i in running
+        ]
         logits = engine.forward(rows)
         at = 0
         for i, row in zip(running, rows, strict=True):

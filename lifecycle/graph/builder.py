@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from lifecycle.engines.adapters import AdapterLayout
+from lifecycle.graph.adapters import AdapterSlots
 from lifecycle.graph.attention import FLOAT, INT32, INT64, AttentionBuilder, StepInputs
 from lifecycle.graph.feed_forward import feed_forward
 from lifecycle.graph.nodes import GraphNodes
@@ -21,23 +23,35 @@ from lifecycle.graph.weights import WeightFile
 
 
 def build_decoder(
-    spec: DecoderSpec, source: TensorSource, weights: WeightFile, target: Target
-) -> ir.Graph:
-    """The graph that `lifecycle.engines.decoder` describes.
+    spec: DecoderSpec,
+    source: TensorSource,
+    weights: WeightFile,
+    target: Target,
+    slots: tuple[int, int] | None = None,
+) -> tuple[ir.Graph, AdapterLayout | None]:
+    """The graph that `lifecycle.engines.decoder` describes; with `slots`, a number of LoRA adapters
+    and their rank, that of `lifecycle.engines.adapters`.
 
     Raises:
         CheckpointError: a tensor is missing or of another shape than the spec says.
     """
-    return _DecoderBuilder(spec, source, weights, target).build()
+    builder = _DecoderBuilder(spec, source, weights, target, slots)
+    return builder.build(), builder.slots.layout if builder.slots else None
 
 
 class _DecoderBuilder:
     def __init__(
-        self, spec: DecoderSpec, source: TensorSource, weights: WeightFile, target: Target
+        self,
+        spec: DecoderSpec,
+        source: TensorSource,
+        weights: WeightFile,
+        target: Target,
+        slots: tuple[int, int] | None,
     ) -> None:
         self.spec, self.source, self.weights = spec, source, weights
         self.g = GraphNodes()
-        self.parts = Parts(spec, source, self.g)
+        self.slots = AdapterSlots(self.g, *slots) if slots else None
+        self.parts = Parts(spec, source, self.g, self.slots)
         self.attention = AttentionBuilder(self.parts, target)
 
     def build(self) -> ir.Graph:

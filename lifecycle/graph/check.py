@@ -8,12 +8,14 @@ import onnx
 from onnx import TensorProto
 from onnx.external_data_helper import ExternalDataInfo
 
+from lifecycle.engines.adapters import GRAPH as ADAPTED
 from lifecycle.engines.decoder import GRAPH
 from lifecycle.errors import StageError
 
 
 def check_graph(folder: Path) -> None:
-    """Check `model.onnx`: valid ONNX, and all its weights whole and inside the folder.
+    """Check `model.onnx`, and `adapters.onnx` if it is there: valid ONNX, and all their weights
+    whole and inside the folder.
 
     Numbers are the business of others: the checkpoint reader refuses weights that are not
     finite, and `evaluate` compares outputs.
@@ -21,24 +23,29 @@ def check_graph(folder: Path) -> None:
     Raises:
         StageError: names the file and what is wrong with it.
     """
-    path = folder / GRAPH
+    for name in (GRAPH, ADAPTED):
+        if name == GRAPH or (folder / name).is_file():
+            _check_file(folder / name)
+
+
+def _check_file(path: Path) -> None:
     model = onnx.load(path, load_external_data=False)
     for tensor in model.graph.initializer:
         if tensor.data_location == TensorProto.EXTERNAL:
-            _check_external(folder, tensor)
+            _check_external(path, tensor)
     try:
         onnx.checker.check_model(str(path))
     except onnx.checker.ValidationError as error:
         raise StageError(f"{path} is no valid graph: {error}") from error
 
 
-def _check_external(folder: Path, tensor: TensorProto) -> None:
+def _check_external(path: Path, tensor: TensorProto) -> None:
     """Its bytes must lie in a plain file of the folder (see CVE-2024-27318 and its successors)."""
     where = ExternalDataInfo(tensor)
-    file = folder / where.location
+    file = path.parent / where.location
     if Path(where.location).name != where.location or file.is_symlink() or not file.is_file():
         raise StageError(
-            f"{folder / GRAPH}: the data of {tensor.name} is at '{where.location}', "
+            f"{path}: the data of {tensor.name} is at '{where.location}', "
             "which is no plain file of the same folder"
         )
     end = (where.offset or 0) + (where.length or 0)

@@ -8,13 +8,13 @@ from math import prod
 from pathlib import Path
 from typing import Any, cast
 
-from lifecycle.engines.decoder import GRAPH, WEIGHTS, DecoderInfo
+from lifecycle.engines.decoder import WEIGHTS, DecoderInfo
 from lifecycle.errors import CheckpointError
+from lifecycle.graph.adapters import save_graphs
 from lifecycle.graph.architectures import read_spec
 from lifecycle.graph.builder import build_decoder
 from lifecycle.graph.checkpoint import Checkpoint
 from lifecycle.graph.fields import Fields
-from lifecycle.graph.nodes import save_model
 from lifecycle.graph.spec import DecoderSpec
 from lifecycle.graph.targets import Target
 from lifecycle.graph.tensors import TensorSource
@@ -26,11 +26,13 @@ def export_decoder(
     out: Path,
     target: Target,
     on_write: Callable[[int, int], None] | None = None,
+    slots: tuple[int, int] | None = None,
 ) -> DecoderInfo:
     """Write `model.onnx`, `model.onnx.data` and `decoder.json` of the model in `source`.
 
     Weights are float32. Memory stays at a few blocks of `safetensors_file.BLOCK` elements, whatever
-    the size of the model. `on_write(bytes, all)` follows the writing of the weights.
+    the size of the model. `on_write(bytes, all)` follows the writing of the weights. `slots` is a
+    number of LoRA adapters and their rank; there are then `adapters.onnx` and `adapters.json` too.
 
     Raises:
         UnsupportedArchitectureError: the graph builder does not know the architecture.
@@ -46,9 +48,11 @@ def export_decoder(
         tensors = TensorSource(spec, checkpoint, weights)
         if spec.tied_embeddings:
             tensors.require_tied()
-        graph = build_decoder(spec, tensors, weights, target)
+        graph, layout = build_decoder(spec, tensors, weights, target, slots)
     tensors.require_all_read()
-    save_model(graph, out / GRAPH)
+    save_graphs(graph, out)
+    if layout is not None:
+        layout.save(out)
     info.save(out)
     return info
 

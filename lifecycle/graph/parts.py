@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
+from lifecycle.engines.adapters import Product
+from lifecycle.graph.adapters import AdapterSlots, modules_of
 from lifecycle.graph.nodes import GraphNodes
 from lifecycle.graph.spec import DecoderSpec
 from lifecycle.graph.tensors import TensorSource
@@ -15,8 +17,14 @@ from lifecycle.graph.tensors import TensorSource
 class Parts:
     """Adds products and norms to a graph."""
 
-    def __init__(self, spec: DecoderSpec, source: TensorSource, g: GraphNodes) -> None:
-        self.spec, self.source, self.g = spec, source, g
+    def __init__(
+        self,
+        spec: DecoderSpec,
+        source: TensorSource,
+        g: GraphNodes,
+        slots: AdapterSlots | None = None,
+    ) -> None:
+        self.spec, self.source, self.g, self._slots = spec, source, g, slots
 
     def linear(
         self, name: str, layer: int, x: ir.Value, shape: tuple[int, int], bias: bool
@@ -31,7 +39,22 @@ class Parts:
         constants = [self.source.linear(name, layer, part, shape)]
         if bias:
             constants.append(self.source.linear(name, layer, part, shape[:1], "bias"))
-        return self.g.node("Gemm", name, x, *map(self.g.initializer, constants), transB=1)
+        y = self.g.node("Gemm", name, x, *map(self.g.initializer, constants), transB=1)
+        if self._slots is None or part == "router":
+            return y
+        return self._slots.add(self._product(name, layer, part, shape), x, y)
+
+    def _product(self, name: str, layer: int, part: str, shape: tuple[int, int]) -> Product:
+        """What an adapter must know of a product."""
+        sizes, names = self.spec.attention, self.spec.names
+        found = [self.source.layer_name(layer, one) for one in names.of(part).split()]
+        rows = {
+            1: [shape[0]],
+            2: [shape[0] // 2] * 2,
+            3: [sizes.q_size, sizes.kv_size, sizes.kv_size],
+        }[len(found)]
+        heads = sizes.num_heads if names.heads_together and part == "qkv_proj" else 0
+        return Product(name, shape[1], modules_of(names.prefix, found, rows), heads)
 
     def norm(self, name: str, source: str, x: ir.Value, size: int) -> ir.Value:
         """`x` [.., size], normalised by the weights that `source` names."""

@@ -8,9 +8,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Protocol
 
-from lifecycle.engines.decoder import GRAPH, WEIGHTS, DecoderInfo
+from lifecycle.engines.decoder import WEIGHTS, DecoderInfo
 from lifecycle.errors import StageError
-from lifecycle.graph.nodes import save_model
+from lifecycle.graph.adapters import save_graphs
 from lifecycle.graph.rewrite import GraphRewrite, Linear, Mixture
 from lifecycle.graph.weights import WeightFile
 from lifecycle.pipeline.suggest import did_you_mean
@@ -71,7 +71,7 @@ def quantize_graph(
         rewrite = GraphRewrite(source, weights)
         _replace_all(rewrite, scheme, exceptions or {}, on_done or (lambda done, total: None))
         graph = rewrite.finish()
-    save_model(graph, out / GRAPH)
+    save_graphs(graph, out)
     replace(info, scheme=name).save(out)
     bits = 8 * rewrite.quantized_bytes / max(1, rewrite.quantized_elements)
     return Quantized((out / WEIGHTS).stat().st_size, round(bits, 3))

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from lifecycle.engines.decoder import GRAPH
 from lifecycle.engines.limits import usable_cores
 from lifecycle.errors import StageError
+from lifecycle.graph.adapters import graph_file
 from lifecycle.graph.nodes import GraphNodes
 from lifecycle.graph.weights import WeightFile
 
@@ -53,7 +54,7 @@ class GraphRewrite:
     """The graph in `folder`, and the file that takes the weights of the new one."""
 
     def __init__(self, folder: Path, weights: WeightFile) -> None:
-        self.graph = ir.load(folder / GRAPH).graph
+        self.graph = ir.load(folder / graph_file(folder)).graph
         self.weights = weights
         self.folder = folder
         self.quantized_elements = 0

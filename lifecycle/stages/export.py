@@ -7,12 +7,13 @@ from math import prod
 from pathlib import Path
 from typing import ClassVar
 
-from pydantic import Field
+from pydantic import BaseModel, Field
 
 from lifecycle.errors import StageError
 from lifecycle.graph.targets import Cpu, Target
 from lifecycle.kinds import HfModel, OnnxModel
 from lifecycle.pipeline.artifact import Metrics
+from lifecycle.pipeline.registry import SETTINGS
 from lifecycle.pipeline.stage import Context, Ref, Stage
 
 COMPANIONS = (
@@ -20,8 +21,21 @@ COMPANIONS = (
     "tokenizer_config.json",
     "chat_template.jinja",
     "generation_config.json",
+    "adapters.json",
 )
 """Files that go with a model unchanged, where it has them."""
+
+
+class AdapterSlots(BaseModel):
+    """Room for LoRA adapters that are loaded when the model is served; one batch can mix them."""
+
+    model_config = SETTINGS
+
+    slots: int = Field(8, ge=1, le=1024)
+    """Adapters that can be loaded together. A slot takes memory once it is filled."""
+    rank: int = Field(16, ge=1, le=1024)
+    """The largest rank of an adapter. Smaller ones are filled up with zeros, and computed as
+    slowly as this rank."""
 
 
 class Export(Stage):
@@ -36,6 +50,9 @@ class Export(Stage):
     are known."""
     target: Target = Cpu()
     """The hardware that the graph is made for."""
+    adapters: AdapterSlots | None = None
+    """Slots for LoRA adapters; null exports none. Steps without an adapter run the same graph as
+    without slots."""
     parity: float = Field(1e-4, gt=0)
     """Most that a logit may differ from PyTorch's, as a part of the largest one, however a text
     is fed: at once, in chunks, among others, or with a part of it taken back."""
@@ -59,7 +76,8 @@ class Export(Stage):
             _require_memory(model.path)
         started = time.perf_counter()
         ctx.progress.phase("weights, bytes")
-        info = export_decoder(model.path, ctx.out, self.target, ctx.progress.update)
+        slots = (self.adapters.slots, self.adapters.rank) if self.adapters else None
+        info = export_decoder(model.path, ctx.out, self.target, ctx.progress.update, slots)
         check_graph(ctx.out)
         for name in COMPANIONS:
             if (model.path / name).is_file():
@@ -76,12 +94,14 @@ class Export(Stage):
         if self.no_parity is not None:
             ctx.progress.log(f"not compared with PyTorch: {self.no_parity}")
             return {"no_parity": self.no_parity}
-        from lifecycle.evaluation.parity import measure_parity, missing_providers
+        from lifecycle.evaluation.parity import measure_adapters, measure_parity, missing_providers
 
         ctx.progress.phase("comparing with PyTorch")
         if missing := missing_providers(ctx.out):
             ctx.progress.log(f"compared on the CPU, not verified on a device: no {missing[0]} here")
         found = measure_parity(model.path, ctx.out)
+        if self.adapters is not None:
+            found["adapters"] = measure_adapters(model.path, ctx.out)
         worst = max(found.values())
         if worst > self.parity:
             ways = ", ".join(f"{name} {value:.2g}" for name, value in found.items())

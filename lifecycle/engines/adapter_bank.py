@@ -1,0 +1,113 @@
+"""The weights of the loaded adapters, as the graph with slots takes them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lifecycle.engines.adapters import PLACES, TOKENS, AdapterLayout
+from lifecycle.engines.backend import Row
+from lifecycle.engines.peft import PeftFolder
+from lifecycle.errors import EngineError
+
+MIN_WIDTH = 2
+"""Rows of a product of the graph with slots (see `lifecycle.engines.adapters`)."""
+_PATIENCE = 8
+"""Weights of adapters without a token that are read in vain before the used ones are put side
+by side; that costs about as much as reading so many."""
+
+
+class AdapterBank:
+    """Entries side by side in one array per input: entry 0 is zeros, for rows without adapter.
+
+    The graph takes a range of entries. Which entry an adapter has may change from step to step,
+    so that those in use lie together; its slot, by which it is known outside, does not.
+    """
+
+    def __init__(self, layout: AdapterLayout) -> None:
+        self._layout = layout
+        self._arrays = {
+            name: np.zeros((layout.slots + 1, *shape), np.float32)
+            for name, shape in layout.shapes().items()
+        }
+        self._entries = dict[int, int]()
+        """Slot to entry, of the loaded adapters."""
+        self._wasted = 0
+
+    def load(self, folder: Path) -> int:
+        """Read a PEFT folder into a free slot, 1 or more.
+
+        Raises:
+            EngineError: the adapter does not fit, or all slots are taken; nothing has changed.
+        """
+        count = self._layout.slots
+        slot = next((n for n in range(1, count + 1) if n not in self._entries), None)
+        if slot is None:
+            raise EngineError(
+                f"all {count} adapter slots are taken: unload one, or export the model with more"
+            )
+        adapter = PeftFolder(folder, self._layout)
+        entry = min(set(range(1, count + 1)) - set(self._entries.values()))
+        for product in self._layout.products:
+            whole = self._arrays[product.a][entry]
+            whole[:] = 0
+            for k in range(len(product.modules)):
+                b = self._arrays[product.b(k)][entry]
+                b[:] = 0
+                if (found := adapter.update(product, k)) is not None:
+                    start, rank = k * self._layout.rank, found[0].shape[1]
+                    whole[:, start : start + rank], b[:rank] = found
+        self._entries[slot] = entry
+        return slot
+
+    def unload(self, slot: int) -> None:
+        """Make a slot free."""
+        del self._entries[slot]
+
+    def select(self, rows: Sequence[Row]) -> range:
+        """The entries that a step over `rows` needs."""
+        used = {row.adapter for row in rows if row.adapter}
+        entries = [self._entries[slot] for slot in used]
+        is_plain = any(not row.adapter for row in rows)
+        chosen = range(0 if is_plain else min(entries), max(entries) + 1)
+        self._wasted += len(chosen) - len(used) - is_plain
+        if self._wasted >= _PATIENCE:
+            self._gather(used)
+            chosen = range(0 if is_plain else 1, len(used) + 1)
+        return chosen
+
+    def weights(self, entries: range) -> dict[str, NDArray[np.float32]]:
+        """The inputs of the graph for a range of entries; views, not copies."""
+        return {name: array[entries.start : entries.stop] for name, array in self._arrays.items()}
+
+    def inputs(self, rows: Sequence[Row], entries: range) -> Mapping[str, NDArray[np.int64]]:
+        """Which tokens of a step belong to which of `entries`; the tokens are in the order of
+        `rows`."""
+        tokens: list[list[int]] = [[] for _ in entries]
+        places: list[tuple[int, int]] = []
+        for row in rows:
+            group = (self._entries[row.adapter] if row.adapter else 0) - entries.start
+            for _ in row.tokens:
+                tokens[group].append(len(places))
+                places.append((group, len(tokens[group]) - 1))
+        width = max(MIN_WIDTH, *map(len, tokens))
+        padded = [group + [0] * (width - len(group)) for group in tokens]
+        return {TOKENS: np.array(padded, np.int64), PLACES: np.array(places, np.int64)}
+
+    def _gather(self, used: set[int]) -> None:
+        """Exchange entries until those of `used` slots are the first ones."""
+        self._wasted = 0
+        slots = {entry: slot for slot, entry in self._entries.items()}
+        free = [entry for entry in range(1, len(used) + 1) if slots.get(entry) not in used]
+        for slot in used:
+            if (entry := self._entries[slot]) <= len(used):
+                continue
+            place = free.pop()
+            for array in self._arrays.values():
+                array[[place, entry]] = array[[entry, place]]
+            if other := slots.get(place):
+                self._entries[other] = entry
+            self._entries[slot] = place
