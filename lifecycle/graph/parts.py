@@ -10,7 +10,7 @@ import onnx_ir as ir
 from lifecycle.engines.adapters import Product
 from lifecycle.graph.adapters import AdapterSlots, modules_of
 from lifecycle.graph.nodes import GraphNodes
-from lifecycle.graph.spec import DecoderSpec
+from lifecycle.graph.spec import DecoderSpec, Experts
 from lifecycle.graph.tensors import TensorSource
 
 
@@ -25,6 +25,8 @@ class Parts:
         slots: AdapterSlots | None = None,
     ) -> None:
         self.spec, self.source, self.g, self._slots = spec, source, g, slots
+        # In a mixture PEFT takes the names of MLPs for those of experts, also where there are none.
+        self._has_experts = any(isinstance(layer.feed_forward, Experts) for layer in spec.layers)
 
     def linear(
         self, name: str, layer: int, x: ir.Value, shape: tuple[int, int], bias: bool
@@ -40,7 +42,7 @@ class Parts:
         if bias:
             constants.append(self.source.linear(name, layer, part, shape[:1], "bias"))
         y = self.g.node("Gemm", name, x, *map(self.g.initializer, constants), transB=1)
-        if self._slots is None or part == "router":
+        if self._slots is None or (self._has_experts and ".mlp." in name):
             return y
         return self._slots.add(self._product(name, layer, part, shape), x, y)
 
