@@ -16,6 +16,15 @@ def serve_parser() -> argparse.ArgumentParser:
     )
     _add_model(parser)
     parser.add_argument("--served-model-name", metavar="NAME", help="what clients call the model")
+    parser.add_argument(
+        "--adapter",
+        action="append",
+        type=adapter,
+        default=[],
+        metavar="NAME=FOLDER",
+        help="LoRA adapter (a PEFT folder) that clients get by naming it as their model; may be "
+        "given several times, for a model that was exported with adapter slots",
+    )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
     parser.add_argument("--port", type=count, default=8000, help="0 takes a free one (%(default)s)")
     _add_keys(parser)
@@ -61,7 +70,7 @@ def chat_parser() -> argparse.ArgumentParser:
         "--max-tokens", type=positive_integer, metavar="N", help="longest answer, in tokens"
     )
     parser.add_argument("--seed", type=int, help="the same seed gives the same answers")
-    parser.set_defaults(served_model_name=None, max_num_seqs=1, max_queue=0)
+    parser.set_defaults(adapter=[], served_model_name=None, max_num_seqs=1, max_queue=0)
     return parser
 
 
@@ -93,6 +102,14 @@ def _add_keys(parser: argparse.ArgumentParser) -> None:
     keys.add_argument(
         "--api-key-file", type=Path, metavar="FILE", help="file of accepted keys, one a line"
     )
+
+
+def adapter(text: str) -> tuple[str, Path]:
+    """`NAME=FOLDER`."""
+    name, equals, folder = text.partition("=")
+    if not (name and equals and folder):
+        raise ValueError
+    return name, Path(folder)
 
 
 def count(text: str) -> int:

@@ -72,7 +72,17 @@ def _open(args: argparse.Namespace) -> Service:
         ),
         name=args.served_model_name,
         max_queue=args.max_queue,
+        adapters=_adapters(args.adapter),
     )
+
+
+def _adapters(given: Sequence[tuple[str, Path]]) -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for name, folder in given:
+        if name in found:
+            raise RecipeError(f"--adapter {name} is given twice: {found[name]} and {folder}")
+        found[name] = folder
+    return found
 
 
 def _find_bundle(name: str, store: Path | None) -> Path:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 RETRY_AFTER = {"Retry-After": "1"}
@@ -61,11 +61,12 @@ def invalid_api_key() -> ApiError:
     )
 
 
-def model_not_found(name: str, served: str) -> ApiError:
+def model_not_found(name: str, served: Iterable[str]) -> ApiError:
     """404: the request names a model that is not served here."""
+    known = ", ".join(f"'{one}'" for one in served)
     return ApiError(
         404,
-        f"the model '{name}' does not exist; this server has '{served}'",
+        f"the model '{name}' does not exist; this server has {known}",
         param="model",
         code="model_not_found",
     )

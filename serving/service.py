@@ -13,8 +13,10 @@ from lifecycle.bundle.manifest import MANIFEST, verify_bundle
 from lifecycle.data.chat import ChatTokenizer
 from lifecycle.engines import decoder
 from lifecycle.engines.base import Engine, EngineOptions, Request, SamplingParams
+from lifecycle.engines.peft import WEIGHTS as ADAPTER_WEIGHTS
 from lifecycle.errors import DataError, EngineError
 from lifecycle.pipeline import registry
+from lifecycle.pipeline.artifact import hash_file
 from serving import errors
 from serving.generation import Generation
 from serving.sampling import Defaults
@@ -41,10 +43,13 @@ class ModelCard:
     """Changes whenever the model does; None for a folder that is no bundle."""
     created: int
     """Unix time, in seconds, since when it is served."""
+    parent: str | None = None
+    """The name of the model that this is an adapter of."""
 
 
 class Service:
-    """One model, ready to generate. Made by `open_service`; lives in one event loop."""
+    """One model, and its adapters under names of their own, ready to generate. Made by
+    `open_service`; lives in one event loop."""
 
     def __init__(
         self,
@@ -53,8 +58,11 @@ class Service:
         tokenizer: ChatTokenizer,
         defaults: Defaults,
         max_queue: int,
+        adapters: Sequence[ModelCard] = (),
     ) -> None:
         self.card = card
+        self.cards = {card.name: card} | {adapter.name: adapter for adapter in adapters}
+        """All that requests can name as their model."""
         self.tokenizer = tokenizer
         self.token_text = TokenTexts(tokenizer)
         self.defaults = defaults
@@ -127,12 +135,14 @@ class Service:
         stops: Sequence[str] = (),
         *,
         continued: bool = False,
+        adapter: str | None = None,
     ) -> Generation:
         """Begin to answer prompts, one answer each; the result must be read or closed.
 
         Args:
             continued: the answers go on with the text of their prompts, and are no texts of
                 their own.
+            adapter: the adapter to answer with.
 
         Raises:
             ApiError: the engine is busy, stopped, or refuses a prompt.
@@ -142,7 +152,7 @@ class Service:
         for index, (prompt, params) in enumerate(prompts):
             if not params.ignore_eos:
                 params = replace(params, stop_token_ids=params.stop_token_ids | own_stops)
-            requests.append(Request(f"{request_id}-{index}", prompt, params))
+            requests.append(Request(f"{request_id}-{index}", prompt, params, adapter))
         # First, for a prompt may hold what is no token until the engine has taken it.
         call = await self.worker.submit(requests)
         start = self.tokenizer.continuation if continued else lambda _: self.tokenizer.stream()
@@ -157,6 +167,7 @@ def open_service(
     options: EngineOptions | None = None,
     name: str | None = None,
     max_queue: int | None = None,
+    adapters: Mapping[str, Path] | None = None,
 ) -> Service:
     """Open a model folder, check it and run it once, so that the first request is fast.
 
@@ -164,6 +175,7 @@ def open_service(
         path: a bundle, or a model folder that the engine can run.
         name: what the API calls the model; None takes the bundle's name or the folder's.
         max_queue: requests that may wait for a slot; None takes four for each slot.
+        adapters: PEFT folders to load, by the names that requests give as their model.
 
     Raises:
         LifecycleError: the folder cannot be served.
@@ -179,9 +191,10 @@ def open_service(
     tokenizer = ChatTokenizer.load(path)
     defaults = Defaults.load(path)
     opened = registry.load(registry.ENGINES, engine, Engine).open(path, options)
+    cards = [_load_adapter(opened, card, *pair) for pair in (adapters or {}).items()]
     _warm_up(opened)
     waiting = QUEUE_PER_SLOT * opened.max_num_seqs if max_queue is None else max_queue
-    return Service(card, opened, tokenizer, defaults, waiting)
+    return Service(card, opened, tokenizer, defaults, waiting, cards)
 
 
 def _card(path: Path, name: str | None) -> ModelCard:
@@ -194,7 +207,19 @@ def _card(path: Path, name: str | None) -> ModelCard:
     return ModelCard(str(shown), bool(manifest.get("gated")), f"fp_{digest[:12]}", created)
 
 
+def _load_adapter(engine: Engine, base: ModelCard, name: str, folder: Path) -> ModelCard:
+    if name == base.name:
+        raise EngineError(f"adapter '{name}' has the name of the model; give it another")
+    engine.load_adapter(name, folder)
+    weights = hash_file(folder / ADAPTER_WEIGHTS)
+    # What gates have passed is the model without it.
+    print_of = None if base.fingerprint is None else f"{base.fingerprint}_{weights[:12]}"
+    return ModelCard(name, False, print_of, base.created, base.name)
+
+
 def _warm_up(engine: Engine) -> None:
     length = min(8, engine.max_model_len - 2)
     prompts = [[0] * max(length, 1)] * engine.max_num_seqs
     engine.generate(prompts, SamplingParams(max_tokens=2, ignore_eos=True))
+    for name in engine.adapters[:1]:
+        engine.logits(prompts[0], name)

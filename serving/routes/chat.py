@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from serving.formats import ChatFormat
-from serving.routes.generate import admit, choices, respond, sampling, service_of
+from serving.routes.generate import adapter_of, admit, choices, respond, sampling, service_of
 from serving.schemas import ChatBody
 
 router = APIRouter()
@@ -18,7 +18,7 @@ router = APIRouter()
 async def chat_completions(body: ChatBody, request: Request) -> Response:
     """The assistant's next message."""
     service = service_of(request)
-    admit(service, body, num_prompts=1)
+    card = admit(service, body, num_prompts=1)
     messages = [message.as_template_input for message in body.messages]
     prompt = await service.chat_tokens(messages)
     params = sampling(service, body, body.top_logprobs if body.logprobs else None)
@@ -26,10 +26,11 @@ async def chat_completions(body: ChatBody, request: Request) -> Response:
     room = service.room(prompt, asked, service.defaults.max_tokens, "messages")
     params = replace(params, max_tokens=room)
     request_id: str = request.state.request_id
-    generation = await service.generate(request_id, choices(prompt, params, body.n), body.stop)
+    prompts = choices(prompt, params, body.n)
+    generation = await service.generate(request_id, prompts, body.stop, adapter=adapter_of(card))
     form = ChatFormat(
         id=request_id.replace("req_", "chatcmpl-"),
-        card=service.card,
+        card=card,
         token_text=service.token_text,
         prompt_tokens=len(prompt),
         num_choices=body.n,

@@ -8,7 +8,15 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from serving.formats import CompletionFormat
-from serving.routes.generate import Prompt, admit, choices, respond, sampling, service_of
+from serving.routes.generate import (
+    Prompt,
+    adapter_of,
+    admit,
+    choices,
+    respond,
+    sampling,
+    service_of,
+)
 from serving.schemas import CompletionBody
 from serving.service import Service
 
@@ -22,7 +30,7 @@ DEFAULT_MAX_TOKENS = 16
 async def completions(body: CompletionBody, request: Request) -> Response:
     """The continuation of each prompt; answer `i` of prompt `p` has index `p * n + i`."""
     service = service_of(request)
-    admit(service, body, num_prompts=len(body.prompt))
+    card = admit(service, body, num_prompts=len(body.prompt))
     tokens = [await service.prompt_tokens(prompt) for prompt in body.prompt]
     params = sampling(service, body, body.logprobs)
     prompts: list[Prompt] = []
@@ -30,10 +38,12 @@ async def completions(body: CompletionBody, request: Request) -> Response:
         room = service.room(prompt, body.max_tokens, DEFAULT_MAX_TOKENS, "prompt")
         prompts += choices(prompt, replace(params, max_tokens=room), body.n)
     request_id: str = request.state.request_id
-    generation = await service.generate(request_id, prompts, body.stop, continued=True)
+    generation = await service.generate(
+        request_id, prompts, body.stop, continued=True, adapter=adapter_of(card)
+    )
     form = CompletionFormat(
         id=request_id.replace("req_", "cmpl-"),
-        card=service.card,
+        card=card,
         token_text=service.token_text,
         prompt_tokens=sum(map(len, tokens)),
         num_choices=len(prompts),

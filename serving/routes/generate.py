@@ -15,7 +15,7 @@ from serving.formats import Format
 from serving.generation import Generation
 from serving.http import unless_disconnected
 from serving.schemas import GenerationBody
-from serving.service import Service
+from serving.service import ModelCard, Service
 from serving.settings import ServerSettings
 from serving.sse import EventStream
 
@@ -27,15 +27,22 @@ def service_of(request: Request) -> Service:
     return request.app.state.service
 
 
-def admit(service: Service, body: GenerationBody, num_prompts: int) -> None:
-    """Turn a request away before it costs anything.
+def admit(service: Service, body: GenerationBody, num_prompts: int) -> ModelCard:
+    """Turn a request away before it costs anything; what it asks for else.
 
     Raises:
         ApiError: another model, or no room for its answers.
     """
-    if body.model != service.card.name:
-        raise model_not_found(body.model, service.card.name)
+    card = service.cards.get(body.model)
+    if card is None:
+        raise model_not_found(body.model, service.cards)
     service.worker.admit(num_prompts * body.n)
+    return card
+
+
+def adapter_of(card: ModelCard) -> str | None:
+    """What the engine calls the adapter of a model, if it is one."""
+    return card.name if card.parent else None
 
 
 def sampling(service: Service, body: GenerationBody, logprobs: int | None) -> SamplingParams:

@@ -8,32 +8,35 @@ from fastapi import APIRouter, Request
 
 from serving.errors import model_not_found
 from serving.routes.generate import service_of
-from serving.service import Service
+from serving.service import ModelCard, Service
 
 router = APIRouter(prefix="/v1/models")
 
 
 @router.get("")
 async def list_models(request: Request) -> dict[str, Any]:
-    """The one model of this server."""
-    return {"object": "list", "data": [_model(service_of(request))]}
+    """The model of this server, and its adapters."""
+    service = service_of(request)
+    cards = service.cards.values()
+    return {"object": "list", "data": [_model(service, card) for card in cards]}
 
 
 @router.get("/{name:path}")
 async def get_model(name: str, request: Request) -> dict[str, Any]:
     """A model by its name, which may contain slashes."""
     service = service_of(request)
-    if name != service.card.name:
-        raise model_not_found(name, service.card.name)
-    return _model(service)
+    if name not in service.cards:
+        raise model_not_found(name, service.cards)
+    return _model(service, service.cards[name])
 
 
-def _model(service: Service) -> dict[str, Any]:
+def _model(service: Service, card: ModelCard) -> dict[str, Any]:
     return {
-        "id": service.card.name,
+        "id": card.name,
         "object": "model",
-        "created": service.card.created,
+        "created": card.created,
         "owned_by": "lifecycle",
+        "parent": card.parent,
         "max_model_len": service.max_model_len,
-        "gated": service.card.gated,
+        "gated": card.gated,
     }

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from lifecycle.engines.adapters import AdapterLayout
 from lifecycle.errors import StageError
 from lifecycle.evaluation.parity import measure_parity
 from lifecycle.graph.export import export_decoder
@@ -14,6 +15,7 @@ from lifecycle.graph.targets import Cpu
 from lifecycle.kinds import HfModel
 from lifecycle.pipeline.artifact import hash_tree
 from lifecycle.stages.export import Export
+from lifecycle.stages.quantize import Quantize
 from tests.conftest import RunStage, as_artifact
 from tests.graph.models import save_model
 
@@ -81,3 +83,27 @@ def test_too_little_memory_is_said_before_the_export(
     monkeypatch.setattr("lifecycle.engines.limits.available_memory", lambda: 1000)
     with pytest.raises(StageError, match=r"takes .* GiB of memory.*no_parity"):
         run_stage(STAGE, base=base)
+
+
+def test_slots_are_exported_and_compared(base: HfModel, run_stage: RunStage) -> None:
+    stage = Export.model_validate({"model": "base", "adapters": {"slots": 3, "rank": 4}})
+    made = run_stage(stage, base=base)
+    assert {"adapters.json", "adapters.onnx"} <= {entry.path for entry in made.files}
+    assert made.metrics["parity"] < 1e-5
+    quantized = run_stage(
+        Quantize.model_validate({"model": "onnx", "scheme": "int8-rowwise"}), onnx=made
+    )
+    layout = AdapterLayout.load(quantized.path)
+    assert layout is not None and layout == AdapterLayout.load(made.path)
+    assert (layout.slots, layout.rank) == (3, 4)
+    assert (quantized.path / "adapters.onnx").is_file()
+
+
+def test_slots_that_differ_are_no_artifact(
+    base: HfModel, run_stage: RunStage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With other updates than PEFT's, such as those of an adapter that is not scaled."""
+    monkeypatch.setattr("lifecycle.engines.peft.PeftFolder._scale", lambda *_: 1.0)
+    stage = Export.model_validate({"model": "base", "adapters": {"slots": 1, "rank": 4}})
+    with pytest.raises(StageError, match=r"differ by .*adapters"):
+        run_stage(stage, base=base)
