@@ -61,18 +61,21 @@ def architectures() -> str:
         "`export` and `quantize` take every one of these. Tests hold a small model of each, with "
         "random weights, to the logits of PyTorch: within 1e-4 in float32 when a text is fed at "
         "once, in chunks, beside others at other speeds, and after a part of it was taken back; "
-        "and within the rounding of `int8-rowwise` and `int4` when it is quantised.\n"
+        "and within the rounding of `int8-rowwise` and `int4` when it is quantised; and with two LoRA "
+        "adapters in slots beside a text without to those of PEFT.\n"
     )
     rows = [
         (
             _code(name),
-            _doc(registry.load_function(registry.ARCHITECTURES, name)).strip(),
+            _doc(read).strip(),
             "yes",
             "yes",
             "yes",
-            "not yet",
+            # Updates of experts are no LoRA of linear layers to PEFT.
+            "attention" if read.__module__.endswith(".mixtures") else "yes",
         )
         for name in registry.names(registry.ARCHITECTURES)
+        for read in [registry.load_function(registry.ARCHITECTURES, name)]
     ]
     headings = ("`model_type`", "what it is", "exported", "parity", "quantised", "LoRA slots")
     return "\n".join([NOTE, "# Architectures of decoders\n", intro, _table(headings, rows)])

@@ -1,14 +1,12 @@
 """LoRA slots: the nodes that add x · A · B to a product, of another adapter for each row.
 
 The tokens of each adapter are gathered into [N, Q, in], so that the products run over all adapters
-at once and read the weights of each but once. Beside a row-wise int8 model of 135M parameters, at
-batch 8 with rank 16 everywhere, this decodes eight different adapters at 0.54 of the speed without;
-one product over all tokens and all adapters with a mask over it 0.46; summing over the adapters
-0.42 (2 cores, AVX512).
+at once and read the weights of each but once (docs/decisions.md has what was tried beside).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import onnx_ir as ir
@@ -37,28 +35,32 @@ class AdapterSlots:
         """What the graph has room for."""
         return AdapterLayout(self._slots, self._rank, tuple(self._products))
 
-    def add(self, product: Product, x: ir.Value, y: ir.Value) -> ir.Value:
-        """`y` [T, out], the product of the base weights with `x` [T, in], and what the adapter of
-        each token adds to it."""
+    def add(self, product: Product, x: ir.Value, ys: Sequence[ir.Value]) -> list[ir.Value]:
+        """What the base weights make of `x` [T, in], and what the adapter of each token adds to it:
+        `ys` is one [T, out] for each module, or a single one for all."""
         self._products.append(product)
         g, name, count = self._g, f"{_PREFIX}{product.name}", len(product.modules)
         read = g.node("Gather", f"{name}.x", x, self._tokens)
         a = self._bank(product.a, product.width, count * self._rank)
-        inner = g.node("MatMul", f"{name}.inner", read, a)
-        parts = [inner]
+        parts = [g.node("MatMul", f"{name}.inner", read, a)]
         if count > 1:
             sizes = g.integers(f"{_PREFIX}split.{count}", *[self._rank] * count)
             names = [f"{name}.inner.{k}" for k in range(count)]
-            parts = list(g.nodes("Split", f"{name}.split", (inner, sizes), names, axis=-1))
-        outer = [
+            parts = list(g.nodes("Split", f"{name}.split", (*parts, sizes), names, axis=-1))
+        updates = [
             g.node("MatMul", f"{name}.outer.{k}", part, self._bank(product.b(k), self._rank, rows))
             for k, (part, rows) in enumerate(
                 zip(parts, (module.rows for module in product.modules), strict=True)
             )
         ]
-        update = outer[0] if count == 1 else g.node("Concat", f"{name}.outer", *outer, axis=-1)
-        packed = g.node("GatherND", f"{name}.packed", update, self._places)
-        return g.node("Add", f"{name}{_SUM}", packed, y)
+        if len(ys) < count:
+            updates = [g.node("Concat", f"{name}.outer", *updates, axis=-1)]
+        packed = [
+            g.node("GatherND", f"{name}.packed.{k}", update, self._places)
+            for k, update in enumerate(updates)
+        ]
+        pairs = enumerate(zip(packed, ys, strict=True))
+        return [g.node("Add", f"{name}.{k}{_SUM}", *pair) for k, pair in pairs]
 
     def _bank(self, name: str, rows: int, columns: int) -> ir.Value:
         return self._g.input(name, ir.DataType.FLOAT, ("N", rows, columns))

@@ -40,10 +40,15 @@ def _gated(parts: Parts, i: int, x: ir.Value, mlp: Mlp) -> ir.Value:
     """activation(gate(x)) * up(x), gate and up in one product."""
     g, name = parts.g, f"layers.{i}.mlp"
     shape = (2 * mlp.size, parts.spec.hidden_size)
-    both = parts.linear(f"{name}.gate_up_proj", i, x, shape, mlp.bias)
+    product = f"{name}.gate_up_proj"
+    # Adapters add to each half, unless the checkpoint has both in one module.
+    is_one = len(parts.spec.names.of("gate_up_proj").split()) == 1
+    both = (parts.linear if is_one else parts.base)(product, i, x, shape, mlp.bias)
     halves = g.integers("split.gate_up", mlp.size, mlp.size)
     outputs = (f"{name}.gate", f"{name}.up")
     gate, up = g.nodes("Split", f"{name}.split", (both, halves), outputs, axis=-1)
+    if not is_one:
+        gate, up = parts.adapted(product, i, x, shape, gate, up)
     return g.node("Mul", f"{name}.gated", _activation(parts, f"{name}.act", gate, mlp), up)
 
 

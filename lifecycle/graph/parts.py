@@ -31,6 +31,12 @@ class Parts:
     def linear(
         self, name: str, layer: int, x: ir.Value, shape: tuple[int, int], bias: bool
     ) -> ir.Value:
+        """`base`, with what adapters add to it."""
+        return self.adapted(name, layer, x, shape, self.base(name, layer, x, shape, bias))[0]
+
+    def base(
+        self, name: str, layer: int, x: ir.Value, shape: tuple[int, int], bias: bool
+    ) -> ir.Value:
         """x · Wᵀ + b, W of `shape` [out, in]; the last word of `name` says which product.
 
         Gemm with transB takes weights as checkpoints store them, so they are copied, not
@@ -41,10 +47,16 @@ class Parts:
         constants = [self.source.linear(name, layer, part, shape)]
         if bias:
             constants.append(self.source.linear(name, layer, part, shape[:1], "bias"))
-        y = self.g.node("Gemm", name, x, *map(self.g.initializer, constants), transB=1)
+        return self.g.node("Gemm", name, x, *map(self.g.initializer, constants), transB=1)
+
+    def adapted(
+        self, name: str, layer: int, x: ir.Value, shape: tuple[int, int], *ys: ir.Value
+    ) -> Sequence[ir.Value]:
+        """`ys`, a product of `base` in whole or by its modules, with what adapters add to it."""
         if self._slots is None or (self._has_experts and ".mlp." in name):
-            return y
-        return self._slots.add(self._product(name, layer, part, shape), x, y)
+            return ys
+        product = self._product(name, layer, name.rpartition(".")[2], shape)
+        return self._slots.add(product, x, ys)
 
     def _product(self, name: str, layer: int, part: str, shape: tuple[int, int]) -> Product:
         """What an adapter must know of a product."""
