@@ -69,10 +69,25 @@ class HfModel(Artifact):
         return path if path.is_dir() else None
 
 
-class OnnxModel(Artifact):
-    """`model.onnx`, `model.onnx.data`, `decoder.json`, tokeniser files, chat template."""
+class OnnxGraph(Artifact):
+    """`model.onnx`, `model.onnx.data`: any graph, its larger weights in the second file."""
+
+    kind = "onnx-graph"
+
+
+class OnnxModel(OnnxGraph):
+    """The graph of a decoder, with `decoder.json`, tokeniser files and a chat template."""
 
     kind = "onnx-model"
+
+
+class Arrays(Artifact):
+    """`train.npz`, `test.npz`: samples for an `OnnxGraph`, an array for each of its inputs.
+
+    The array of sample 12 for the input `image` is called `000012/image`.
+    """
+
+    kind = "arrays"
 
 
 class Report(Artifact):

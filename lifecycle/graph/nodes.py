@@ -101,7 +101,7 @@ class GraphNodes:
         return node.outputs
 
 
-def save_model(graph: ir.Graph, path: Path) -> None:
+def save_model(graph: ir.Graph, path: Path, ir_version: int = IR_VERSION) -> None:
     """Write the graph; its external tensors must lie in files beside `path`."""
-    model = ir.Model(graph, ir_version=IR_VERSION, producer_name="lifecycle")
+    model = ir.Model(graph, ir_version=max(ir_version, IR_VERSION), producer_name="lifecycle")
     ir.save(model, path)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, get_a
 from pydantic import BeforeValidator, Field, model_validator
 
 from lifecycle.errors import StageError
-from lifecycle.kinds import Conversations, OnnxModel, Text
+from lifecycle.kinds import Conversations, OnnxGraph, OnnxModel, Text
 from lifecycle.pipeline.artifact import Metrics
 from lifecycle.pipeline.stage import Context, Ref, Stage
 from lifecycle.pipeline.suggest import did_you_mean
@@ -35,11 +35,12 @@ def _known_scheme(value: Any) -> Any:
 class Quantize(Stage):
     """Store the matrices of a float32 graph as integers with scales."""
 
-    produces = OnnxModel
+    produces = OnnxGraph
+    keeps_kind_of: ClassVar[str | None] = "model"
     version: ClassVar[int] = 1
 
-    model: Ref[OnnxModel]
-    """An exported model in float32."""
+    model: Ref[OnnxGraph]
+    """A graph in float32: an exported decoder, or any that `onnx` brought in."""
     scheme: Annotated[SchemeName, BeforeValidator(_known_scheme)]
     """`int8-rowwise`: weights by output channel, activations by row; output that does not depend
     on the rest of the batch; best for batches and prefill. `int4`: weights in blocks; best
@@ -80,16 +81,11 @@ class Quantize(Stage):
 
     def run(self, ctx: Context) -> Metrics:
         """Write `model.onnx`, `model.onnx.data`, `decoder.json`; link the tokeniser files."""
-        from lifecycle.engines.decoder import WEIGHTS, DecoderInfo
+        from lifecycle.engines.decoder import WEIGHTS
         from lifecycle.graph.check import check_graph
 
         model = ctx.input(self.model)
-        info = DecoderInfo.load(model.path)
-        if self.scheme not in info.schemes:
-            raise StageError(
-                f"scheme '{self.scheme}' does not run on target '{info.target}' "
-                f"of '{self.model}' (it runs {', '.join(info.schemes) or 'none'})"
-            )
+        self._require_possible(model)
         started = time.perf_counter()
         made = self._quantize(ctx, model.path)
         check_graph(ctx.out)
@@ -103,6 +99,22 @@ class Quantize(Stage):
             "seconds": round(time.perf_counter() - started, 3),
         }
 
+    def _require_possible(self, model: OnnxGraph) -> None:
+        from lifecycle.engines.decoder import DecoderInfo
+
+        if isinstance(model, OnnxModel):
+            info = DecoderInfo.load(model.path)
+            if self.scheme not in info.schemes:
+                raise StageError(
+                    f"scheme '{self.scheme}' does not run on target '{info.target}' "
+                    f"of '{self.model}' (it runs {', '.join(info.schemes) or 'none'})"
+                )
+        elif self.method == "gptq":
+            raise StageError(
+                f"method 'gptq' walks the layers of a decoder, but '{self.model}' is a graph of "
+                "another kind: use method: rtn"
+            )
+
     def _quantize(self, ctx: Context, source: Path) -> Quantized:
         from lifecycle.graph.int8 import Int8Rowwise
         from lifecycle.graph.quantize import quantize_graph
@@ -112,7 +124,9 @@ class Quantize(Stage):
         scheme: Scheme = int8
         if self.scheme != "int8-rowwise":
             scheme = self._blockwise(ctx, source)
-        if self.scheme == "int4":
+        is_decoder = isinstance(ctx.input(self.model), OnnxModel)
+        if self.scheme == "int4" and (is_decoder or "int8" in self.model_fields_set):
+            # The default names a part that other graphs do not have.
             exceptions |= dict.fromkeys(self.int8, int8)
         ctx.progress.phase("matrices")
         return quantize_graph(source, ctx.out, self.scheme, scheme, exceptions, ctx.progress.update)
