@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from lifecycle.pipeline.artifact import Artifact
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 Split = Literal["train", "test"]
 
@@ -88,6 +92,14 @@ class Arrays(Artifact):
     """
 
     kind = "arrays"
+
+    def samples(self, split: Split) -> Iterator[dict[str, NDArray[Any]]]:
+        """The samples of a split, in order."""
+        import numpy as np
+
+        with np.load(self.path / f"{split}.npz", allow_pickle=False) as file:
+            for _, names in groupby(file.files, key=lambda name: name.partition("/")[0]):
+                yield {name.partition("/")[2]: file[name] for name in names}
 
 
 class Report(Artifact):

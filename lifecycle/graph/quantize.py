@@ -7,14 +7,14 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from math import prod
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import onnx_ir as ir
 
 from lifecycle.engines.decoder import FILE, GRAPH, WEIGHTS, DecoderInfo
 from lifecycle.errors import StageError
 from lifecycle.graph.nodes import save_model
-from lifecycle.graph.rewrite import GraphRewrite, Linear, Mixture, matrix_shape
+from lifecycle.graph.rewrite import Convolution, GraphRewrite, Linear, Mixture, matrix_shape
 from lifecycle.graph.weights import WeightFile
 from lifecycle.pipeline.suggest import did_you_mean
 
@@ -46,6 +46,19 @@ class Scheme(Protocol):
 
     def embedding(self, rewrite: GraphRewrite, node: ir.Node, head: Linear | None) -> None:
         """Replace a Gather from a table, and the output head if it is the same matrix."""
+        ...
+
+
+@runtime_checkable
+class ConvolutionScheme(Scheme, Protocol):
+    """A scheme that knows convolutions too; others leave them in float32."""
+
+    def convolution(self, rewrite: GraphRewrite, conv: Convolution) -> None:
+        """Replace what a convolution reads and gives."""
+        ...
+
+    def finish(self, rewrite: GraphRewrite) -> None:
+        """What is to be done when all matrices are replaced."""
         ...
 
 
@@ -120,7 +133,8 @@ def _replace_all(
     on_done: Callable[[int, int], None],
 ) -> None:
     linears, mixtures = rewrite.linears(), rewrite.mixtures()
-    named = [*lookups, *linears, *mixtures]
+    convolutions = rewrite.convolutions() if isinstance(scheme, ConvolutionScheme) else []
+    named = [*lookups, *linears, *mixtures, *convolutions]
     names = [str(matrix.name) for matrix in named]
     if not names:
         raise StageError(
@@ -133,6 +147,11 @@ def _replace_all(
         for node in lookups
     }
     done, total = 0, len(names)
+    for conv in convolutions:
+        picked = chosen[conv.name]
+        if isinstance(picked, ConvolutionScheme):
+            picked.convolution(rewrite, conv)
+        on_done(done := done + 1, total)
     for linear in linears:
         picked = chosen[linear.name]
         if linear not in heads.values() and picked is not None:
@@ -151,6 +170,8 @@ def _replace_all(
         if picked is not None:
             picked.embedding(rewrite, node, head)
         on_done(done := done + 1, total)
+    if isinstance(scheme, ConvolutionScheme):
+        scheme.finish(rewrite)
 
 
 def _choose(

@@ -56,19 +56,36 @@ class Mixture:
     down: ir.Value
 
 
-class GraphRewrite:
-    """The graph in `folder`, and the file that takes the weights of the new one."""
+@dataclass(frozen=True, slots=True)
+class Convolution:
+    """A node `Conv` whose weights [out, in, …] and bias are constant."""
 
-    def __init__(self, folder: Path, weights: WeightFile) -> None:
+    node: ir.Node
+    name: str
+    weight: ir.Value
+    bias: ir.Value | None
+
+
+class GraphRewrite:
+    """The graph in `folder`, and the file that takes the weights of the new one; without such a
+    file it can only be looked at."""
+
+    def __init__(self, folder: Path, weights: WeightFile | None = None) -> None:
         model = ir.load(folder / GRAPH)
         self.graph, self.ir_version = model.graph, model.ir_version
         self.graph.opset_imports.setdefault(MICROSOFT, 1)
-        self.weights = weights
+        self._weights = weights
         self.folder = folder
         self.quantized_elements = 0
         """Weights that are stored as integers so far."""
         self.quantized_bytes = 0
         """Bytes that stand for them, scales included."""
+
+    @property
+    def weights(self) -> WeightFile:
+        """Where new tensors go."""
+        assert self._weights is not None, "opened to be looked at"
+        return self._weights
 
     def linears(self) -> list[Linear]:
         """All products with constant weights, in the order of the graph."""
@@ -92,6 +109,18 @@ class GraphRewrite:
                 found.append(Mixture(node, node.name, gate_up, down))
         return found
 
+    def convolutions(self) -> list[Convolution]:
+        """All convolutions with constant weights, in the order of the graph."""
+        found: list[Convolution] = []
+        for node in self.graph:
+            if node.op_type == "Conv" and not node.domain:
+                _, weight, *rest = node.inputs
+                bias = rest[0] if rest else None
+                assert weight is not None and node.name is not None
+                if all(v is None or is_constant(v) for v in (weight, bias)):
+                    found.append(Convolution(node, node.name, weight, bias))
+        return found
+
     def lookups(self) -> list[ir.Node]:
         """All nodes Gather that take rows of a constant table of floats."""
         constants = self._matrices()
@@ -106,6 +135,13 @@ class GraphRewrite:
     def before(self, node: ir.Node) -> GraphNodes:
         """New nodes go before `node`."""
         return GraphNodes(self.graph, before=node)
+
+    def after(self, value: ir.Value) -> GraphNodes:
+        """New nodes go right behind the one that makes `value`; of an input, to the beginning."""
+        maker = value.producer()
+        if maker is not None:
+            return GraphNodes(self.graph, after=maker)
+        return GraphNodes(self.graph, before=self.graph[0])
 
     def replace(self, node: ir.Node, value: ir.Value) -> None:
         """Let `value` stand where the output of `node` stood."""
@@ -195,6 +231,11 @@ def _floats(tensor: ir.ExternalTensor, start: int, stop: int) -> Iterator[NDArra
     for at in range(start, stop, BLOCK):
         offset = (tensor.offset or 0) + 4 * at
         yield np.fromfile(tensor.path, "<f4", min(BLOCK, stop - at), offset=offset)
+
+
+def is_constant(value: ir.Value) -> bool:
+    """Whether a value is stored float32."""
+    return value.is_initializer() and value.dtype == ir.DataType.FLOAT
 
 
 def _product_weight(node: ir.Node, constants: set[ir.Value | None]) -> ir.Value | None:

@@ -58,6 +58,8 @@ class WeightFile:
         for block in blocks:
             self._file.write(np.ascontiguousarray(block).data.cast("B"))
             self._on_write(self._file.tell())
+        # What is written can be read at once, through the tensor.
+        self._file.flush()
         length = self._file.tell() - start
         expected = -(-prod(shape) * dtype.bitwidth // 8)
         if length != expected:
