@@ -54,9 +54,11 @@ def classifier_weights() -> Weights:
         "bias": (5,),
     }
     found = {k: random.standard_normal(s).astype(np.float32) / 3 for k, s in shapes.items()}
-    # Channels of very different sizes, which one scale for all of them would ruin.
-    found["k1"] *= np.geomspace(0.05, 5, 8, dtype=np.float32)[:, None, None, None]
-    found["k2"] /= np.geomspace(0.05, 5, 8, dtype=np.float32)[None, :, None, None]
+    # Channels of very different sizes, which one scale for all of them would ruin; the head makes
+    # them count alike.
+    sizes = np.geomspace(0.1, 1, 8, dtype=np.float32)
+    found["k2"] *= sizes[:, None, None, None]
+    found["head"] /= sizes[:, None]
     return found
 
 
