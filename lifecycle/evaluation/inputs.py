@@ -20,10 +20,10 @@ def read_texts(
     name: str,
     *,
     split: Split = "train",
-    count: int,
+    count: int | None,
     length: int,
 ) -> list[tuple[int, ...]]:
-    """`count` texts of at most `length` tokens, as the decoder in `folder` reads them. `name` is
+    """`count` texts, or all, of at most `length` tokens, as the decoder in `folder` reads them. `name` is
     what the recipe calls the data.
 
     Raises:
@@ -34,7 +34,7 @@ def read_texts(
     build = partial(windows, length=context) if isinstance(data, Text) else supervised
     rows = ranked_rows(data, split, name)
     found = select(rows, [ChatTokenizer.load(folder)], build, context, count)
-    if len(found.items) < count:
+    if count is not None and len(found.items) < count:
         raise StageError(
             f"calibration: '{name}' has {len(found.items)} texts of at most {context} tokens, "
             f"{count} are asked for; set samples to {len(found.items)}, or give more "
@@ -49,17 +49,17 @@ def read_inputs(
     name: str,
     *,
     split: Split = "train",
-    count: int,
+    count: int | None,
     length: int,
 ) -> list[Sample]:
-    """`count` samples for a graph.
+    """`count` samples for a graph, or all of the split.
 
     Raises:
         StageError: there are fewer, or they are of another kind than the graph reads.
     """
     if isinstance(data, Arrays):
         found: list[Sample] = list(islice(data.samples(split), count))
-        if len(found) < count:
+        if count is not None and len(found) < count:
             raise StageError(
                 f"'{name}' has {len(found)} samples in its {split} split, {count} are asked for; "
                 f"set samples to {len(found)}, or give more"

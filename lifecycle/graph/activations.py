@@ -46,23 +46,29 @@ def histograms(
     done, total = 0, len(groups) * len(samples)
     for group in groups:
         session = _tapped(folder, group)
-        needed = {value.name for value in session.get_inputs()}
         for number, sample in enumerate(samples, start=1):
-            values = run(session, {k: v for k, v in sample.items() if k in needed}, number)
+            values = run(session, sample, number)
             for name, array in zip(group, values, strict=True):
                 found[name].add(array)
             on_done(done := done + 1, total)
     return found
 
 
-def run(session: ort.InferenceSession, sample: Sample, number: int) -> list[NDArray[Any]]:
-    """All outputs of a session for a sample, the `number`th.
+def run(
+    session: ort.InferenceSession,
+    sample: Sample,
+    number: int,
+    outputs: Sequence[str] | None = None,
+) -> list[NDArray[Any]]:
+    """Outputs of a session, all or some, for a sample, the `number`th, which may have arrays that
+    this session does not take.
 
     Raises:
         StageError: it cannot be computed.
     """
+    names = [value.name for value in session.get_inputs()]
     try:
-        found: Any = session.run(None, dict(sample))
+        found: Any = session.run(outputs, {name: sample[name] for name in names if name in sample})
     except Exception as error:
         raise StageError(f"sample {number} cannot be computed: {error}") from error
     return found

@@ -68,7 +68,7 @@ class Quantize(Stage):
     """Of `calibration`: how many samples are read."""
     sample_length: int = Field(512, ge=16)
     """Of `calibration`: most tokens of a text."""
-    calibrate: Literal["minmax", "entropy", "percentile"] = "percentile"
+    calibrate: Literal["minmax", "entropy", "percentile"] = "minmax"
     """For `int8-static`: what of a tensor's values 8 bits cover. `minmax`: all. `percentile`: all
     but the outermost. `entropy`: what keeps the distribution."""
     percentile: float = Field(99.99, gt=50, le=100)
