@@ -30,7 +30,7 @@ class Compare(Stage):
     """The graph to measure."""
     reference: Ref[OnnxGraph]
     """The graph it is compared with, such as the one before quantisation."""
-    data: Ref[Arrays | Conversations | Text]
+    data: Ref[Conversations | Text | Arrays]
     """Samples for the graphs: `arrays`, or texts for decoders."""
     split: Split = "test"
     """Which part of the data."""
