@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from lifecycle.pipeline.artifact import Artifact
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 Split = Literal["train", "test"]
 
@@ -69,10 +73,33 @@ class HfModel(Artifact):
         return path if path.is_dir() else None
 
 
-class OnnxModel(Artifact):
-    """`model.onnx`, `model.onnx.data`, `decoder.json`, tokeniser files, chat template."""
+class OnnxGraph(Artifact):
+    """`model.onnx`, `model.onnx.data`: any graph, its larger weights in the second file."""
+
+    kind = "onnx-graph"
+
+
+class OnnxModel(OnnxGraph):
+    """The graph of a decoder, with `decoder.json`, tokeniser files and a chat template."""
 
     kind = "onnx-model"
+
+
+class Arrays(Artifact):
+    """`train.npz`, `test.npz`: samples for an `OnnxGraph`, an array for each of its inputs.
+
+    The array of sample 12 for the input `image` is called `000012/image`.
+    """
+
+    kind = "arrays"
+
+    def samples(self, split: Split) -> Iterator[dict[str, NDArray[Any]]]:
+        """The samples of a split, in order."""
+        import numpy as np
+
+        with np.load(self.path / f"{split}.npz", allow_pickle=False) as file:
+            for _, names in groupby(file.files, key=lambda name: name.partition("/")[0]):
+                yield {name.partition("/")[2]: file[name] for name in names}
 
 
 class Report(Artifact):

@@ -187,6 +187,12 @@ def open_service(
                 f"{path} is a PyTorch model: export and bundle it with a recipe, "
                 "or serve it as it is with --engine pytorch"
             )
+        if (path / decoder.GRAPH).is_file():
+            raise EngineError(
+                f"{path} has the ONNX graph of '{card.name}', which is no decoder: only language "
+                "models that a recipe exported (use: export) and bundled can be served; run this "
+                f"one with onnxruntime.InferenceSession('{path / decoder.GRAPH}')"
+            )
         raise EngineError(f"{path} is no bundle: it has neither {MANIFEST} nor {decoder.FILE}")
     tokenizer = ChatTokenizer.load(path)
     defaults = Defaults.load(path)

@@ -76,7 +76,9 @@ def run_stage(tmp_path: Path) -> RunStage:
         by_field = {field: inputs[ref] for field, ref in references(stage).items()}
         ctx = Context("stage", by_field, out, scratch, QuietProgress(), inputs)
         metrics = stage.run(ctx)
-        artifact = as_artifact(stage.produces, out, metrics)
+        kept = stage.keeps_kind_of
+        kind = type(by_field[kept]) if kept is not None else stage.produces
+        artifact = as_artifact(kind, out, metrics)
         artifact.ctx = ctx  # type: ignore[attr-defined]
         return artifact
 

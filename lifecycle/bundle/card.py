@@ -14,10 +14,11 @@ _DIGITS = 12
 
 def model_card(manifest: Record) -> str:
     """Markdown: what the model is, what was measured, how to serve it, how it was made."""
+    is_decoder = "architecture" in manifest["model"]
     sections = [
-        _summary(manifest),
+        _summary(manifest) if is_decoder else _graph_summary(manifest),
         _measured(manifest["report"]),
-        _SERVING,
+        _SERVING if is_decoder else _RUNNING,
         _lineage(manifest["lineage"]),
         _LICENCE,
     ]
@@ -34,6 +35,28 @@ def _summary(manifest: Record) -> str:
         f"`manifest.json` lists every file with its SHA-256.\n\n"
         f"Model digest: `{model['digest']}`"
     )
+
+
+def _graph_summary(manifest: Record) -> str:
+    model = manifest["model"]
+    ports = [
+        [kind[:-1], port["name"], port["dtype"], _shape(port["shape"])]
+        for kind in ("inputs", "outputs")
+        for port in model[kind]
+    ]
+    weights = ", ".join(f"{count:,} in {name}" for name, count in model["precisions"].items())
+    return (
+        f"# {manifest['name']}\n\n"
+        f"An ONNX graph with {model['parameters']:,} parameters in its matrices"
+        f"{f' ({weights})' if weights else ''}. Made with lifecycle-toolkit; `manifest.json` lists "
+        f"every file with its SHA-256.\n\n"
+        f"Model digest: `{model['digest']}`\n\n"
+        f"## Inputs and outputs\n\n{_table(['', 'name', 'type', 'shape'], ports)}"
+    )
+
+
+def _shape(shape: list[int | str] | None) -> str:
+    return "" if shape is None else f"[{', '.join(map(str, shape))}]"
 
 
 def _measured(report: Record | None) -> str:
@@ -104,6 +127,18 @@ lifecycle serve FOLDER
 ```
 
 `FOLDER` is the folder of this file. The API is OpenAI's."""
+
+_RUNNING = """## Run
+
+```python
+import onnxruntime
+
+session = onnxruntime.InferenceSession("FOLDER/model.onnx")
+outputs = session.run(None, inputs)
+```
+
+`FOLDER` is the folder of this file; `inputs` holds an array for each input by its name.
+`lifecycle serve` takes decoders only."""
 
 _LICENCE = """## Licence
 

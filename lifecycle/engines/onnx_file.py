@@ -36,8 +36,8 @@ _LEADS_TO: dict[str, dict[int, str]] = {
 """Message -> field number -> message; `Entry` is one key and value of the external data."""
 
 
-def check_external_data(graph: Path) -> None:
-    """Refuse a graph whose weights lie outside its own folder, or are missing.
+def check_external_data(graph: Path) -> list[str]:
+    """The files of a graph's weights, relative to its folder; they must be there, and inside.
 
     Raises:
         EngineError: names the file and what is wrong with it.
@@ -69,6 +69,7 @@ def check_external_data(graph: Path) -> None:
             )
         if not is_file:
             raise EngineError(f"{path} is missing: {graph.name} takes its weights from it")
+    return sorted(locations)
 
 
 def _locations(data: memoryview, message: str) -> Iterator[str]:

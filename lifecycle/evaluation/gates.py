@@ -35,6 +35,9 @@ METRICS: Mapping[str, Metric] = {
     "logit_max_diff": Metric("agreement", needs_reference=True),
 }
 
+DIFFERENCES = ("max_relative_error", "cosine", "top1_agreement", "size_ratio", "time_ratio")
+"""What a comparison of two graphs measures; the time only where it is asked for."""
+
 _OPERATORS: Mapping[str, Callable[[float, float], bool]] = {
     "<=": operator.le,
     "<": operator.lt,
@@ -103,10 +106,27 @@ def check_gates(
             raise ValueError(f"'{name}' compares two models: set 'reference'")
         if metric.measure not in measures:
             raise ValueError(f"'{name}' is not measured: add '{metric.measure}' to 'metrics'")
-        try:
-            Bound.parse(bound)
-        except ValueError as error:
-            raise ValueError(f"'{name}': {error}") from error
+        _check_bound(name, bound)
+
+
+def check_bounds(gates: Mapping[str, str], known: Collection[str]) -> None:
+    """Check gates on metrics that are always measured.
+
+    Raises:
+        ValueError: an unknown metric, or a bound that cannot be read.
+    """
+    for name, bound in gates.items():
+        if name not in known:
+            hint = did_you_mean(name, known)
+            raise ValueError(f"unknown metric '{name}'{hint} ({', '.join(known)})")
+        _check_bound(name, bound)
+
+
+def _check_bound(name: str, bound: str) -> None:
+    try:
+        Bound.parse(bound)
+    except ValueError as error:
+        raise ValueError(f"'{name}': {error}") from error
 
 
 def judge(metrics: Mapping[str, float], gates: Mapping[str, str]) -> list[Verdict]:

@@ -14,7 +14,7 @@ import onnx_ir as ir
 from lifecycle.engines import adapters
 from lifecycle.engines.adapters import AdapterLayout, Module, Product
 from lifecycle.engines.decoder import GRAPH
-from lifecycle.graph.nodes import GraphNodes, save_model
+from lifecycle.graph.nodes import IR_VERSION, GraphNodes, save_model
 
 _PREFIX = "adapters."
 _SUM = ".sum"
@@ -76,13 +76,13 @@ def graph_file(folder: Path) -> str:
     return adapters.GRAPH if (folder / adapters.GRAPH).is_file() else GRAPH
 
 
-def save_graphs(graph: ir.Graph, folder: Path) -> None:
+def save_graphs(graph: ir.Graph, folder: Path, ir_version: int = IR_VERSION) -> None:
     """Write `model.onnx`, and before it `adapters.onnx` if the graph has slots. `graph` loses
     them."""
     if any(value.name == adapters.TOKENS for value in graph.inputs):
-        save_model(graph, folder / adapters.GRAPH)
+        save_model(graph, folder / adapters.GRAPH, ir_version)
         _remove_slots(graph)
-    save_model(graph, folder / GRAPH)
+    save_model(graph, folder / GRAPH, ir_version)
 
 
 def _remove_slots(graph: ir.Graph) -> None:

@@ -32,10 +32,9 @@ class Blockwise:
         """Replace a mixture of experts."""
         quantize_experts(rewrite, mixture, self.bits, self.block_size)
 
-    def embedding(self, rewrite: GraphRewrite, head: Linear | None) -> None:
+    def embedding(self, rewrite: GraphRewrite, node: ir.Node, head: Linear | None) -> None:
         """Replace the look-up of tokens, and the head if it is the same matrix: both then read
         the same bytes, as [vocab, blocks, bytes] and as [vocab, blocks * bytes]."""
-        node = rewrite.embedding()
         table, tokens = node.inputs
         assert table is not None and node.name is not None
         values, scales = self._store(rewrite, node.name, table)

@@ -9,11 +9,10 @@ from math import prod
 from pathlib import Path
 
 import onnx_ir as ir
-from google.protobuf.message import DecodeError
 
 from lifecycle.engines.decoder import GRAPH
-from lifecycle.engines.onnx_file import check_external_data
 from lifecycle.errors import StageError
+from lifecycle.graph.reading import read_model
 
 _WEIGHTS_AT = {
     "Conv": 1,
@@ -93,11 +92,7 @@ def inspect_graph(path: Path) -> Inspection:
     file = path / GRAPH if path.is_dir() else path
     if not file.is_file():
         raise StageError(f"{file} does not exist; give an .onnx file or a folder with {GRAPH}")
-    check_external_data(file)
-    try:
-        model = ir.load(file)
-    except (DecodeError, ValueError, TypeError, AttributeError, KeyError) as error:
-        raise StageError(f"{file} is no ONNX graph: {error}") from error
+    model = read_model(file)
     graph = model.graph
     nodes = list(graph.all_nodes())
     matrices = tuple(filter(None, map(_matrix, nodes)))

@@ -37,9 +37,8 @@ class Int8Rowwise:
         """Replace a mixture of experts: in blocks, for its operator has no other fast form."""
         Blockwise(32, bits=8).experts(rewrite, mixture)
 
-    def embedding(self, rewrite: GraphRewrite, head: Linear | None) -> None:
+    def embedding(self, rewrite: GraphRewrite, node: ir.Node, head: Linear | None) -> None:
         """Replace the look-up of tokens, and the head if it is the same matrix."""
-        node = rewrite.embedding()
         table, tokens = node.inputs
         assert table is not None and node.name is not None
         values, scales = self.quantize(rewrite.blocks(table), matrix_shape(table))

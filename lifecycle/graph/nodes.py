@@ -34,12 +34,17 @@ CONTRIB_OPS = frozenset(
 
 
 class GraphNodes:
-    """Adds nodes to a graph: at its end, or before one of its nodes."""
+    """Adds nodes to a graph: at its end, or before or behind one of its nodes."""
 
-    def __init__(self, graph: ir.Graph | None = None, before: ir.Node | None = None) -> None:
+    def __init__(
+        self,
+        graph: ir.Graph | None = None,
+        before: ir.Node | None = None,
+        after: ir.Node | None = None,
+    ) -> None:
         opsets = {"": OPSET, MICROSOFT: 1}
         self.graph = graph or ir.Graph([], [], nodes=[], name="decoder", opset_imports=opsets)
-        self._before = before
+        self._before, self._after = before, after
 
     def input(self, name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> ir.Value:
         """An input of the graph; dimensions with names are free."""
@@ -94,14 +99,17 @@ class GraphNodes:
             outputs=[ir.Value(name=output) for output in outputs],
             name=name,
         )
-        if self._before is None:
-            self.graph.append(node)
-        else:
+        if self._before is not None:
             self.graph.insert_before(self._before, node)
+        elif self._after is not None:
+            self.graph.insert_after(self._after, node)
+            self._after = node
+        else:
+            self.graph.append(node)
         return node.outputs
 
 
-def save_model(graph: ir.Graph, path: Path) -> None:
+def save_model(graph: ir.Graph, path: Path, ir_version: int = IR_VERSION) -> None:
     """Write the graph; its external tensors must lie in files beside `path`."""
-    model = ir.Model(graph, ir_version=IR_VERSION, producer_name="lifecycle")
+    model = ir.Model(graph, ir_version=max(ir_version, IR_VERSION), producer_name="lifecycle")
     ir.save(model, path)

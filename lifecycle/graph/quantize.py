@@ -5,19 +5,32 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from math import prod
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
-from lifecycle.engines.decoder import WEIGHTS, DecoderInfo
+import onnx_ir as ir
+
+from lifecycle.engines.decoder import FILE, GRAPH, WEIGHTS, DecoderInfo
 from lifecycle.errors import StageError
 from lifecycle.graph.adapters import save_graphs
-from lifecycle.graph.rewrite import GraphRewrite, Linear, Mixture
+from lifecycle.graph.rewrite import Convolution, GraphRewrite, Linear, Mixture, matrix_shape
 from lifecycle.graph.weights import WeightFile
 from lifecycle.pipeline.suggest import did_you_mean
 
 EMBEDDING = "embed_tokens"
 _ROUTERS = "*.router"
 """Small, and a rounded router picks other experts: in float32 unless an exception names them."""
+_TABLE = 1 << 16
+"""Elements from which a table of any graph is worth quantising."""
+_QUANTIZED = frozenset(
+    {
+        *("DequantizeLinear", "DynamicQuantizeLinear", "DynamicQuantizeMatMul"),
+        *("GatherBlockQuantized", "MatMulInteger", "MatMulIntegerToFloat", "MatMulNBits"),
+        *("QLinearConv", "QLinearMatMul", "QMoE", "QuantizeLinear"),
+    }
+)
+"""Operators of graphs that are quantised already."""
 
 
 class Scheme(Protocol):
@@ -31,8 +44,21 @@ class Scheme(Protocol):
         """Replace a mixture of experts."""
         ...
 
-    def embedding(self, rewrite: GraphRewrite, head: Linear | None) -> None:
-        """Replace the look-up of tokens, and the output head if it is the same matrix."""
+    def embedding(self, rewrite: GraphRewrite, node: ir.Node, head: Linear | None) -> None:
+        """Replace a Gather from a table, and the output head if it is the same matrix."""
+        ...
+
+
+@runtime_checkable
+class ConvolutionScheme(Scheme, Protocol):
+    """A scheme that knows convolutions too; others leave them in float32."""
+
+    def convolution(self, rewrite: GraphRewrite, conv: Convolution) -> None:
+        """Replace what a convolution reads and gives."""
+        ...
+
+    def finish(self, rewrite: GraphRewrite) -> None:
+        """What is to be done when all matrices are replaced."""
         ...
 
 
@@ -54,7 +80,8 @@ def quantize_graph(
     exceptions: Mapping[str, Scheme | None] | None = None,
     on_done: Callable[[int, int], None] | None = None,
 ) -> Quantized:
-    """Write the graph of `source` to `out`, its matrices stored by `scheme`.
+    """Write the graph of `source`, a decoder's or any other, to `out`, its matrices stored by
+    `scheme`.
 
     `exceptions` maps patterns of the names of matrices (`lm_head`, `embed_tokens`,
     `layers.0.mlp.down_proj`, `*.o_proj`, `*.experts`) to other schemes, or to None for float32; the first
@@ -64,47 +91,87 @@ def quantize_graph(
     Raises:
         StageError: `source` is quantised already, or a pattern matches nothing.
     """
-    info = DecoderInfo.load(source)
-    if info.scheme != "fp32":
-        raise StageError(f"{source} is quantised already ({info.scheme}); start from the export")
+    info = DecoderInfo.load(source) if (source / FILE).is_file() else None
     with WeightFile(out / WEIGHTS) as weights:
         rewrite = GraphRewrite(source, weights)
-        _replace_all(rewrite, scheme, exceptions or {}, on_done or (lambda done, total: None))
+        _require_float(source, info, rewrite.graph)
+        _replace_all(
+            rewrite, _lookups(rewrite, info), scheme, exceptions or {}, on_done or (lambda *_: None)
+        )
         graph = rewrite.finish()
-    save_graphs(graph, out)
-    replace(info, scheme=name).save(out)
+    save_graphs(graph, out, rewrite.ir_version)
+    if info is not None:
+        replace(info, scheme=name).save(out)
     bits = 8 * rewrite.quantized_bytes / max(1, rewrite.quantized_elements)
     return Quantized((out / WEIGHTS).stat().st_size, round(bits, 3))
 
 
+def _require_float(source: Path, info: DecoderInfo | None, graph: ir.Graph) -> None:
+    found = next((node.op_type for node in graph if node.op_type in _QUANTIZED), None)
+    if info is not None and info.scheme != "fp32":
+        found = info.scheme
+    if found is not None:
+        start = "the export" if info is not None else "the float32 model"
+        raise StageError(f"{source} is quantised already ({found}); start from {start}")
+
+
+def _lookups(rewrite: GraphRewrite, info: DecoderInfo | None) -> list[ir.Node]:
+    """The tables worth quantising: a decoder's tokens, not its positions; others by size."""
+    found = rewrite.lookups()
+    if info is not None:
+        return [node for node in found if node.name == EMBEDDING]
+    return [
+        node for node in found if (table := node.inputs[0]) and prod(matrix_shape(table)) >= _TABLE
+    ]
+
+
 def _replace_all(
     rewrite: GraphRewrite,
+    lookups: Sequence[ir.Node],
     scheme: Scheme,
     exceptions: Mapping[str, Scheme | None],
     on_done: Callable[[int, int], None],
 ) -> None:
     linears, mixtures = rewrite.linears(), rewrite.mixtures()
-    names = [EMBEDDING, *(linear.name for linear in linears), *(m.name for m in mixtures)]
+    convolutions = rewrite.convolutions() if isinstance(scheme, ConvolutionScheme) else []
+    named = [*lookups, *linears, *mixtures, *convolutions]
+    names = [str(matrix.name) for matrix in named]
+    if not names:
+        raise StageError(
+            f"{rewrite.folder / GRAPH} has no matrix to quantise: no constant float32 weights of a "
+            "MatMul, Gemm or Gather"
+        )
     chosen = _choose(names, scheme, exceptions)
-    table = rewrite.embedding().inputs[0]
-    tied = next((linear for linear in linears if linear.weight is table), None)
+    heads = {
+        node: next((linear for linear in linears if linear.weight is node.inputs[0]), None)
+        for node in lookups
+    }
     done, total = 0, len(names)
+    for conv in convolutions:
+        picked = chosen[conv.name]
+        if isinstance(picked, ConvolutionScheme):
+            picked.convolution(rewrite, conv)
+        on_done(done := done + 1, total)
     for linear in linears:
         picked = chosen[linear.name]
-        if linear is not tied and picked is not None:
+        if linear not in heads.values() and picked is not None:
             picked.linear(rewrite, linear)
         on_done(done := done + 1, total)
     for mixture in mixtures:
         if (picked := chosen[mixture.name]) is not None:
             picked.experts(rewrite, mixture)
         on_done(done := done + 1, total)
-    # A matrix that is both head and embedding has one form: an exception for either is for both.
-    picked = chosen[EMBEDDING]
-    if tied is not None and picked is scheme:
-        picked = chosen[tied.name]
-    if picked is not None:
-        picked.embedding(rewrite, tied)
-    on_done(total, total)
+    for node, head in heads.items():
+        # A matrix that is both head and embedding has one form: an exception for either is for
+        # both.
+        picked = chosen[str(node.name)]
+        if head is not None and picked is scheme:
+            picked = chosen[head.name]
+        if picked is not None:
+            picked.embedding(rewrite, node, head)
+        on_done(done := done + 1, total)
+    if isinstance(scheme, ConvolutionScheme):
+        scheme.finish(rewrite)
 
 
 def _choose(
@@ -115,7 +182,7 @@ def _choose(
         if not any(fnmatchcase(name, pattern) for name in names):
             raise StageError(
                 f"no matrix is called '{pattern}'{did_you_mean(pattern, names)} "
-                f"(there are {', '.join(names[:5])}, …, {names[-1]})"
+                f"(there are {', '.join([*names[:5], '…', names[-1]] if len(names) > 6 else names)})"
             )
     exceptions = {**exceptions, _ROUTERS: None}
     return {

@@ -14,12 +14,10 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from lifecycle.engines.decoder import GRAPH
 from lifecycle.engines.limits import usable_cores
-from lifecycle.errors import StageError
 from lifecycle.graph.adapters import graph_file
-from lifecycle.graph.nodes import GraphNodes
-from lifecycle.graph.weights import WeightFile
+from lifecycle.graph.nodes import MICROSOFT, GraphNodes
+from lifecycle.graph.weights import WeightFile, move_weights
 
 T = TypeVar("T")
 
@@ -29,15 +27,23 @@ BLOCK = 1 << 18
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """A node y = x · Wᵀ + b whose weights are constant."""
+    """A node y = x · Wᵀ + b, `Gemm` or `MatMul`, whose weights are constant."""
 
     node: ir.Node
     name: str
-    x: ir.Value
     weight: ir.Value
+    """As [out, in]. Where the graph has them the other way round, a value outside the graph whose
+    tensor is transposed when it is read."""
     bias: ir.Value | None
     shape: tuple[int, int]
     """[out, in] of the weights."""
+
+    @property
+    def x(self) -> ir.Value:
+        """What it reads now: another value than at first where its producer was replaced."""
+        found = self.node.inputs[0]
+        assert found is not None
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,28 +56,47 @@ class Mixture:
     down: ir.Value
 
 
-class GraphRewrite:
-    """The graph in `folder`, and the file that takes the weights of the new one."""
+@dataclass(frozen=True, slots=True)
+class Convolution:
+    """A node `Conv` whose weights [out, in, …] and bias are constant."""
 
-    def __init__(self, folder: Path, weights: WeightFile) -> None:
-        self.graph = ir.load(folder / graph_file(folder)).graph
-        self.weights = weights
+    node: ir.Node
+    name: str
+    weight: ir.Value
+    bias: ir.Value | None
+
+
+class GraphRewrite:
+    """The graph in `folder`, and the file that takes the weights of the new one; without such a
+    file it can only be looked at."""
+
+    def __init__(self, folder: Path, weights: WeightFile | None = None) -> None:
+        model = ir.load(folder / graph_file(folder))
+        self.graph, self.ir_version = model.graph, model.ir_version
+        self.graph.opset_imports.setdefault(MICROSOFT, 1)
+        self._weights = weights
         self.folder = folder
         self.quantized_elements = 0
         """Weights that are stored as integers so far."""
         self.quantized_bytes = 0
         """Bytes that stand for them, scales included."""
 
+    @property
+    def weights(self) -> WeightFile:
+        """Where new tensors go."""
+        assert self._weights is not None, "opened to be looked at"
+        return self._weights
+
     def linears(self) -> list[Linear]:
         """All products with constant weights, in the order of the graph."""
         constants = self._matrices()
         found: list[Linear] = []
         for node in self.graph:
-            if node.op_type == "Gemm" and node.inputs[1] in constants:
-                x, weight, *bias = node.inputs
-                assert x is not None and weight is not None and node.name is not None
-                shape = matrix_shape(weight)
-                found.append(Linear(node, node.name, x, weight, bias[0] if bias else None, shape))
+            weight = _product_weight(node, constants)
+            if weight is not None:
+                bias = node.inputs[2] if len(node.inputs) > 2 else None
+                assert node.name is not None
+                found.append(Linear(node, node.name, weight, bias, matrix_shape(weight)))
         return found
 
     def mixtures(self) -> list[Mixture]:
@@ -84,17 +109,39 @@ class GraphRewrite:
                 found.append(Mixture(node, node.name, gate_up, down))
         return found
 
-    def embedding(self) -> ir.Node:
-        """The Gather that looks tokens up in a table of floats."""
-        constants = self._matrices()
+    def convolutions(self) -> list[Convolution]:
+        """All convolutions with constant weights, in the order of the graph."""
+        found: list[Convolution] = []
         for node in self.graph:
-            if node.op_type == "Gather" and node.inputs[0] in constants:
-                return node
-        raise StageError(f"{self.folder / GRAPH}: no embedding: this is no graph of a decoder")
+            if node.op_type == "Conv" and not node.domain:
+                _, weight, *rest = node.inputs
+                bias = rest[0] if rest else None
+                assert weight is not None and node.name is not None
+                if all(v is None or is_constant(v) for v in (weight, bias)):
+                    found.append(Convolution(node, node.name, weight, bias))
+        return found
+
+    def lookups(self) -> list[ir.Node]:
+        """All nodes Gather that take rows of a constant table of floats."""
+        constants = self._matrices()
+        return [
+            node
+            for node in self.graph
+            if node.op_type == "Gather"
+            and node.inputs[0] in constants
+            and node.attributes.get_int("axis", 0) == 0
+        ]
 
     def before(self, node: ir.Node) -> GraphNodes:
         """New nodes go before `node`."""
         return GraphNodes(self.graph, before=node)
+
+    def after(self, value: ir.Value) -> GraphNodes:
+        """New nodes go right behind the one that makes `value`; of an input, to the beginning."""
+        maker = value.producer()
+        if maker is not None:
+            return GraphNodes(self.graph, after=maker)
+        return GraphNodes(self.graph, before=self.graph[0])
 
     def replace(self, node: ir.Node, value: ir.Value) -> None:
         """Let `value` stand where the output of `node` stood."""
@@ -107,13 +154,20 @@ class GraphRewrite:
         """The rows of a weight matrix, or of several in one tensor, in order, some at a time:
         [rows, in]."""
         tensor = weight.const_value
-        assert isinstance(tensor, ir.ExternalTensor)
+        assert tensor is not None
         *leading, width = tensor.shape.numpy()
         rows = prod(leading)
         step = max(1, BLOCK // width)
+        whole = None if isinstance(tensor, ir.ExternalTensor) else tensor.numpy()
         for row in range(0, rows, step):
-            start, stop = row * width, min(row + step, rows) * width
-            yield np.concatenate(list(_floats(tensor, start, stop))).reshape(-1, width)
+            stop = min(row + step, rows)
+            if whole is None:
+                assert isinstance(tensor, ir.ExternalTensor)
+                yield np.concatenate(list(_floats(tensor, row * width, stop * width))).reshape(
+                    -1, width
+                )
+            else:
+                yield whole.reshape(-1, width)[row:stop]
 
     def map_blocks(
         self, weight: ir.Value, change: Callable[[NDArray[np.float32]], T]
@@ -158,14 +212,10 @@ class GraphRewrite:
 
     def finish(self) -> ir.Graph:
         """Copy what is still used of the old weights, and drop what is not."""
-        for name, value in list(self.graph.initializers.items()):
-            tensor = value.const_value
-            if not value.uses():
-                del self.graph.initializers[name]
-            elif isinstance(tensor, ir.ExternalTensor) and Path(tensor.path) != self.weights.path:
-                shape = tuple(tensor.shape.numpy())
-                blocks = _floats(tensor, 0, prod(shape))
-                value.const_value = self.weights.add(name, tensor.dtype, shape, blocks).const_value
+        for node in reversed(self.graph):
+            if not any(value.uses() or value.is_graph_output() for value in node.outputs):
+                self.graph.remove(node, safe=True)
+        move_weights(self.graph, self.weights)
         return self.graph
 
     def _matrices(self) -> set[ir.Value | None]:
@@ -181,6 +231,54 @@ def _floats(tensor: ir.ExternalTensor, start: int, stop: int) -> Iterator[NDArra
     for at in range(start, stop, BLOCK):
         offset = (tensor.offset or 0) + 4 * at
         yield np.fromfile(tensor.path, "<f4", min(BLOCK, stop - at), offset=offset)
+
+
+def is_constant(value: ir.Value) -> bool:
+    """Whether a value is stored float32."""
+    return value.is_initializer() and value.dtype == ir.DataType.FLOAT
+
+
+def _product_weight(node: ir.Node, constants: set[ir.Value | None]) -> ir.Value | None:
+    """The weights of a product as [out, in]; None if it is none, or they are not constant."""
+    if node.domain or node.op_type not in ("Gemm", "MatMul"):
+        return None
+    get = node.attributes
+    factors = (get.get_float("alpha", 1.0), get.get_float("beta", 1.0))
+    if get.get_int("transA", 0) or factors != (1, 1):
+        return None
+    x, weight = node.inputs[:2]
+    if x is None or (x.shape is not None and len(x.shape) < 2):
+        return None
+    transposed = bool(get.get_int("transB", 0))
+    maker = weight.producer() if weight is not None else None
+    if maker is not None and maker.op_type == "Transpose" and _swaps(maker):
+        weight, transposed = maker.inputs[0], not transposed
+    if weight not in constants or weight is None:
+        return None
+    return weight if transposed else _transposed(weight)
+
+
+def _swaps(transpose: ir.Node) -> bool:
+    return tuple(transpose.attributes.get_ints("perm", (1, 0))) == (1, 0)
+
+
+def _transposed(stored: ir.Value) -> ir.Value:
+    """A matrix the other way round, which is made when it is read."""
+
+    def read() -> ir.TensorProtocol:
+        tensor = stored.const_value
+        assert tensor is not None
+        if isinstance(tensor, ir.ExternalTensor):
+            # Read, not mapped: mapped pages would count as memory of the process until the end.
+            values = np.concatenate(list(_floats(tensor, 0, prod(tensor.shape.numpy()))))
+        else:
+            values = tensor.numpy()
+        return ir.tensor(np.ascontiguousarray(values.reshape(rows, width).T))
+
+    rows, width = matrix_shape(stored)
+    shape = ir.Shape((width, rows))
+    tensor = ir.LazyTensor(read, ir.DataType.FLOAT, shape, cache=False, name=stored.name)
+    return ir.Value(name=stored.name, shape=shape, type=stored.type, const_value=tensor)
 
 
 def matrix_shape(weight: ir.Value) -> tuple[int, int]:

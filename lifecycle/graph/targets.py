@@ -29,7 +29,7 @@ class Cpu(Target):
     """ONNX Runtime's CPU execution provider."""
 
     use: str = "cpu"
-    schemes: ClassVar[tuple[str, ...]] = ("int8-rowwise", "int8", "int4")
+    schemes: ClassVar[tuple[str, ...]] = ("int8-rowwise", "int8", "int4", "int8-static")
 
     def fuses_rotary(self, head_size: int) -> bool:
         """Its attention refuses other sizes."""

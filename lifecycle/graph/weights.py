@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from math import prod
 from pathlib import Path
 from types import TracebackType
@@ -14,6 +14,10 @@ from numpy.typing import NDArray
 
 ALIGNMENT = 64
 """Bytes. A cache line and the widest vector register; a runtime maps any offset."""
+_BLOCK = 1 << 20
+"""Bytes that are copied at a time."""
+_SMALL = 1 << 10
+"""Bytes. Smaller constants stay in the graph, where shape inference sees them."""
 
 
 class WeightFile:
@@ -54,8 +58,10 @@ class WeightFile:
         for block in blocks:
             self._file.write(np.ascontiguousarray(block).data.cast("B"))
             self._on_write(self._file.tell())
+        # What is written can be read at once, through the tensor.
+        self._file.flush()
         length = self._file.tell() - start
-        expected = prod(shape) * dtype.bitwidth // 8
+        expected = -(-prod(shape) * dtype.bitwidth // 8)
         if length != expected:
             raise ValueError(f"{name}: {length} bytes written, {shape} needs {expected}")
         tensor = ir.ExternalTensor(
@@ -75,3 +81,29 @@ class WeightFile:
         """Write a tensor that is small enough to be in memory."""
         dtype = ir.DataType.from_numpy(values.dtype)
         return self.add(name, dtype, values.shape, [values])
+
+
+def move_weights(graph: ir.Graph, weights: WeightFile) -> None:
+    """Copy what a graph still uses of other files, and large constants of its own, to `weights`;
+    drop what it does not use."""
+    for name, value in list(graph.initializers.items()):
+        tensor = value.const_value
+        assert tensor is not None
+        is_external = isinstance(tensor, ir.ExternalTensor)
+        if not value.uses() and not value.is_graph_output():
+            del graph.initializers[name]
+        elif tensor.dtype == ir.DataType.STRING:
+            continue
+        elif Path(tensor.path) != weights.path if is_external else tensor.nbytes >= _SMALL:
+            shape = tuple(tensor.shape.numpy())
+            value.const_value = weights.add(name, tensor.dtype, shape, _bytes(tensor)).const_value
+
+
+def _bytes(tensor: ir.TensorProtocol) -> Iterator[NDArray[np.uint8]]:
+    """The bytes of a tensor; of another file, some at a time."""
+    if not isinstance(tensor, ir.ExternalTensor):
+        yield np.frombuffer(tensor.tobytes(), np.uint8)
+        return
+    start, stop = tensor.offset or 0, (tensor.offset or 0) + tensor.nbytes
+    for at in range(start, stop, _BLOCK):
+        yield np.fromfile(tensor.path, np.uint8, min(_BLOCK, stop - at), offset=at)

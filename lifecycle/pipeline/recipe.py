@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from lifecycle.errors import LifecycleError, RecipeError
 from lifecycle.pipeline import registry, shipped
+from lifecycle.pipeline.artifact import Artifact
 from lifecycle.pipeline.document import KeyPath
 from lifecycle.pipeline.layers import Layers, read_layers, stages_of
 from lifecycle.pipeline.problems import Problems, explain
@@ -29,6 +30,8 @@ class Entry:
     stage: Stage
     inputs: Mapping[str, str]
     """Names of the input artifacts by field."""
+    kind: type[Artifact]
+    """What it makes."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,7 @@ def load(source: str, overrides: Iterable[str] = ()) -> Recipe:
     roots = (path.resolve().parent, Path.cwd())
     entries = _entries(layers, roots, problems)
     problems.check()
+    entries = _with_kinds(entries)
     _check_references(entries, problems)
     problems.check()
     name = str(layers.data.get("name") or path.stem)
@@ -151,7 +155,24 @@ def _entry(
         for where, message in explain(error, cls, settings, roots):
             problems.add((*path, *where), message)
         return None
-    return Entry(name, use, stage, {f: str(ref) for f, ref in references(stage).items()})
+    inputs = {f: str(ref) for f, ref in references(stage).items()}
+    return Entry(name, use, stage, inputs, cls.produces)
+
+
+def _with_kinds(entries: dict[str, Entry]) -> dict[str, Entry]:
+    """The entries with the kinds that follow from their inputs."""
+
+    def kind(name: str, passed: tuple[str, ...] = ()) -> type[Artifact]:
+        entry = entries[name]
+        field = type(entry.stage).keeps_kind_of
+        origin = entry.inputs.get(field) if field else None
+        # What is wrong with a reference is said elsewhere.
+        if origin is None or origin not in entries or origin in passed:
+            return entry.kind
+        found = kind(origin, (*passed, name))
+        return found if issubclass(found, entry.kind) else entry.kind
+
+    return {name: replace(entry, kind=kind(name)) for name, entry in entries.items()}
 
 
 def _check_references(entries: dict[str, Entry], problems: Problems) -> None:
@@ -163,7 +184,7 @@ def _check_references(entries: dict[str, Entry], problems: Problems) -> None:
                 problems.add(path, f"no stage '{target}'{hint} (stages: {', '.join(entries)})")
                 continue
             kinds = ref_kinds(type(entry.stage), field.split(".")[0])
-            made = type(entries[target].stage).produces
+            made = entries[target].kind
             if not issubclass(made, kinds):
                 wanted = " or ".join(kind.kind for kind in kinds)
                 problems.add(path, f"'{target}' makes a {made.kind}, this needs a {wanted}")

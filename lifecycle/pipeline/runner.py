@@ -112,7 +112,7 @@ def plan(recipe: Recipe, store: Store, until: str | None = None) -> dict[str, Pl
 
 def _damage(store: Store, record: Record, entry: Entry) -> str | None:
     try:
-        store.artifact(record.digest, type(entry.stage).produces)
+        store.artifact(record.digest, entry.kind)
     except CorruptArtifactError as error:
         return str(error)
     return None
@@ -182,8 +182,7 @@ class Runner:
         return run, error
 
     def _blank(self, entry: Entry) -> StageRun:
-        kind = type(entry.stage).produces.kind
-        return StageRun(entry.use, kind=kind, inputs=dict(entry.inputs))
+        return StageRun(entry.use, kind=entry.kind.kind, inputs=dict(entry.inputs))
 
     def _run_all(self, run: Run, entries: list[Entry], forced: set[str]) -> LifecycleError | None:
         made: dict[str, Artifact] = {}
@@ -206,7 +205,7 @@ class Runner:
         """Take the stage's artifact from the store, or make it."""
         if self.stop.requested:
             raise InterruptedRun("interrupted")
-        state, kind = run.stages[entry.name], type(entry.stage).produces
+        state, kind = run.stages[entry.name], entry.kind
         action = action_of(entry, {f: made[n].digest for f, n in entry.inputs.items()})
         state.key = key = action.key
         rows = runs.folder(self.store, run.run) / f"{entry.name}.jsonl"
@@ -254,8 +253,9 @@ class Runner:
                 metrics = finite(entry.stage.run(ctx))
                 _unchanged(entry, action)
             seconds = round(time.monotonic() - begin, 3)
-            kind = type(entry.stage).produces
-            return self.store.commit(action, out, kind, metrics, seconds, lineage(inputs.values()))
+            return self.store.commit(
+                action, out, entry.kind, metrics, seconds, lineage(inputs.values())
+            )
         finally:
             files.remove_tree(out)
 

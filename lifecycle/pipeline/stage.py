@@ -152,6 +152,9 @@ class Stage(BaseModel, ABC):
 
     produces: ClassVar[type[Artifact]]
     """The kind of the artifact that `run` writes."""
+    keeps_kind_of: ClassVar[str | None] = None
+    """A reference: what `run` writes is of that input's kind, which is `produces` or a special case
+    of it."""
     version: ClassVar[int] = 1
     """Raise it when the same settings and inputs now give a different output."""
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, Field
 
 from lifecycle.errors import GateError, StageError
-from lifecycle.kinds import Bundle, OnnxModel, Report
+from lifecycle.kinds import Bundle, OnnxGraph, OnnxModel, Report
 from lifecycle.pipeline.artifact import Metrics
 from lifecycle.pipeline.registry import SETTINGS
 from lifecycle.pipeline.stage import Context, Ref, Stage
@@ -44,50 +46,64 @@ class GenerationDefaults(BaseModel):
 
 
 class BundleStage(Stage):
-    """Close a model into a bundle: what `lifecycle serve` takes.
+    """Close a model into a bundle: of a decoder, what `lifecycle serve` takes.
 
-    Files beside the model's: `generation_config.json`, `README.md` (the model card), and
-    `manifest.json` with every file's hash, the report and the lineage back to the sources. A
+    Files beside the model's: `generation_config.json` of a decoder, `README.md` (the model card),
+    and `manifest.json` with every file's hash, the report and the lineage back to the sources. A
     bundle without a passed gate says that it is ungated.
     """
 
     produces = Bundle
     version = 1
 
-    model: Ref[OnnxModel]
-    """The model to serve."""
+    model: Ref[OnnxGraph]
+    """An ONNX model: a decoder, or any other graph."""
     report: Ref[Report] | None = None
     """An evaluation of this very model, whose gates have passed."""
     name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]*$")
-    """What the served model is called; by default its architecture and weight scheme."""
+    """What the model is called; by default its architecture and weight scheme, or what the recipe
+    calls a graph of another kind."""
     generation: GenerationDefaults = GenerationDefaults()
-    """Sampling defaults, over those that the model comes with."""
+    """Sampling defaults of a decoder, over those that the model comes with."""
 
     def run(self, ctx: Context) -> Metrics:
         from lifecycle.bundle.card import model_card
         from lifecycle.bundle.manifest import write_manifest
-        from lifecycle.engines.decoder import DecoderInfo
 
         model = ctx.input(self.model)
-        info = DecoderInfo.load(model.path)
+        info = self._decoder(model)
         report = self._checked_report(ctx, model)
+        name = str(self.model) if info is None else f"{info.architecture}-{info.scheme}"
         content = {
-            "name": self.name or f"{info.architecture}-{info.scheme}",
+            "name": self.name or name,
             "gated": report is not None and bool(report["gates"]),
-            "model": _described(model, info),
+            "model": _described_graph(model) if info is None else _described(model, info),
             "report": report,
             "lineage": _lineage(ctx),
         }
         for entry in model.files:
             if entry.path not in (GENERATION_CONFIG, MODEL_CARD):
                 ctx.link(model.path / entry.path, entry.path)
-        self._write_generation_config(ctx, model, info)
+        if info is not None:
+            self._write_generation_config(ctx, model, info)
         (ctx.out / MODEL_CARD).write_text(model_card(content), encoding="utf-8")
         manifest = write_manifest(ctx.out, content)
         size = sum(entry["size"] for entry in manifest["files"])
         return {"bytes": size, "gated": manifest["gated"]}
 
-    def _checked_report(self, ctx: Context, model: OnnxModel) -> dict[str, Any] | None:
+    def _decoder(self, model: OnnxGraph) -> DecoderInfo | None:
+        from lifecycle.engines.decoder import DecoderInfo
+
+        if isinstance(model, OnnxModel):
+            return DecoderInfo.load(model.path)
+        if self.generation != GenerationDefaults():
+            raise StageError(
+                f"'generation' is for decoders, but '{self.model}' is a graph of another kind: "
+                "take it out"
+            )
+        return None
+
+    def _checked_report(self, ctx: Context, model: OnnxGraph) -> dict[str, Any] | None:
         """The report without its examples, which are of no use to a server."""
         if self.report is None:
             return None
@@ -103,7 +119,7 @@ class BundleStage(Stage):
             raise GateError(f"report '{self.report}' has failed gates: {', '.join(failed)}")
         return {key: value for key, value in report.items() if key not in ("format", "samples")}
 
-    def _write_generation_config(self, ctx: Context, model: OnnxModel, info: DecoderInfo) -> None:
+    def _write_generation_config(self, ctx: Context, model: OnnxGraph, info: DecoderInfo) -> None:
         """Keep what the model says, fill in the tokens that end an answer, then these settings."""
         source = model.path / GENERATION_CONFIG
         config = {"bos_token_id": info.bos_token_id, "eos_token_id": list(info.eos_token_ids)}
@@ -117,7 +133,7 @@ class BundleStage(Stage):
         (ctx.out / GENERATION_CONFIG).write_text(text + "\n", encoding="utf-8")
 
 
-def _described(model: OnnxModel, info: DecoderInfo) -> dict[str, Any]:
+def _described(model: OnnxGraph, info: DecoderInfo) -> dict[str, Any]:
     return {
         "digest": model.digest,
         "kind": model.kind,
@@ -126,6 +142,25 @@ def _described(model: OnnxModel, info: DecoderInfo) -> dict[str, Any]:
         "target": info.target,
         "vocab_size": info.vocab_size,
         "context_length": info.max_position_embeddings,
+    }
+
+
+def _described_graph(model: OnnxGraph) -> dict[str, Any]:
+    """What a caller must know of a graph that has no `decoder.json`."""
+    from lifecycle.graph.inspect import inspect_graph
+
+    found = inspect_graph(model.path)
+    precisions = Counter[str]()
+    for matrix in found.matrices:
+        precisions[matrix.precision] += matrix.parameters
+    return {
+        "digest": model.digest,
+        "kind": model.kind,
+        "opsets": found.opsets,
+        "inputs": [asdict(port) for port in found.inputs],
+        "outputs": [asdict(port) for port in found.outputs],
+        "parameters": found.parameters,
+        "precisions": dict(precisions.most_common()),
     }
 
 

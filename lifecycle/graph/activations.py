@@ -1,0 +1,123 @@
+"""What tensors inside a graph hold when it runs over samples: a few tensors, one sample at a time."""
+
+# onnxruntime ships no type information; what comes from it is unknown to the type checker.
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
+# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from lifecycle.engines.backend import Row
+from lifecycle.engines.decoder import GRAPH, DecoderInfo
+from lifecycle.engines.layout import MIN_WIDTH, pack
+from lifecycle.engines.limits import usable_cores
+from lifecycle.engines.ort_session import cache_names
+from lifecycle.errors import StageError
+from lifecycle.graph.ranges import Histogram
+
+Sample = Mapping[str, NDArray[Any]]
+"""An array for each input of a graph."""
+
+_TENSORS = 16
+"""Tensors that are kept of a run. The graph runs once for so many, over all samples."""
+
+
+def histograms(
+    folder: Path,
+    names: Sequence[str],
+    samples: Sequence[Sample],
+    on_done: Callable[[int, int], None],
+) -> dict[str, Histogram]:
+    """Histograms of the tensors called `names` over all samples.
+
+    Raises:
+        StageError: the graph cannot compute a sample, or a value is not finite.
+    """
+    found = {name: Histogram(name) for name in names}
+    groups = [names[at : at + _TENSORS] for at in range(0, len(names), _TENSORS)]
+    done, total = 0, len(groups) * len(samples)
+    for group in groups:
+        session = _tapped(folder, group)
+        for number, sample in enumerate(samples, start=1):
+            values = run(session, sample, number)
+            for name, array in zip(group, values, strict=True):
+                found[name].add(array)
+            on_done(done := done + 1, total)
+    return found
+
+
+def run(
+    session: ort.InferenceSession,
+    sample: Sample,
+    number: int,
+    outputs: Sequence[str] | None = None,
+) -> list[NDArray[Any]]:
+    """Outputs of a session, all or some, for a sample, the `number`th, which may have arrays that
+    this session does not take.
+
+    Raises:
+        StageError: it cannot be computed.
+    """
+    names = [value.name for value in session.get_inputs()]
+    try:
+        found: Any = session.run(outputs, {name: sample[name] for name in names if name in sample})
+    except Exception as error:
+        raise StageError(f"sample {number} cannot be computed: {error}") from error
+    return found
+
+
+def decoder_samples(info: DecoderInfo, texts: Iterable[Sequence[int]]) -> Iterator[Sample]:
+    """The inputs of a decoder that reads each text, token ids, from its beginning."""
+    for text in texts:
+        width = max(MIN_WIDTH, len(text))
+        shape = (1, info.num_kv_heads, width, info.head_size)
+        cache = dict.fromkeys(cache_names(info), np.zeros(shape, np.float32))
+        yield pack([Row(0, 0, list(text), num_logits=len(text))], width) | cache
+
+
+def _tapped(folder: Path, names: Sequence[str]) -> ort.InferenceSession:
+    """The part of a graph that `names` depend on, which are its outputs."""
+    model = onnx.load(folder / GRAPH, load_external_data=False)
+    graph = model.graph
+    wanted, kept = set(names), list[onnx.NodeProto]()
+    for node in reversed(graph.node):
+        if wanted & set(node.output):
+            kept.append(node)
+            wanted |= _reads(node)
+    del graph.node[:], graph.output[:]
+    graph.node.extend(reversed(kept))
+    graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in names)
+    constants = [tensor for tensor in graph.initializer if tensor.name in wanted]
+    inputs = [value for value in graph.input if value.name in wanted]
+    del graph.initializer[:], graph.input[:]
+    graph.initializer.extend(constants)
+    graph.input.extend(inputs)
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = usable_cores()
+    options.log_severity_level = 4
+    # Weights stay mapped from their file instead of being copied into another layout.
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    options.add_session_config_entry(
+        "session.model_external_initializers_file_folder_path", str(folder)
+    )
+    return ort.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+
+
+def _reads(node: onnx.NodeProto) -> set[str]:
+    """What a node reads, its subgraphs included."""
+    found = set(node.input)
+    for attribute in node.attribute:
+        for graph in (attribute.g, *attribute.graphs):
+            for inner in graph.node:
+                found |= _reads(inner)
+    return found
