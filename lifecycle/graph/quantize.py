@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -84,11 +84,10 @@ def _replace_all(
     on_done: Callable[[int, int], None],
 ) -> None:
     linears, mixtures = rewrite.linears(), rewrite.mixtures()
-    names = [EMBEDDING, *(linear.name for linear in linears), *(m.name for m in mixtures)]
-    chosen = _choose(names, scheme, exceptions)
+    chosen = choose(rewrite, scheme, exceptions)
     table = rewrite.embedding().inputs[0]
     tied = next((linear for linear in linears if linear.weight is table), None)
-    done, total = 0, len(names)
+    done, total = 0, len(chosen)
     for linear in linears:
         picked = chosen[linear.name]
         if linear is not tied and picked is not None:
@@ -107,10 +106,16 @@ def _replace_all(
     on_done(total, total)
 
 
-def _choose(
-    names: Sequence[str], scheme: Scheme, exceptions: Mapping[str, Scheme | None]
+def choose(
+    rewrite: GraphRewrite, scheme: Scheme, exceptions: Mapping[str, Scheme | None]
 ) -> dict[str, Scheme | None]:
-    """The scheme of each matrix."""
+    """The scheme of each matrix.
+
+    Raises:
+        StageError: a pattern of `exceptions` matches nothing.
+    """
+    nodes = [*rewrite.linears(), *rewrite.mixtures()]
+    names = [EMBEDDING, *(node.name for node in nodes)]
     for pattern in exceptions:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise StageError(

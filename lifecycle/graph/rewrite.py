@@ -60,6 +60,7 @@ class GraphRewrite:
         """Weights that are stored as integers so far."""
         self.quantized_bytes = 0
         """Bytes that stand for them, scales included."""
+        self._scales: dict[str, list[NDArray[np.float32]]] = {}
 
     def linears(self) -> list[Linear]:
         """All products with constant weights, in the order of the graph."""
@@ -129,6 +130,21 @@ class GraphRewrite:
             while pending:
                 yield pending.popleft().result()
 
+    def scale(
+        self,
+        constant: ir.Value,
+        *,
+        rows: NDArray[np.float32] | None = None,
+        columns: NDArray[np.float32] | None = None,
+    ) -> None:
+        """Let a constant [rows, columns] or [rows] be multiplied by factors when it is copied."""
+        assert constant.name is not None and constant.shape is not None
+        shape = constant.shape.numpy()
+        before = self._scales.setdefault(constant.name, [np.ones(n, np.float32) for n in shape])
+        for axis, factors in enumerate((rows, columns)):
+            if factors is not None:
+                before[axis] = before[axis] * factors
+
     def add(self, name: str, values: NDArray[Any], elements: int = 0) -> ir.Value:
         """Store a quantised tensor, or its scales, that stands for `elements` weights."""
         self.quantized_elements += elements
@@ -163,9 +179,25 @@ class GraphRewrite:
                 del self.graph.initializers[name]
             elif isinstance(tensor, ir.ExternalTensor) and Path(tensor.path) != self.weights.path:
                 shape = tuple(tensor.shape.numpy())
-                blocks = _floats(tensor, 0, prod(shape))
+                blocks = self._scaled(name, value, tensor)
                 value.const_value = self.weights.add(name, tensor.dtype, shape, blocks).const_value
         return self.graph
+
+    def _scaled(
+        self, name: str, value: ir.Value, tensor: ir.ExternalTensor
+    ) -> Iterator[NDArray[np.float32]]:
+        """The values of a constant that is kept, scaled if they are to be."""
+        factors = self._scales.get(name)
+        if factors is None:
+            yield from _floats(tensor, 0, prod(tensor.shape.numpy()))
+        elif len(factors) == 1:
+            yield tensor.numpy() * factors[0]
+        else:
+            rows, columns = factors
+            done = 0
+            for block in self.blocks(value):
+                yield block * rows[done : done + len(block), None] * columns
+                done += len(block)
 
     def _matrices(self) -> set[ir.Value | None]:
         return {

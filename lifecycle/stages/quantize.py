@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -17,6 +18,7 @@ from lifecycle.pipeline.suggest import did_you_mean
 from lifecycle.stages.export import COMPANIONS
 
 if TYPE_CHECKING:
+    from lifecycle.graph.blockwise import Blockwise
     from lifecycle.graph.calibration import Calibration
     from lifecycle.graph.quantize import Quantized, Scheme
 
@@ -57,25 +59,40 @@ class Quantize(Stage):
     weight_bits: Literal[7, 8] = 7
     """For `int8-rowwise`, also of parts of `int4`: bits used of each weight. 7 is right on every processor; 8 is a little finer, but
     overflows on x86 without VNNI instructions (`lifecycle doctor` shows them)."""
-    method: Literal["rtn", "gptq"] = "rtn"
+    method: Literal["rtn", "hqq", "awq", "gptq"] = "rtn"
     """For `int4` and `int8`: how weights are rounded. `rtn`: each block by itself, to the least squared
-    error. `gptq`: each layer by what it reads on `calibration`, to the least change of its
-    output."""
+    error. `hqq`: each block by itself, its zero by half-quadratic steps. `awq`: as `rtn`,
+    with the channels that carry much on `calibration` scaled up before. `gptq`: each layer by what
+    it reads on `calibration`, to the least change of its output; the best."""
+    symmetric: bool = True
+    """For `int4` and `int8`: whether zero is the middle of every block, or a point of each block's
+    own, which is finer and takes half a byte to a byte more per block. `hqq` needs `false`."""
     calibration: Ref[Conversations | Text] | None = None
-    """For `gptq`: texts like those that the model will see; their train split is read."""
+    """For `awq` and `gptq`: texts like those that the model will see; their train split is read."""
     samples: int = Field(128, ge=1)
-    """For `gptq`: how many texts are read."""
+    """For `awq` and `gptq`: how many texts are read."""
     sample_length: int = Field(512, ge=16)
-    """For `gptq`: most tokens of a text."""
+    """For `awq` and `gptq`: most tokens of a text."""
 
     @model_validator(mode="after")
     def _method_fits(self) -> Self:
-        if self.method == "gptq" and self.scheme == "int8-rowwise":
+        if self.scheme == "int8-rowwise" and self.method != "rtn":
             raise ValueError(
-                "method: 'gptq' is for the schemes int4 and int8, not for int8-rowwise"
+                f"method: '{self.method}' is for the schemes int4 and int8, not for int8-rowwise"
             )
-        if (self.method == "gptq") != (self.calibration is not None):
-            raise ValueError("method: gptq and calibration go together; give both or neither")
+        if self.scheme == "int8-rowwise" and not self.symmetric:
+            raise ValueError(
+                "symmetric: false is for the schemes int4 and int8, not for int8-rowwise"
+            )
+        if self.method == "hqq" and self.symmetric:
+            raise ValueError("method: hqq looks for zero points; set symmetric: false")
+        needed = self.method in ("awq", "gptq")
+        if needed != (self.calibration is not None):
+            raise ValueError(
+                f"method: {self.method} needs calibration"
+                if needed
+                else f"calibration is for the methods awq and gptq, not for {self.method}"
+            )
         return self
 
     def run(self, ctx: Context) -> Metrics:
@@ -110,30 +127,53 @@ class Quantize(Stage):
         int8 = Int8Rowwise(self.weight_bits)
         exceptions: dict[str, Scheme | None] = dict.fromkeys(self.skip)
         scheme: Scheme = int8
-        if self.scheme != "int8-rowwise":
-            scheme = self._blockwise(ctx, source)
         if self.scheme == "int4":
             exceptions |= dict.fromkeys(self.int8, int8)
-        ctx.progress.phase("matrices")
-        return quantize_graph(source, ctx.out, self.scheme, scheme, exceptions, ctx.progress.update)
+        with TemporaryDirectory(dir=ctx.scratch) as scaled:
+            if self.scheme != "int8-rowwise":
+                scheme = self._blockwise(ctx, source)
+                if self.method == "awq":
+                    source = self._scale_channels(ctx, source, Path(scaled), scheme, exceptions)
+            ctx.progress.phase("matrices")
+            return quantize_graph(
+                source, ctx.out, self.scheme, scheme, exceptions, ctx.progress.update
+            )
 
-    def _blockwise(self, ctx: Context, source: Path) -> Scheme:
+    def _blockwise(self, ctx: Context, source: Path) -> Blockwise:
+        from lifecycle.graph import hqq
         from lifecycle.graph.blockwise import Blockwise
         from lifecycle.graph.gptq import Gptq
+        from lifecycle.graph.rounding import least_squares
 
-        bits = 4 if self.scheme == "int4" else 8
-        if self.calibration is None:
-            return Blockwise(self.block_size, bits)
-        return Gptq(self.block_size, self._read_calibration(ctx, source, self.calibration), bits)
+        grid = (self.block_size, 4 if self.scheme == "int4" else 8, self.symmetric)
+        if self.method == "gptq":
+            return Gptq(*grid, calibration=self._read_calibration(ctx, source))
+        return Blockwise(*grid, hqq.fit if self.method == "hqq" else least_squares)
 
-    def _read_calibration(self, ctx: Context, source: Path, name: str) -> Calibration:
+    def _scale_channels(
+        self,
+        ctx: Context,
+        source: Path,
+        out: Path,
+        scheme: Blockwise,
+        exceptions: dict[str, Scheme | None],
+    ) -> Path:
+        from lifecycle.graph.awq import scale_channels
+
+        calibration = self._read_calibration(ctx, source)
+        ctx.progress.phase("channels")
+        scale_channels(source, out, calibration, scheme, exceptions, ctx.progress.update)
+        return out
+
+    def _read_calibration(self, ctx: Context, source: Path) -> Calibration:
         from lifecycle.data.chat import ChatTokenizer
         from lifecycle.engines.decoder import DecoderInfo
         from lifecycle.evaluation.samples import ranked_rows, select, supervised, windows
         from lifecycle.graph.calibration import Calibration
 
-        assert self.calibration is not None
-        data, info = ctx.input(self.calibration), DecoderInfo.load(source)
+        name = self.calibration
+        assert name is not None
+        data, info = ctx.input(name), DecoderInfo.load(source)
         context = min(self.sample_length, info.long_context or info.max_position_embeddings)
         build = partial(windows, length=context) if isinstance(data, Text) else supervised
         rows = ranked_rows(data, "train", name)

@@ -43,6 +43,18 @@ def test_a_scheme_shrinks_the_model(
     assert (made.path / "tokenizer.json").is_file()
 
 
+def test_zero_points_take_a_little_more(exported: Artifact, run_stage: RunStage) -> None:
+    options: list[dict[str, Any]] = [
+        {},
+        {"symmetric": False},
+        {"symmetric": False, "method": "hqq"},
+    ]
+    made = [run_stage(stage(scheme="int4", **o), onnx=exported) for o in options]
+    bits = [m.metrics["bits_per_weight"] for m in made]
+    assert bits[0] < bits[1] == bits[2]
+    assert made[1].digest != made[2].digest
+
+
 def test_int8_parts_and_skipped_parts_are_larger(exported: Artifact, run_stage: RunStage) -> None:
     sizes = [
         run_stage(stage(scheme="int4", **options), onnx=exported).metrics["bytes"]
@@ -70,8 +82,11 @@ def test_a_target_may_not_run_a_scheme(exported: Artifact, run_stage: RunStage) 
             {"scheme": "int8-rowwise", "method": "gptq", "calibration": "c"},
             "gptq.*not for int8-rowwise",
         ),
-        ({"scheme": "int4", "method": "gptq"}, "go together"),
-        ({"scheme": "int4", "calibration": "c"}, "go together"),
+        ({"scheme": "int8-rowwise", "symmetric": False}, "symmetric: false.*not for int8-rowwise"),
+        ({"scheme": "int4", "method": "hqq"}, "set symmetric: false"),
+        ({"scheme": "int4", "method": "gptq"}, "gptq needs calibration"),
+        ({"scheme": "int4", "method": "awq"}, "awq needs calibration"),
+        ({"scheme": "int4", "calibration": "c"}, "awq and gptq, not for rtn"),
         ({"scheme": "int4", "block_size": 48}, "block_size"),
         ({"scheme": "int4", "method": "gtpq"}, "method"),
     ],
@@ -89,12 +104,19 @@ def calibration(tmp_path: Path) -> Artifact:
     return as_artifact(Conversations, folder)
 
 
-def test_gptq_reads_the_calibration(
-    learnt_onnx: OnnxModel, calibration: Artifact, run_stage: RunStage
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("method", ["awq", "gptq"])
+def test_methods_read_the_calibration(
+    method: str,
+    symmetric: bool,
+    learnt_onnx: OnnxModel,
+    calibration: Artifact,
+    run_stage: RunStage,
 ) -> None:
-    settings = {"scheme": "int4", "calibration": "c", "method": "gptq", "samples": 4}
+    settings = {"scheme": "int4", "calibration": "c", "method": method, "samples": 4}
+    settings |= {"symmetric": symmetric}
     made = run_stage(stage(**settings), onnx=learnt_onnx, c=calibration)
-    plain = run_stage(stage(scheme="int4"), onnx=learnt_onnx)
+    plain = run_stage(stage(scheme="int4", symmetric=symmetric), onnx=learnt_onnx)
     assert made.metrics["bytes"] == plain.metrics["bytes"]
     assert made.digest != plain.digest
 
