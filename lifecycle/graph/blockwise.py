@@ -32,6 +32,10 @@ class Blockwise:
         """The values that weights can take."""
         return Grid(self.block_size, self.bits, self.symmetric)
 
+    def bytes(self, shape: tuple[int, int]) -> int:
+        """What a matrix [out, in] takes."""
+        return self.grid.bytes(shape)
+
     def linear(self, rewrite: GraphRewrite, linear: Linear) -> None:
         """Replace one product."""
         self.product(rewrite, linear, self._store(rewrite, linear.name, linear.weight))

@@ -70,7 +70,9 @@ def _is_own(constant: ir.Value) -> bool:
 def _trace(value: ir.Value | None, start: int, count: int) -> Source | None:
     """What makes `count` channels of a value from `start` on; None if it cannot take a scale."""
     node = value.producer() if value is not None else None
-    if node is None or (value is not node.outputs[0] and node.op_type != "Split"):
+    if value is None or node is None:
+        return None
+    if value is not node.outputs[0] and node.op_type != "Split":
         return None
     if node.op_type in _NORMS or node.op_type == "Gemm":
         constants = node.inputs[_NORMS.get(node.op_type, slice(1, 3))]

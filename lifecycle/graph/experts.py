@@ -50,6 +50,14 @@ def quantize_experts(rewrite: GraphRewrite, mixture: Mixture, grid: Grid, fit: F
     rewrite.replace(mixture.node, y)
 
 
+def experts_bytes(mixture: Mixture, grid: Grid) -> tuple[int, int]:
+    """The weights of a mixture, and the bytes that `quantize_experts` stores for them."""
+    grid = replace(grid, block_size=_common_block(mixture, grid.block_size))
+    shapes = [_shape(weight) for weight in (mixture.gate_up, mixture.down)]
+    sizes = [grid.bytes((experts * rows, width)) for experts, rows, width in shapes]
+    return sum(map(prod, shapes)), sum(sizes)
+
+
 def _store(
     rewrite: GraphRewrite, name: str, weight: ir.Value, grid: Grid, fit: Fit
 ) -> list[ir.Value | None]:

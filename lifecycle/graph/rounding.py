@@ -40,6 +40,13 @@ class Grid:
         """The zero of symmetric blocks."""
         return 2 ** (self.bits - 1)
 
+    def bytes(self, shape: tuple[int, int]) -> int:
+        """What a matrix [rows, in] takes: integers, scales, and zeros if there are any."""
+        rows, width = shape
+        blocks = -(-width // self.block_size)
+        zeros = 0 if self.symmetric else -(-blocks * self.bits // 8)
+        return rows * (blocks * (self.block_size * self.bits // 8 + 4) + zeros)
+
     def split(self, rows: Floats) -> Floats:
         """[rows, in] as [rows * blocks, block_size], the last block of a row filled with zeros."""
         padded = np.pad(rows, ((0, 0), (0, -rows.shape[1] % self.block_size)))

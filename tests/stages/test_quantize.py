@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,11 @@ def test_a_target_may_not_run_a_scheme(exported: Artifact, run_stage: RunStage) 
         ({"scheme": "int4", "method": "hqq"}, "set symmetric: false"),
         ({"scheme": "int4", "method": "gptq"}, "gptq needs calibration"),
         ({"scheme": "int4", "method": "awq"}, "awq needs calibration"),
-        ({"scheme": "int4", "calibration": "c"}, "awq and gptq, not for rtn"),
+        ({"scheme": "int4", "calibration": "c"}, "method: rtn does not read calibration"),
+        ({"scheme": "mixed", "calibration": "c"}, "mixed and budget go together"),
+        ({"scheme": "int4", "budget": {"kl": 0.1}}, "mixed and budget go together"),
+        ({"scheme": "mixed", "budget": {"kl": 0.1}}, "mixed needs calibration"),
+        ({"scheme": "mixed", "calibration": "c", "budget": {}}, "either bits_per_weight or kl"),
         ({"scheme": "int4", "block_size": 48}, "block_size"),
         ({"scheme": "int4", "method": "gtpq"}, "method"),
     ],
@@ -127,3 +132,27 @@ def test_too_few_texts_for_calibration_are_counted(
     settings = {"scheme": "int4", "calibration": "c", "method": "gptq", "samples": 5000}
     with pytest.raises(StageError, match=r"'c' has \d+ texts.*5000 are asked.*set samples to \d+"):
         run_stage(stage(**settings), onnx=learnt_onnx, c=calibration)
+
+
+def test_mixed_keeps_to_its_budget(
+    learnt_onnx: OnnxModel, calibration: Artifact, run_stage: RunStage
+) -> None:
+    settings: dict[str, Any] = {"scheme": "mixed", "calibration": "c", "samples": 4}
+    settings["block_size"] = 16
+    found: list[list[int]] = []
+    for budget in ({"bits_per_weight": 7.2}, {"kl": 1e-9}, {"kl": 100}):
+        made = run_stage(stage(**settings, budget=budget), onnx=learnt_onnx, c=calibration)
+        assert made.metrics["bits_per_weight"] <= budget.get("bits_per_weight", 9)
+        content = json.loads((made.path / "sensitivity.json").read_text())
+        found.append([row["bits"] for row in content["matrices"]])
+        assert content["expected_kl"] <= budget.get("kl", 9)
+    some, fine, coarse = found
+    assert set(some) == {4, 8} and set(fine) == {8} and set(coarse) == {4}
+
+
+def test_a_budget_that_no_choice_meets_is_refused(
+    learnt_onnx: OnnxModel, calibration: Artifact, run_stage: RunStage
+) -> None:
+    settings = {"scheme": "mixed", "calibration": "c", "samples": 4}
+    with pytest.raises(StageError, match=r"budget: 3 bits per weight are fewer than the \d\.\d+"):
+        run_stage(stage(**settings, budget={"bits_per_weight": 3}), onnx=learnt_onnx, c=calibration)
