@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lifecycle.engines.base import EngineOptions, SamplingParams
+from lifecycle.engines.base import EngineOptions, Request, SamplingParams
 from lifecycle.engines.decoder import DecoderInfo
 from lifecycle.engines.ort import OnnxEngine
 from lifecycle.graph import hqq, mixed
@@ -42,11 +42,18 @@ HEAD: Mapping[str, Scheme | None] = {"lm_head": FINE}
 def tell(folder: Path, count: int, length: int, start: int) -> Texts:
     """Texts that the model tells from the token `start` on."""
     engine = OnnxEngine.open(folder, EngineOptions(16, length))
-    found: Texts = []
     for seed in range(count):
         params = SamplingParams(max_tokens=length - 1, temperature=1.0, seed=seed, ignore_eos=True)
-        found.append([start, *engine.generate([[start]], params)[0].token_ids])
-    return found
+        engine.submit(Request(str(seed), [start], params))
+    found: dict[str, list[int]] = {}
+    left = count
+    while left:
+        for event in engine.step():
+            text = found.setdefault(event.request_id, [start])
+            if event.token_id is not None:
+                text.append(event.token_id)
+            left -= event.finish_reason is not None
+    return [found[str(seed)] for seed in range(count)]
 
 
 def log_probabilities(folder: Path, texts: Texts) -> Logs:
