@@ -60,7 +60,7 @@ class Blockwise:
         found = g.node(
             "GatherBlockQuantized",
             f"{node.name}.dequantized",
-            *(flat, tokens, scales, zeros),
+            *(flat, tokens, scales, *([zeros] if zeros is not None else [])),
             bits=self.bits,
             block_size=size,
             gather_axis=0,
