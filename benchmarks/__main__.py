@@ -20,7 +20,8 @@ def main() -> int:
         worst = worst or subprocess.run([sys.executable, "-m", f"benchmarks.{name}"]).returncode
     print(
         "\nOn a run of the quickstart: python -m benchmarks.batch_invariance BUNDLE and "
-        "python -m benchmarks.kill_resume quickstart"
+        "python -m benchmarks.kill_resume quickstart; on a checkpoint: "
+        "python -m benchmarks.quality FOLDER"
     )
     return worst
 

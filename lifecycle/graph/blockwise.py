@@ -1,17 +1,20 @@
-"""Weights of 4 or 8 bits in blocks along the input, symmetric, one float32 scale per block."""
+"""Weights of 4 or 8 bits in blocks along the input, one float32 scale per block."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Literal
 
-import numpy as np
 import onnx_ir as ir
 
 from lifecycle.graph.experts import quantize_experts
 from lifecycle.graph.rewrite import GraphRewrite, Linear, Mixture, matrix_shape
-from lifecycle.graph.rounding import quantize
+from lifecycle.graph.rounding import Blocks, Fit, Grid, least_squares, quantize
+
+Stored = Sequence[ir.Value | None]
+"""Integers [rows, blocks, bytes], scales [rows, blocks], and the packed zeros if there are any."""
 
 
 @dataclass(frozen=True)
@@ -19,25 +22,35 @@ class Blockwise:
     """Products by `MatMulNBits`, the embedding by `GatherBlockQuantized`."""
 
     block_size: int = 64
-    """Weights that share a scale: 16, 32, 64 or 128. ONNX Runtime's packed matrices hold a scale
-    and a sum of 4 bytes each per block, so a weight of 4 bits takes 6 at 32, 5 at 64 and 4.5 at
-    128, and reading them is what a decoding step of one row waits for."""
     bits: Literal[4, 8] = 4
+    symmetric: bool = True
+    fit: Fit = least_squares
+    """How the scale and the zero of a block are found."""
+
+    @property
+    def grid(self) -> Grid:
+        """The values that weights can take."""
+        return Grid(self.block_size, self.bits, self.symmetric)
+
+    def bytes(self, shape: tuple[int, int]) -> int:
+        """What a matrix [out, in] takes."""
+        return self.grid.bytes(shape)
 
     def linear(self, rewrite: GraphRewrite, linear: Linear) -> None:
         """Replace one product."""
-        self.product(rewrite, linear, *self._store(rewrite, linear.name, linear.weight))
+        self.product(rewrite, linear, self._store(rewrite, linear.name, linear.weight))
 
     def experts(self, rewrite: GraphRewrite, mixture: Mixture) -> None:
         """Replace a mixture of experts."""
-        quantize_experts(rewrite, mixture, self.bits, self.block_size)
+        quantize_experts(rewrite, mixture, self.grid, self.fit)
 
     def embedding(self, rewrite: GraphRewrite, node: ir.Node, head: Linear | None) -> None:
         """Replace the look-up of tokens, and the head if it is the same matrix: both then read
         the same bytes, as [vocab, blocks, bytes] and as [vocab, blocks * bytes]."""
         table, tokens = node.inputs
         assert table is not None and node.name is not None
-        values, scales = self._store(rewrite, node.name, table)
+        values, scales, zeros = stored = self._store(rewrite, node.name, table)
+        assert values is not None
         rows, width = matrix_shape(table)
         size = self.block_size
         row_bytes = -(-width // size) * size * self.bits // 8
@@ -46,7 +59,7 @@ class Blockwise:
         found = g.node(
             "GatherBlockQuantized",
             f"{node.name}.dequantized",
-            *(flat, tokens, scales),
+            *(flat, tokens, scales, *([zeros] if zeros is not None else [])),
             bits=self.bits,
             block_size=size,
             gather_axis=0,
@@ -58,30 +71,29 @@ class Blockwise:
             found = g.node("Slice", f"{node.name}.whole", found, *bounds)
         rewrite.replace(node, found)
         if head is not None:
-            self.product(rewrite, head, values, scales)
+            self.product(rewrite, head, stored)
 
-    def _store(
-        self, rewrite: GraphRewrite, name: str, weight: ir.Value
-    ) -> tuple[ir.Value, ir.Value]:
-        pairs = list(
-            rewrite.map_blocks(weight, lambda block: quantize(block, self.block_size, self.bits))
-        )
-        values = np.concatenate([pair[0] for pair in pairs])
-        scales = np.concatenate([pair[1] for pair in pairs])
+    def _store(self, rewrite: GraphRewrite, name: str, weight: ir.Value) -> Stored:
+        grid, fit = self.grid, self.fit
+        parts = rewrite.map_blocks(weight, lambda rows: quantize(rows, grid, fit))
+        return self.add(rewrite, name, Blocks.joined(parts), prod(matrix_shape(weight)))
+
+    def add(self, rewrite: GraphRewrite, name: str, blocks: Blocks, elements: int) -> Stored:
+        """Store the blocks of a matrix of `elements` weights."""
+        zeros = blocks.packed_zeros()
         return (
-            rewrite.add(f"{name}.weight.int{self.bits}", values, prod(matrix_shape(weight))),
-            rewrite.add(f"{name}.weight.scales", scales),
+            rewrite.add(f"{name}.weight.int{self.bits}", blocks.packed(), elements),
+            rewrite.add(f"{name}.weight.scales", blocks.scales),
+            None if zeros is None else rewrite.add(f"{name}.weight.zeros", zeros),
         )
 
-    def product(
-        self, rewrite: GraphRewrite, linear: Linear, values: ir.Value, scales: ir.Value
-    ) -> None:
+    def product(self, rewrite: GraphRewrite, linear: Linear, stored: Stored) -> None:
         """Put the operator for stored weights in the place of a product."""
         out, width = linear.shape
         y = rewrite.before(linear.node).node(
             "MatMulNBits",
             f"{linear.name}.product",
-            *(linear.x, values, scales, None, None, linear.bias),
+            *(linear.x, *stored, None, linear.bias),
             K=width,
             N=out,
             bits=self.bits,

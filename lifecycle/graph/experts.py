@@ -2,58 +2,75 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import prod
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 
 from lifecycle.errors import StageError
 from lifecycle.graph.rewrite import GraphRewrite, Mixture
-from lifecycle.graph.rounding import quantize
+from lifecycle.graph.rounding import Blocks, Fit, Grid, quantize
 
 
-def quantize_experts(rewrite: GraphRewrite, mixture: Mixture, bits: int, block_size: int) -> None:
-    """Put the operator `QMoE` in the place of `MoE`, in blocks of at most `block_size`.
+def quantize_experts(rewrite: GraphRewrite, mixture: Mixture, grid: Grid, fit: Fit) -> None:
+    """Put the operator `QMoE` in the place of `MoE`, in blocks of at most those of `grid`.
 
     Raises:
         StageError: no size of blocks divides the inputs of both products.
     """
-    weights = (mixture.gate_up, mixture.down)
-    size = _common_block(mixture, block_size)
-    stored: list[ir.Value] = []
-    for weight, part in zip(weights, ("gate_up_proj", "down_proj"), strict=True):
-        experts, rows, width = _shape(weight)
-        pairs = list(rewrite.map_blocks(weight, lambda block: quantize(block, size, bits)))
-        values = np.concatenate([pair[0].reshape(len(pair[0]), -1) for pair in pairs])
-        scales = np.concatenate([pair[1] for pair in pairs])
-        name = f"{mixture.name}.{part}"
-        integers = values.reshape(experts, rows, width * bits // 8)
-        stored.append(rewrite.add(f"{name}.int{bits}", integers, prod((experts, rows, width))))
-        stored.append(rewrite.add(f"{name}.scales", scales.reshape(experts, rows, width // size)))
-    gate_up, gate_up_scales, down, down_scales = stored
+    grid = replace(grid, block_size=_common_block(mixture, grid.block_size))
+    gate_up = _store(rewrite, f"{mixture.name}.gate_up_proj", mixture.gate_up, grid, fit)
+    down = _store(rewrite, f"{mixture.name}.down_proj", mixture.down, grid, fit)
     x, logits = mixture.node.inputs[:2]
     attributes: dict[str, Any] = {
         name: attribute.value for name, attribute in mixture.node.attributes.items()
     }
     g = rewrite.before(mixture.node)
-    operands = [x, logits, gate_up, gate_up_scales, None, down, down_scales]
+    shares = None
     if not attributes["normalize_routing_weights"]:
         # Without weights of its own the operator makes those of the picked experts add up to 1,
-        # whatever the attribute says. Biases, third weights and zero points come between.
+        # whatever the attribute says.
         shares = g.node("Softmax", f"{mixture.name}.shares", logits, axis=-1)
-        operands += [None] * 7 + [shares]
+    # Biases and third weights come between.
+    operands = [x, logits, *gate_up[:2], None, *down[:2], *[None] * 4]
+    operands += [gate_up[2], down[2], None, shares]
+    while operands[-1] is None:
+        operands.pop()
     y = g.node(
         "QMoE",
-        f"{mixture.name}.int{bits}",
+        f"{mixture.name}.int{grid.bits}",
         *operands,
-        expert_weight_bits=bits,
-        block_size=size,
+        expert_weight_bits=grid.bits,
+        block_size=grid.block_size,
         # Activations in int8 by row and block: by far the fastest way on CPUs.
         accuracy_level=4,
         **attributes,
     )
     rewrite.replace(mixture.node, y)
+
+
+def experts_bytes(mixture: Mixture, grid: Grid) -> tuple[int, int]:
+    """The weights of a mixture, and the bytes that `quantize_experts` stores for them."""
+    grid = replace(grid, block_size=_common_block(mixture, grid.block_size))
+    shapes = [_shape(weight) for weight in (mixture.gate_up, mixture.down)]
+    sizes = [grid.bytes((experts * rows, width)) for experts, rows, width in shapes]
+    return sum(map(prod, shapes)), sum(sizes)
+
+
+def _store(
+    rewrite: GraphRewrite, name: str, weight: ir.Value, grid: Grid, fit: Fit
+) -> list[ir.Value | None]:
+    """Integers [experts, out, bytes], scales [experts, out, blocks], packed zeros if there are any."""
+    shape = _shape(weight)
+    blocks = Blocks.joined(rewrite.map_blocks(weight, lambda rows: quantize(rows, grid, fit)))
+    integers, scales = (a.reshape(*shape[:2], -1) for a in (blocks.packed(), blocks.scales))
+    zeros = blocks.packed_zeros()
+    return [
+        rewrite.add(f"{name}.int{grid.bits}", integers, prod(shape)),
+        rewrite.add(f"{name}.scales", scales),
+        None if zeros is None else rewrite.add(f"{name}.zeros", zeros.reshape(*shape[:2], -1)),
+    ]
 
 
 def _shape(weight: ir.Value) -> tuple[int, int, int]:

@@ -26,6 +26,11 @@ class Int8Rowwise:
     def __init__(self, weight_bits: int) -> None:
         self.levels = 2 ** (weight_bits - 1) - 1
 
+    def bytes(self, shape: tuple[int, int]) -> int:
+        """What a matrix [out, in] takes."""
+        out, width = shape
+        return out * (width + 4)
+
     def linear(self, rewrite: GraphRewrite, linear: Linear) -> None:
         """Replace one product; its weights are stored transposed, as the operator wants them."""
         values, scales = self.quantize(rewrite.blocks(linear.weight), linear.shape)

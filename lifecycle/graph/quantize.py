@@ -141,7 +141,7 @@ def _replace_all(
             f"{rewrite.folder / GRAPH} has no matrix to quantise: no constant float32 weights of a "
             "MatMul, Gemm or Gather"
         )
-    chosen = _choose(names, scheme, exceptions)
+    chosen = choose(names, scheme, exceptions)
     heads = {
         node: next((linear for linear in linears if linear.weight is node.inputs[0]), None)
         for node in lookups
@@ -174,10 +174,19 @@ def _replace_all(
         scheme.finish(rewrite)
 
 
-def _choose(
+def decoder_names(rewrite: GraphRewrite) -> list[str]:
+    """All matrices of a decoder that a scheme can be chosen for."""
+    return [EMBEDDING, *(node.name for node in [*rewrite.linears(), *rewrite.mixtures()])]
+
+
+def choose(
     names: Sequence[str], scheme: Scheme, exceptions: Mapping[str, Scheme | None]
 ) -> dict[str, Scheme | None]:
-    """The scheme of each matrix."""
+    """The scheme of each matrix.
+
+    Raises:
+        StageError: a pattern of `exceptions` matches nothing.
+    """
     for pattern in exceptions:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise StageError(

@@ -80,6 +80,7 @@ class GraphRewrite:
         """Weights that are stored as integers so far."""
         self.quantized_bytes = 0
         """Bytes that stand for them, scales included."""
+        self._scales: dict[str, list[NDArray[np.float32]]] = {}
 
     @property
     def weights(self) -> WeightFile:
@@ -152,7 +153,7 @@ class GraphRewrite:
 
     def blocks(self, weight: ir.Value) -> Iterator[NDArray[np.float32]]:
         """The rows of a weight matrix, or of several in one tensor, in order, some at a time:
-        [rows, in]."""
+        [rows, in]; with the factors of `scale`."""
         tensor = weight.const_value
         assert tensor is not None
         *leading, width = tensor.shape.numpy()
@@ -163,11 +164,23 @@ class GraphRewrite:
             stop = min(row + step, rows)
             if whole is None:
                 assert isinstance(tensor, ir.ExternalTensor)
-                yield np.concatenate(list(_floats(tensor, row * width, stop * width))).reshape(
-                    -1, width
-                )
+                floats = np.concatenate(list(_floats(tensor, row * width, stop * width)))
+                block = floats.reshape(-1, width)
             else:
-                yield whole.reshape(-1, width)[row:stop]
+                block = whole.reshape(-1, width)[row:stop]
+            yield self._scaled(weight, block, row)
+
+    def _scaled(
+        self, constant: ir.Value, block: NDArray[np.float32], row: int
+    ) -> NDArray[np.float32]:
+        """Rows of a constant from `row` on, with the factors that it was given."""
+        match self._scales.get(str(constant.name)):
+            case [columns]:
+                return block * columns
+            case [rows, columns]:
+                return block * rows[row : row + len(block), None] * columns
+            case _:
+                return block
 
     def map_blocks(
         self, weight: ir.Value, change: Callable[[NDArray[np.float32]], T]
@@ -183,6 +196,21 @@ class GraphRewrite:
                     yield pending.popleft().result()
             while pending:
                 yield pending.popleft().result()
+
+    def scale(
+        self,
+        constant: ir.Value,
+        *,
+        rows: NDArray[np.float32] | None = None,
+        columns: NDArray[np.float32] | None = None,
+    ) -> None:
+        """Let a constant [rows, columns] or [rows] be multiplied by factors when it is read."""
+        assert constant.name is not None and constant.shape is not None
+        shape = constant.shape.numpy()
+        before = self._scales.setdefault(constant.name, [np.ones(n, np.float32) for n in shape])
+        for axis, factors in enumerate((rows, columns)):
+            if factors is not None:
+                before[axis] = before[axis] * factors
 
     def add(self, name: str, values: NDArray[Any], elements: int = 0) -> ir.Value:
         """Store a quantised tensor, or its scales, that stands for `elements` weights."""
@@ -215,6 +243,14 @@ class GraphRewrite:
         for node in reversed(self.graph):
             if not any(value.uses() or value.is_graph_output() for value in node.outputs):
                 self.graph.remove(node, safe=True)
+        for name in self._scales:
+            value = self.graph.initializers.get(name)
+            if value is not None and value.uses():
+                tensor = value.const_value
+                assert tensor is not None
+                shape = tuple(tensor.shape.numpy())
+                copied = self.weights.add(name, ir.DataType.FLOAT, shape, self.blocks(value))
+                value.const_value = copied.const_value
         move_weights(self.graph, self.weights)
         return self.graph
 

@@ -1,8 +1,10 @@
-"""Weights of blocks as small integers with a scale each, to the least squared error."""
+"""Weights of blocks as small integers with a scale, and maybe a zero point, for each block."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Literal, Self, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,58 +14,160 @@ _SHRINK = np.array([1.05, 1.0, 0.95, 0.9, 0.85], np.float32)
 weights in blocks of 32 the error falls from 9.7 % (largest / 7) over 8.6 % (largest / -8) to
 8.15 %; nineteen trials give 8.09 %."""
 
-_Integers = NDArray[np.uint8]
-_Floats = NDArray[np.float32]
+Integers = NDArray[np.uint8]
+Floats = NDArray[np.float32]
 
 
-def quantize(weights: _Floats, block_size: int, bits: int = 4) -> tuple[_Integers, _Floats]:
-    """Rows of weights [rows, in] as packed integers [rows, blocks, block_size * bits / 8] and
-    scales [rows, blocks].
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """The values that weights can take: (integer - zero) * scale, of each block by itself."""
 
-    A weight is (integer - 8) * scale in 4 bits, the lower half of a byte first, and
-    (integer - 128) * scale in 8. Each scale is the
-    one of a few that leaves the least squared error of its block.
-    """
-    rows, width = weights.shape
-    padded = np.pad(weights, ((0, 0), (0, -width % block_size)))
-    blocks = padded.reshape(-1, block_size)
-    scales = best_scales(blocks, bits)
-    packed = pack(_rounded(blocks, scales, bits), bits)
-    return packed.reshape(rows, -1, block_size * bits // 8), scales.reshape(rows, -1)
+    block_size: int = 64
+    """Weights along the input that share a scale: 16, 32, 64 or 128. ONNX Runtime's packed matrices
+    hold a scale and a sum of 4 bytes each per block, so a weight of 4 bits takes 6 at 32, 5 at 64
+    and 4.5 at 128, and reading them is what a decoding step of one row waits for."""
+    bits: Literal[4, 8] = 4
+    symmetric: bool = True
+    """Whether the zero is the middle integer of every block, instead of a point of its own."""
+
+    @property
+    def levels(self) -> int:
+        """The highest integer."""
+        return 2**self.bits - 1
+
+    @property
+    def middle(self) -> int:
+        """The zero of symmetric blocks."""
+        return 2 ** (self.bits - 1)
+
+    def bytes(self, shape: tuple[int, int]) -> int:
+        """What a matrix [rows, in] takes: integers, scales, and zeros if there are any."""
+        rows, width = shape
+        blocks = -(-width // self.block_size)
+        zeros = 0 if self.symmetric else -(-blocks * self.bits // 8)
+        return rows * (blocks * (self.block_size * self.bits // 8 + 4) + zeros)
+
+    def split(self, rows: Floats) -> Floats:
+        """[rows, in] as [rows * blocks, block_size], the last block of a row filled with zeros."""
+        padded = np.pad(rows, ((0, 0), (0, -rows.shape[1] % self.block_size)))
+        return padded.reshape(-1, self.block_size)
+
+    def round(self, weights: Floats, scales: Floats, zeros: Floats) -> Floats:
+        """The nearest integers to weights, whose scales and zeros are of shapes that broadcast."""
+        return np.clip(np.rint(weights / scales) + zeros, 0, self.levels)
 
 
-def pack(integers: NDArray[Any], bits: int) -> _Integers:
-    """Signed integers [rows, width] as bytes [rows, width * bits / 8], without their signs; of two
-    in a byte the first is in its lower half."""
-    shifted = (integers.astype(np.int16) + 2 ** (bits - 1)).astype(np.uint8)
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """Rows of a matrix as integers: a weight is (integer - zero) * scale."""
+
+    grid: Grid
+    integers: Integers
+    """[rows, blocks, block_size]."""
+    scales: Floats
+    """[rows, blocks]."""
+    zeros: Integers
+    """[rows, blocks]."""
+
+    @classmethod
+    def of(cls, grid: Grid, rows: int, integers: Floats, scales: Floats, zeros: Floats) -> Self:
+        """From arrays in any shape whose values come in the order of rows and blocks."""
+        whole = integers.astype(np.uint8).reshape(rows, -1, grid.block_size)
+        shape = whole.shape[:2]
+        return cls(grid, whole, scales.reshape(shape), zeros.astype(np.uint8).reshape(shape))
+
+    @classmethod
+    def joined(cls, parts: Iterable[Self]) -> Self:
+        """The rows of all parts, in order."""
+        parts = list(parts)
+        integers = np.concatenate([part.integers for part in parts])
+        scales = np.concatenate([part.scales for part in parts])
+        zeros = np.concatenate([part.zeros for part in parts])
+        return cls(parts[0].grid, integers, scales, zeros)
+
+    def packed(self) -> Integers:
+        """The integers as bytes, [rows, blocks, block_size * bits / 8]."""
+        return _pack(self.integers, self.grid.bits)
+
+    def packed_zeros(self) -> Integers | None:
+        """The zeros as bytes, [rows, blocks * bits / 8 rounded up]; nothing if symmetric."""
+        if self.grid.symmetric:
+            return None
+        odd = self.grid.bits == 4 and self.zeros.shape[1] % 2
+        return _pack(np.pad(self.zeros, ((0, 0), (0, int(odd)))), self.grid.bits)
+
+    def floats(self, width: int) -> Floats:
+        """The weights that the integers stand for, [rows, width]."""
+        centred = self.integers.astype(np.float32) - self.zeros[:, :, None]
+        whole = (centred * self.scales[:, :, None]).reshape(len(self.integers), -1)
+        return np.ascontiguousarray(whole[:, :width])
+
+
+def _pack(integers: Integers, bits: int) -> Integers:
+    """Of two integers of 4 bits in a byte, the first is in its lower half."""
     if bits == 8:
-        return shifted
-    return shifted[:, 0::2] | (shifted[:, 1::2] << np.uint8(4))
+        return integers
+    return integers[..., 0::2] | (integers[..., 1::2] << np.uint8(4))
 
 
-def _rounded(blocks: _Floats, scales: _Floats, bits: int) -> _Floats:
-    half = 2 ** (bits - 1)
-    return np.clip(np.rint(blocks / scales[:, None]), -half, half - 1)
+Fit: TypeAlias = Callable[[Floats, Grid, Floats | None], tuple[Floats, Floats]]
+"""A way to find the scale and the zero of each block, [blocks] each, for blocks [blocks, size] and
+how much the error of each weight counts, of the same shape."""
 
 
-def best_scales(blocks: _Floats, bits: int, importance: _Floats | None = None) -> _Floats:
-    """The scale of each block, [blocks]; negative where the largest weight is positive, so that
-    it falls on the lowest integer and the finer step is used. `importance` [blocks, size] weighs squared errors."""
+def quantize(weights: Floats, grid: Grid, fit: Fit) -> Blocks:
+    """Rows of weights [rows, in], each block by itself."""
+    blocks = grid.split(weights)
+    scales, zeros = fit(blocks, grid, None)
+    integers = grid.round(blocks, scales[:, None], zeros[:, None])
+    return Blocks.of(grid, len(weights), integers, scales, zeros)
+
+
+def least_squares(
+    blocks: Floats, grid: Grid, importance: Floats | None = None
+) -> tuple[Floats, Floats]:
+    """Of a few scales and zeros that are tried, those that leave the least squared error.
+
+    Blocks with zeros of their own try the middle too, which is best for some.
+    """
+    if importance is None:
+        importance = np.ones((1, 1), np.float32)
+    best = _Best(blocks, grid, importance)
+    # Negative where the largest weight is positive: it falls on 0, the finer step is used.
     at = np.abs(blocks).argmax(axis=1)[:, None]
-    widest = np.take_along_axis(blocks, at, axis=1)[:, 0] / np.float32(-(2 ** (bits - 1)))
-    widest[widest == 0] = 1
-    best, least = widest.copy(), np.full(len(blocks), np.inf, np.float32)
-    weighed = blocks if importance is None else blocks * importance
+    widest = np.take_along_axis(blocks, at, axis=1)[:, 0] / np.float32(-grid.middle)
     for part in _SHRINK:
-        integers = _rounded(blocks, widest * part, bits)
+        best.offer(widest * part, np.full_like(widest, grid.middle))
+    if not grid.symmetric:
+        low, high = np.minimum(blocks.min(axis=1), 0), np.maximum(blocks.max(axis=1), 0)
+        span = (high - low) / np.float32(grid.levels)
+        span[span == 0] = 1
+        for part in _SHRINK:
+            best.offer(span * part, np.clip(np.rint(-low / span), 0, grid.levels))
+    return best.scales, best.zeros
+
+
+class _Best:
+    """The best scale and zero of each block so far."""
+
+    def __init__(self, blocks: Floats, grid: Grid, importance: Floats) -> None:
+        self._blocks, self._grid, self._importance = blocks, grid, importance
+        self._weighed = blocks * importance
+        self._least = np.full(len(blocks), np.inf, np.float32)
+        self.scales = np.ones(len(blocks), np.float32)
+        self.zeros = np.full(len(blocks), grid.middle, np.float32)
+
+    def offer(self, scales: Floats, zeros: Floats) -> None:
+        """Try scales, refined for the integers that they lead to."""
+        scales = np.where(scales == 0, np.float32(1), scales)
+        centred = self._grid.round(self._blocks, scales[:, None], zeros[:, None]) - zeros[:, None]
         # For given integers the best scale is <w, q> / <q, q>, and the squared error that it
         # leaves is |w|² - <w, q>² / <q, q>.
-        dot = np.einsum("ij,ij->i", weighed, integers)
-        squares = integers if importance is None else integers * importance
-        norm = np.einsum("ij,ij->i", squares, integers)
+        dot = np.einsum("ij,ij->i", self._weighed, centred)
+        norm = np.einsum("ij,ij->i", centred * self._importance, centred)
         norm[norm == 0] = 1
         error = -dot * dot / norm
-        better = (error < least) & (dot != 0)
-        least[better] = error[better]
-        best[better] = (dot / norm)[better]
-    return best
+        better = (error < self._least) & (dot != 0)
+        self._least[better] = error[better]
+        self.scales[better] = (dot / norm)[better]
+        self.zeros[better] = zeros[better]

@@ -1,24 +1,25 @@
-"""The stage `quantize`: an exported graph with its weights in fewer bits."""
+"""The stage `quantize`: a float32 graph with its weights in fewer bits."""
 
 from __future__ import annotations
 
 import time
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, get_args
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
 from lifecycle.errors import StageError
 from lifecycle.kinds import Arrays, Conversations, OnnxGraph, OnnxModel, Text
 from lifecycle.pipeline.artifact import Metrics
+from lifecycle.pipeline.registry import SETTINGS
 from lifecycle.pipeline.stage import Context, Ref, Stage
 from lifecycle.pipeline.suggest import did_you_mean
 from lifecycle.stages.export import COMPANIONS
 
-if TYPE_CHECKING:
-    from lifecycle.graph.quantize import Quantized, Scheme
-
-SchemeName = Literal["int8-rowwise", "int8", "int4", "int8-static"]
+SchemeName = Literal["int8-rowwise", "int8", "int4", "mixed", "int8-static"]
+_BLOCKS = ("int4", "int8", "mixed")
+"""Schemes that store weights in blocks."""
+_PARTS = {"mixed": ("int4", "int8-rowwise")}
+"""Schemes that are made of others."""
 
 
 def _known_scheme(value: Any) -> Any:
@@ -28,6 +29,24 @@ def _known_scheme(value: Any) -> Any:
             f"unknown scheme '{value}'{did_you_mean(value, known)} (known: {', '.join(known)})"
         )
     return value
+
+
+class Budget(BaseModel):
+    """How far `mixed` may go; exactly one of the two."""
+
+    model_config = SETTINGS
+
+    bits_per_weight: float | None = Field(None, gt=0)
+    """Most bits of a weight, over all quantised matrices, scales included."""
+    kl: float | None = Field(None, gt=0)
+    """Most that the predictions may diverge from those in float32, in nats per token, added up over what
+    each matrix costs by itself with plain rounding."""
+
+    @model_validator(mode="after")
+    def _is_one(self) -> Self:
+        if (self.bits_per_weight is None) == (self.kl is None):
+            raise ValueError("give either bits_per_weight or kl")
+        return self
 
 
 class Quantize(Stage):
@@ -43,8 +62,12 @@ class Quantize(Stage):
     """`int8-rowwise`: weights by output channel, activations by row; output that does not depend
     on the rest of the batch; best for batches and prefill. `int4`: weights in blocks; best
     for single streams of models that are larger than the processor's cache. `int8`: the same in
-    8 bits. `int8-static`: weights by output channel, convolutions included, activations by tensor in
-    ranges that `calibration` fixes; what networks of convolutions want."""
+    8 bits. `mixed`: each matrix as by `int4` or by `int8-rowwise`, by what 4 bits cost it on
+    `calibration`. `int8-static`: weights by output channel, convolutions included, activations by tensor
+    in ranges that `calibration` fixes; what networks of convolutions want."""
+    budget: Budget | None = None
+    """For `mixed`: `bits_per_weight`, or `kl`, the divergence of the predictions from float32 in nats per
+    token. `sensitivity.json` beside the model says what was chosen for every matrix, and why."""
     skip: tuple[str, ...] = ()
     """Patterns of matrices that stay in float32, such as `lm_head`, `layers.0.*` or `*.experts`."""
     int8: tuple[str, ...] = ("lm_head",)
@@ -52,18 +75,23 @@ class Quantize(Stage):
     and the embedding where it is the same matrix, suffers most from 4 bits; in small models
     `*.down_proj` is next."""
     block_size: Literal[16, 32, 64, 128] = 64
-    """For `int4` and `int8`: how many weights share a scale. Smaller blocks are finer, larger ones are
-    faster and take less memory."""
+    """For `int4`, `int8` and `mixed`: how many weights share a scale. Smaller blocks are finer, larger
+    ones are faster and take less memory."""
     weight_bits: Literal[7, 8] = 7
-    """For `int8-rowwise`, also of parts of `int4`, and `int8-static`: bits used of each weight. 7 is right on every processor; 8 is a little finer, but
-    overflows on x86 without VNNI instructions (`lifecycle doctor` shows them)."""
-    method: Literal["rtn", "gptq"] = "rtn"
-    """For `int4` and `int8`: how weights are rounded. `rtn`: each block by itself, to the least squared
-    error. `gptq`: each layer by what it reads on `calibration`, to the least change of its
-    output."""
+    """For `int8-rowwise`, also of parts of `int4` and `mixed`, and `int8-static`: bits used of each
+    weight. 7 is right on every processor; 8 is a little finer, but overflows on x86 without VNNI
+    instructions (`lifecycle doctor` shows them)."""
+    method: Literal["rtn", "hqq", "awq", "gptq"] = "rtn"
+    """For `int4`, `int8` and `mixed`: how weights are rounded. `rtn`: each block by itself, to the least
+    squared error. `hqq`: each block by itself, its zero by half-quadratic steps. `awq`: as `rtn`,
+    with the channels that carry much on `calibration` scaled up before. `gptq`: each layer by what
+    it reads on `calibration`, to the least change of its output; the best."""
+    symmetric: bool = True
+    """For `int4`, `int8` and `mixed`: whether zero is the middle of every block, or a point of each block's
+    own, which is finer and takes half a byte to a byte more per block. `hqq` needs `false`."""
     calibration: Ref[Conversations | Text | Arrays] | None = None
-    """For `gptq` and `int8-static`: texts like those that a decoder will see, or `arrays` for any
-    other graph; their train split is read."""
+    """Of `awq`, `gptq`, `mixed` and `int8-static`: texts like those that a decoder will see, or `arrays` for
+    any other graph; their train split is read."""
     samples: int = Field(128, ge=1)
     """Of `calibration`: how many samples are read."""
     sample_length: int = Field(512, ge=16)
@@ -75,27 +103,47 @@ class Quantize(Stage):
     """For `calibrate: percentile`: the share of values that is covered."""
 
     @model_validator(mode="after")
-    def _method_fits(self) -> Self:
-        if self.method == "gptq" and self.scheme not in ("int4", "int8"):
-            raise ValueError(
-                f"method: 'gptq' is for the schemes int4 and int8, not for {self.scheme}"
-            )
-        if self.scheme == "int8-static":
-            if self.calibration is None:
-                raise ValueError("scheme: int8-static fixes ranges on data; give calibration")
-        elif (self.method == "gptq") != (self.calibration is not None):
-            raise ValueError("method: gptq and calibration go together; give both or neither")
+    def _settings_fit(self) -> Self:
+        for name, is_set in (
+            (f"method: '{self.method}'", self.method != "rtn"),
+            ("symmetric: false", not self.symmetric),
+        ):
+            if is_set and self.scheme not in _BLOCKS:
+                raise ValueError(
+                    f"{name} is for the schemes int4, int8 and mixed, not for {self.scheme}"
+                )
+        if self.method == "hqq" and self.symmetric:
+            raise ValueError("method: hqq looks for zero points; set symmetric: false")
+        if (self.scheme == "mixed") != (self.budget is not None):
+            raise ValueError("scheme: mixed and budget go together; give both or neither")
+        self._check_calibration()
         return self
+
+    def _check_calibration(self) -> None:
+        readers = {
+            "scheme: int8-static": self.scheme == "int8-static",
+            "scheme: mixed": self.scheme == "mixed",
+            "method: awq": self.method == "awq",
+            "method: gptq": self.method == "gptq",
+        }
+        needed = next((name for name, reads in readers.items() if reads), None)
+        if needed and self.calibration is None:
+            raise ValueError(f"{needed} needs calibration: name the texts to measure on")
+        if self.calibration and not needed:
+            raise ValueError(
+                f"calibration is only read for {' or '.join(readers)}; set one or leave it out"
+            )
 
     def run(self, ctx: Context) -> Metrics:
         """Write `model.onnx`, `model.onnx.data`, `decoder.json`; link the tokeniser files."""
         from lifecycle.engines.decoder import WEIGHTS
         from lifecycle.graph.check import check_graph
+        from lifecycle.stages.quantizing import Quantizing
 
         model = ctx.input(self.model)
         self._require_possible(model)
         started = time.perf_counter()
-        made = self._quantize(ctx, model.path)
+        made = Quantizing(self, ctx, model.path).run()
         check_graph(ctx.out)
         for name in COMPANIONS:
             if (model.path / name).is_file():
@@ -108,71 +156,30 @@ class Quantize(Stage):
         }
 
     def _require_possible(self, model: OnnxGraph) -> None:
+        from lifecycle.engines.adapters import AdapterLayout
         from lifecycle.engines.decoder import DecoderInfo
 
-        if isinstance(model, OnnxModel):
-            info = DecoderInfo.load(model.path)
-            if self.scheme not in info.schemes:
-                raise StageError(
-                    f"scheme '{self.scheme}' does not run on target '{info.target}' "
-                    f"of '{self.model}' (it runs {', '.join(info.schemes) or 'none'})"
-                )
-        elif self.method == "gptq":
+        if not isinstance(model, OnnxModel):
+            self._require_plain()
+            return
+        info = DecoderInfo.load(model.path)
+        if not set(_PARTS.get(self.scheme, (self.scheme,))) <= set(info.schemes):
             raise StageError(
-                f"method 'gptq' walks the layers of a decoder, but '{self.model}' is a graph of "
-                "another kind: use method: rtn"
+                f"scheme '{self.scheme}' does not run on target '{info.target}' "
+                f"of '{self.model}' (it runs {', '.join(info.schemes) or 'none'})"
+            )
+        if self.method == "awq" and AdapterLayout.load(model.path) is not None:
+            raise StageError(
+                f"method: awq scales what products read, and with it what the adapters of "
+                f"'{self.model}' read in their slots; use gptq, or export without adapters"
             )
 
-    def _quantize(self, ctx: Context, source: Path) -> Quantized:
-        from lifecycle.graph.int8 import Int8Rowwise
-        from lifecycle.graph.quantize import quantize_graph
-
-        int8 = Int8Rowwise(self.weight_bits)
-        exceptions: dict[str, Scheme | None] = dict.fromkeys(self.skip)
-        scheme: Scheme = int8
-        if self.scheme == "int8-static":
-            scheme = self._static(ctx, source)
-        elif self.scheme != "int8-rowwise":
-            scheme = self._blockwise(ctx, source)
-        is_decoder = isinstance(ctx.input(self.model), OnnxModel)
-        if self.scheme == "int4" and (is_decoder or "int8" in self.model_fields_set):
-            # The default names a part that other graphs do not have.
-            exceptions |= dict.fromkeys(self.int8, int8)
-        ctx.progress.phase("matrices")
-        return quantize_graph(source, ctx.out, self.scheme, scheme, exceptions, ctx.progress.update)
-
-    def _blockwise(self, ctx: Context, source: Path) -> Scheme:
-        from lifecycle.graph.blockwise import Blockwise
-        from lifecycle.graph.gptq import Gptq
-
-        bits = 4 if self.scheme == "int4" else 8
-        if self.calibration is None:
-            return Blockwise(self.block_size, bits)
-        from lifecycle.evaluation.inputs import read_texts
-        from lifecycle.graph.calibration import Calibration
-
-        data = ctx.input(self.calibration)
-        if isinstance(data, Arrays):
-            raise StageError(f"method 'gptq' reads texts, but '{self.calibration}' is of arrays")
-        texts = read_texts(
-            source, data, self.calibration, count=self.samples, length=self.sample_length
-        )
-        return Gptq(self.block_size, Calibration(source, texts), bits)
-
-    def _static(self, ctx: Context, source: Path) -> Scheme:
-        from lifecycle.evaluation.inputs import read_inputs
-        from lifecycle.graph.activations import histograms
-        from lifecycle.graph.static import Int8Static, observed
-
-        assert self.calibration is not None
-        samples = read_inputs(
-            ctx.input(self.model),
-            ctx.input(self.calibration),
-            self.calibration,
-            count=self.samples,
-            length=self.sample_length,
-        )
-        ctx.progress.phase("calibration")
-        found = histograms(source, observed(source), samples, ctx.progress.update)
-        ranges = {name: h.range(self.calibrate, self.percentile) for name, h in found.items()}
-        return Int8Static(self.weight_bits, ranges)
+    def _require_plain(self) -> None:
+        """What is for decoders only must not be asked of other graphs."""
+        walks = {"scheme: mixed": self.scheme == "mixed"}
+        walks |= {f"method: {self.method}": self.method in ("awq", "gptq")}
+        if asked := next((name for name, is_set in walks.items() if is_set), None):
+            raise StageError(
+                f"{asked} walks the layers of a decoder, but '{self.model}' is a graph of "
+                "another kind: use method: rtn or hqq"
+            )

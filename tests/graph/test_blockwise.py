@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from lifecycle.graph import hqq
 from lifecycle.graph.blockwise import Blockwise
 from lifecycle.graph.quantize import quantize_graph
-from lifecycle.graph.rounding import quantize
+from lifecycle.graph.rounding import Fit, Grid, least_squares, quantize
 from tests.graph.models import (
     VOCAB,
     export_quantized,
@@ -26,11 +27,23 @@ from tests.graph.running import GraphRunner
 BLOCK_SIZES = (16, 32, 64, 128)
 
 
-def dequantize(packed: NDArray[np.uint8], scales: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The definition: (integer - 8) * scale, the lower half of a byte first."""
-    halves = np.stack([packed & 15, packed >> 4], axis=-1).astype(np.float32) - 8
-    blocks = halves.reshape(*scales.shape, -1) * scales[..., None]
-    return blocks.reshape(len(packed), -1)
+def unpack(packed: NDArray[np.uint8], bits: int) -> NDArray[np.float32]:
+    """The definition: of two integers in a byte, the first is in its lower half."""
+    parts = [packed] if bits == 8 else [packed & 15, packed >> 4]
+    return np.stack(parts, axis=-1).reshape(*packed.shape[:-1], -1).astype(np.float32)
+
+
+def dequantized(
+    weights: NDArray[np.float32], grid: Grid, fit: Fit = least_squares
+) -> NDArray[np.float32]:
+    """Weights [rows, in] as what is stored says: (integer - zero) * scale."""
+    found = quantize(weights, grid, fit)
+    zeros = found.packed_zeros()
+    points = np.float32(grid.middle)
+    if zeros is not None:
+        points = unpack(zeros, grid.bits)[:, : found.scales.shape[1], None]
+    whole = (unpack(found.packed(), grid.bits) - points) * found.scales[..., None]
+    return whole.reshape(len(weights), -1)[:, : weights.shape[1]]
 
 
 @given(
@@ -41,42 +54,53 @@ def test_no_block_is_worse_than_rounded_by_its_largest(
 ) -> None:
     shape = (rows * blocks, size)
     weights = np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
-    found = dequantize(*quantize(weights.reshape(rows, -1), size)).reshape(shape)
+    both = [
+        dequantized(weights.reshape(rows, -1), Grid(size, symmetric=symmetric)).reshape(shape)
+        for symmetric in (True, False)
+    ]
     largest = np.take_along_axis(weights, np.abs(weights).argmax(axis=1)[:, None], axis=1)
     plain = np.clip(np.round(weights / (largest / -8)), -8, 7) * (largest / -8)
-    error, bound = (np.square(w - weights).sum(axis=1) for w in (found, plain))
-    assert (error <= bound * 1.0001).all()
+    error, free, bound = (np.square(w - weights).sum(axis=1) for w in (*both, plain))
+    assert (error <= bound * 1.0001).all() and (free <= bound * 1.0001).all()
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("name", ["llama-tied", "llama-narrow", "mixtral", "qwen3_moe"])
-def test_eight_bits_are_close_to_float(name: str, tmp_path: Path) -> None:
+def test_eight_bits_are_close_to_float(name: str, symmetric: bool, tmp_path: Path) -> None:
     model = save_model(name, tmp_path)
-    out = export_quantized(tmp_path, Blockwise(16, bits=8))
+    out = export_quantized(tmp_path, Blockwise(16, 8, symmetric))
     ids = np.random.default_rng(0).integers(3, VOCAB, 30).tolist()
     wanted, found = torch_logits(model, ids), GraphRunner(out).prefill(ids)
     errors = np.linalg.norm(found - wanted, axis=1) / np.linalg.norm(wanted, axis=1)
     assert np.median(errors) < 0.03
-    integers, scales = quantize(np.eye(16, dtype=np.float32), 16, 8)
-    np.testing.assert_allclose((integers[:, 0] - np.float32(128)) * scales, np.eye(16), atol=1e-6)
+    eye = np.eye(16, dtype=np.float32)
+    np.testing.assert_allclose(dequantized(eye, Grid(16, 8, symmetric)), eye, atol=1e-6)
 
 
-def test_zeros_stay_zeros() -> None:
-    packed, scales = quantize(np.zeros((2, 40), np.float32), 32)
-    assert np.array_equal(dequantize(packed, scales), np.zeros((2, 64)))
+@pytest.mark.parametrize(
+    ("fit", "symmetric"), [(least_squares, True), (least_squares, False), (hqq.fit, False)]
+)
+def test_zeros_stay_zeros(fit: Fit, symmetric: bool) -> None:
+    zeros = np.zeros((2, 40), np.float32)
+    assert np.array_equal(dequantized(zeros, Grid(32, symmetric=symmetric), fit), zeros)
 
 
-def test_normal_weights_lose_about_eight_percent() -> None:
+@pytest.mark.parametrize(("symmetric", "most"), [(True, 0.083), (False, 0.078)])
+def test_what_normal_weights_lose(symmetric: bool, most: float) -> None:
     weights = np.random.default_rng(0).standard_normal((64, 512)).astype(np.float32)
-    found = dequantize(*quantize(weights, 32))
-    assert np.linalg.norm(found - weights) < 0.083 * np.linalg.norm(weights)
+    found = dequantized(weights, Grid(32, symmetric=symmetric))
+    assert np.linalg.norm(found - weights) < most * np.linalg.norm(weights)
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
 @pytest.mark.parametrize("name", ["llama", "llama-tied", "llama-biases", "qwen3", "llama-narrow"])
-def test_logits_follow_the_dequantized_weights(name: str, block_size: int, tmp_path: Path) -> None:
+def test_logits_follow_the_dequantized_weights(
+    name: str, block_size: int, symmetric: bool, tmp_path: Path
+) -> None:
     model = save_model(name, tmp_path)
-    out = export_quantized(tmp_path, Blockwise(block_size))
-    replace_matrices(model, lambda w: dequantize(*quantize(w, block_size))[:, : w.shape[1]])
+    out = export_quantized(tmp_path, Blockwise(block_size, symmetric=symmetric))
+    replace_matrices(model, lambda w: dequantized(w, Grid(block_size, symmetric=symmetric)))
     ids = np.random.default_rng(0).integers(3, VOCAB, 30).tolist()
     wanted = torch_logits(model, ids)
     # What remains is the activations' rounding to int8.
@@ -84,13 +108,16 @@ def test_logits_follow_the_dequantized_weights(name: str, block_size: int, tmp_p
     assert np.linalg.norm(found - wanted) < 0.03 * np.linalg.norm(wanted)
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("block_size", [16, 32])
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "qwen3_moe-mixed"])
-def test_experts_follow_the_dequantized_weights(name: str, block_size: int, tmp_path: Path) -> None:
+def test_experts_follow_the_dequantized_weights(
+    name: str, block_size: int, symmetric: bool, tmp_path: Path
+) -> None:
     model = save_model(name, tmp_path)
     size = block_size if name == "mixtral" else 16
-    out = export_quantized(tmp_path, Blockwise(size))
-    replace_matrices(model, lambda w: dequantize(*quantize(w, size))[:, : w.shape[1]])
+    out = export_quantized(tmp_path, Blockwise(size, symmetric=symmetric))
+    replace_matrices(model, lambda w: dequantized(w, Grid(size, symmetric=symmetric)))
     ids = np.random.default_rng(0).integers(3, VOCAB, 30).tolist()
     wanted = torch_logits(model, ids)
     found = GraphRunner(out).prefill(ids)

@@ -11,12 +11,13 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from lifecycle.errors import StageError
-from lifecycle.graph import gptq, rounding
+from lifecycle.graph import gptq
 from lifecycle.graph.blockwise import Blockwise
 from lifecycle.graph.calibration import Calibration
 from lifecycle.graph.export import export_decoder
 from lifecycle.graph.gptq import Gptq
 from lifecycle.graph.int8 import Int8Rowwise
+from lifecycle.graph.rounding import Grid, least_squares, quantize
 from lifecycle.graph.targets import Cpu
 from tests.graph.models import MODELS, VOCAB, save_model
 from tests.graph.running import GraphRunner
@@ -83,34 +84,32 @@ def test_a_layer_reads_what_the_replaced_one_before_it_gives(tmp_path: Path) -> 
 @pytest.mark.parametrize("name", sorted(set(MODELS) - {"qwen3_moe-odd"}))
 def test_every_architecture_is_walked(name: str, tmp_path: Path) -> None:
     _, out = exported(name, tmp_path)
-    made = quantized(out, tmp_path / "int4", Gptq(16, Calibration(out, TEXTS)))
+    made = quantized(out, tmp_path / "int4", Gptq(16, calibration=Calibration(out, TEXTS)))
     assert np.isfinite(GraphRunner(made).prefill(TEXTS[0])).all()
 
 
-def test_what_a_product_gives_changes_less_than_by_plain_rounding() -> None:
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_what_a_product_gives_changes_less_than_by_plain_rounding(symmetric: bool) -> None:
     mixing = RANDOM.standard_normal((128, 128)) * np.geomspace(1, 0.01, 128)
     inputs = (RANDOM.standard_normal((2000, 128)) @ mixing).astype(np.float32)
     weights = RANDOM.standard_normal((32, 128)).astype(np.float32)
 
-    def change(integers: Floats, scales: Floats) -> float:
-        rounded = (integers.reshape(*scales.shape, -1) * scales[:, :, None]).reshape(32, 128)
-        return float(np.linalg.norm(inputs @ (rounded - weights).T))
-
-    packed, scales = rounding.quantize(weights, 32)
-    plain = (np.stack([packed & 15, packed >> 4], axis=-1).astype(np.float32) - 8).reshape(32, 128)
+    grid = Grid(32, symmetric=symmetric)
     moments = inputs.T @ inputs / np.float32(len(inputs))
-    integers, own = gptq.quantize(weights, moments, 32)
-    assert integers.min() >= -8 and integers.max() <= 7
-    assert change(integers.astype(np.float32), own) < 0.75 * change(plain, scales)
+    plain = quantize(weights, grid, least_squares)
+    own = gptq.quantize(weights, moments, grid, least_squares)
+    changes = [np.linalg.norm(inputs @ (b.floats(128) - weights).T) for b in (own, plain)]
+    assert own.integers.max() <= 15
+    assert changes[0] < 0.75 * changes[1]
 
 
 @pytest.mark.parametrize("moments", [np.zeros((40, 40)), np.ones((40, 40)), np.eye(40) * 1e12])
 def test_inputs_that_say_little_are_no_trouble(moments: Floats) -> None:
     weights = RANDOM.standard_normal((4, 40)).astype(np.float32)
-    integers, scales = gptq.quantize(weights, moments.astype(np.float32), 32)
-    assert integers.shape == (4, 64) and scales.shape == (4, 2)
-    assert np.isfinite(scales).all()
-    assert not integers[:, 40:].any()
+    found = gptq.quantize(weights, moments.astype(np.float32), Grid(32), least_squares)
+    assert found.integers.shape == (4, 2, 32) and found.scales.shape == (4, 2)
+    assert np.isfinite(found.scales).all()
+    assert not found.floats(64)[:, 40:].any()
 
 
 def test_real_weights_lose_less_than_by_plain_rounding(stories: Path, tmp_path: Path) -> None:
@@ -118,7 +117,7 @@ def test_real_weights_lose_less_than_by_plain_rounding(stories: Path, tmp_path: 
     before = mean_loss(stories, texts)
     head = {"lm_head": Int8Rowwise(8)}
     plain = quantized(stories, tmp_path / "rtn", Blockwise(32), head)
-    scheme = Gptq(32, Calibration(stories, calibration.tolist()))
+    scheme = Gptq(32, calibration=Calibration(stories, calibration.tolist()))
     rounded = quantized(stories, tmp_path / "gptq", scheme, head)
     assert mean_loss(rounded, texts) - before < 0.8 * (mean_loss(plain, texts) - before)
 

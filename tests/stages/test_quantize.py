@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,18 @@ def test_a_scheme_shrinks_the_model(
     assert (made.path / "tokenizer.json").is_file()
 
 
+def test_zero_points_take_a_little_more(exported: Artifact, run_stage: RunStage) -> None:
+    options: list[dict[str, Any]] = [
+        {},
+        {"symmetric": False},
+        {"symmetric": False, "method": "hqq"},
+    ]
+    made = [run_stage(stage(scheme="int4", **o), onnx=exported) for o in options]
+    bits = [m.metrics["bits_per_weight"] for m in made]
+    assert bits[0] < bits[1] == bits[2]
+    assert made[1].digest != made[2].digest
+
+
 def test_int8_parts_and_skipped_parts_are_larger(exported: Artifact, run_stage: RunStage) -> None:
     sizes = [
         run_stage(stage(scheme="int4", **options), onnx=exported).metrics["bytes"]
@@ -70,8 +83,15 @@ def test_a_target_may_not_run_a_scheme(exported: Artifact, run_stage: RunStage) 
             {"scheme": "int8-rowwise", "method": "gptq", "calibration": "c"},
             "gptq.*not for int8-rowwise",
         ),
-        ({"scheme": "int4", "method": "gptq"}, "go together"),
-        ({"scheme": "int4", "calibration": "c"}, "go together"),
+        ({"scheme": "int8-rowwise", "symmetric": False}, "symmetric: false.*not for int8-rowwise"),
+        ({"scheme": "int4", "method": "hqq"}, "set symmetric: false"),
+        ({"scheme": "int4", "method": "gptq"}, "gptq needs calibration"),
+        ({"scheme": "int4", "method": "awq"}, "awq needs calibration"),
+        ({"scheme": "int4", "calibration": "c"}, "calibration is only read for"),
+        ({"scheme": "mixed", "calibration": "c"}, "mixed and budget go together"),
+        ({"scheme": "int4", "budget": {"kl": 0.1}}, "mixed and budget go together"),
+        ({"scheme": "mixed", "budget": {"kl": 0.1}}, "mixed needs calibration"),
+        ({"scheme": "mixed", "calibration": "c", "budget": {}}, "either bits_per_weight or kl"),
         ({"scheme": "int4", "block_size": 48}, "block_size"),
         ({"scheme": "int4", "method": "gtpq"}, "method"),
     ],
@@ -89,12 +109,19 @@ def calibration(tmp_path: Path) -> Artifact:
     return as_artifact(Conversations, folder)
 
 
-def test_gptq_reads_the_calibration(
-    learnt_onnx: OnnxModel, calibration: Artifact, run_stage: RunStage
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("method", ["awq", "gptq"])
+def test_methods_read_the_calibration(
+    method: str,
+    symmetric: bool,
+    learnt_onnx: OnnxModel,
+    calibration: Artifact,
+    run_stage: RunStage,
 ) -> None:
-    settings = {"scheme": "int4", "calibration": "c", "method": "gptq", "samples": 4}
+    settings = {"scheme": "int4", "calibration": "c", "method": method, "samples": 4}
+    settings |= {"symmetric": symmetric}
     made = run_stage(stage(**settings), onnx=learnt_onnx, c=calibration)
-    plain = run_stage(stage(scheme="int4"), onnx=learnt_onnx)
+    plain = run_stage(stage(scheme="int4", symmetric=symmetric), onnx=learnt_onnx)
     assert made.metrics["bytes"] == plain.metrics["bytes"]
     assert made.digest != plain.digest
 
@@ -105,3 +132,27 @@ def test_too_few_texts_for_calibration_are_counted(
     settings = {"scheme": "int4", "calibration": "c", "method": "gptq", "samples": 5000}
     with pytest.raises(StageError, match=r"'c' has \d+ texts.*5000 are asked.*set samples to \d+"):
         run_stage(stage(**settings), onnx=learnt_onnx, c=calibration)
+
+
+def test_mixed_keeps_to_its_budget(
+    learnt_onnx: OnnxModel, calibration: Artifact, run_stage: RunStage
+) -> None:
+    settings: dict[str, Any] = {"scheme": "mixed", "calibration": "c", "samples": 4}
+    settings["block_size"] = 16
+    found: list[list[int]] = []
+    for budget in ({"bits_per_weight": 7.2}, {"kl": 1e-9}, {"kl": 100}):
+        made = run_stage(stage(**settings, budget=budget), onnx=learnt_onnx, c=calibration)
+        assert made.metrics["bits_per_weight"] <= budget.get("bits_per_weight", 9)
+        content = json.loads((made.path / "sensitivity.json").read_text())
+        found.append([row["bits"] for row in content["matrices"]])
+        assert content["expected_kl"] <= budget.get("kl", 9)
+    some, fine, coarse = found
+    assert set(some) == {4, 8} and set(fine) == {8} and set(coarse) == {4}
+
+
+def test_a_budget_that_no_choice_meets_is_refused(
+    learnt_onnx: OnnxModel, calibration: Artifact, run_stage: RunStage
+) -> None:
+    settings = {"scheme": "mixed", "calibration": "c", "samples": 4}
+    with pytest.raises(StageError, match=r"budget: 3 bits per weight are fewer than the \d\.\d+"):
+        run_stage(stage(**settings, budget={"bits_per_weight": 3}), onnx=learnt_onnx, c=calibration)

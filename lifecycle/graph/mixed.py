@@ -1,0 +1,190 @@
+"""Which matrices to store coarsely and which finely: by what each costs by itself, under a budget."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from lifecycle.errors import StageError
+from lifecycle.graph.blockwise import Blockwise
+from lifecycle.graph.experts import experts_bytes
+from lifecycle.graph.int8 import Int8Rowwise
+from lifecycle.graph.quantize import EMBEDDING, Scheme, choose, decoder_names
+from lifecycle.graph.rewrite import GraphRewrite, matrix_shape
+from lifecycle.graph.rounding import Floats, quantize
+from lifecycle.graph.sensitivity import divergences
+from lifecycle.graph.weights import WeightFile
+
+_TOKENS = 4096
+"""Tokens of calibration that every matrix is tried on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What storing one matrix coarsely instead of finely does."""
+
+    name: str
+    kl: float
+    """Mean divergence of the predictions from those in float32, in nats per token."""
+    saved: int
+    """Bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What every matrix that can be stored either way costs, and what there is besides."""
+
+    costs: tuple[Cost, ...]
+    elements: int
+    """Weights of all matrices that are quantised."""
+    least: int
+    """Bytes of them with all coarse."""
+
+
+def measure(
+    source: Path,
+    scratch: Path,
+    texts: Sequence[Sequence[int]],
+    coarse: Blockwise,
+    fine: Int8Rowwise,
+    exceptions: Mapping[str, Scheme | None],
+    on_done: Callable[[int, int], None] | None = None,
+) -> Measured:
+    """Round every matrix of a float32 graph as `coarse` does, alone, and see what becomes of the
+    predictions on the first of `texts`.
+
+    Mixtures stay coarse; `scratch` is a folder for what is not kept; `exceptions` are as `quantize_graph` takes them.
+
+    Raises:
+        StageError: there are no texts, one is too long, or a pattern matches nothing.
+    """
+    with WeightFile(scratch / "unused") as weights:
+        rewrite = GraphRewrite(source, weights)
+        chosen = choose(decoder_names(rewrite), coarse, exceptions)
+        matrices = _matrices(rewrite, chosen, coarse)
+        constants = {
+            str(weight.name): partial(_rounded, rewrite, weight, coarse)
+            for weight in matrices.values()
+        }
+        vocab, _ = matrix_shape(_table(rewrite))
+        found = divergences(source, _first(texts), vocab, constants, on_done)
+        costs: list[Cost] = []
+        elements = least = 0
+        for name, weight in matrices.items():
+            shape = matrix_shape(weight)
+            elements, least = elements + prod(shape), least + coarse.bytes(shape)
+            saved = fine.bytes(shape) - coarse.bytes(shape)
+            costs.append(Cost(name, found[str(weight.name)], saved))
+        for mixture in rewrite.mixtures():
+            if chosen[mixture.name] is coarse:
+                count, size = experts_bytes(mixture, coarse.grid)
+                elements, least = elements + count, least + size
+    return Measured(tuple(costs), elements, least)
+
+
+def within_bits(measured: Measured, bits: float) -> list[Cost]:
+    """The matrices to store finely with `bits` per weight at most: those that gain most per byte, as
+    long as they fit.
+
+    Raises:
+        StageError: all in the coarse form takes more.
+    """
+    # Narrow matrices, whose last block is mostly filling, take less in the fine form.
+    least = measured.least + sum(min(cost.saved, 0) for cost in measured.costs)
+    spare = bits * measured.elements / 8 - least
+    if spare < 0:
+        least = 8 * least / measured.elements
+        raise StageError(
+            f"budget: {bits:g} bits per weight are fewer than the {least:.3f} that this "
+            "model takes at least; raise bits_per_weight, or block_size"
+        )
+    chosen: list[Cost] = []
+    for cost in _ranked(measured.costs):
+        if cost.saved <= spare:
+            spare -= max(cost.saved, 0)
+            chosen.append(cost)
+    return chosen
+
+
+def within_kl(measured: Measured, kl: float) -> list[Cost]:
+    """The fewest matrices to store finely so that what the others cost adds up to `kl` at most."""
+    chosen: list[Cost] = []
+    left = sum(cost.kl for cost in measured.costs)
+    for cost in _ranked(measured.costs):
+        if left <= kl and cost.saved > 0:
+            break
+        left -= cost.kl
+        chosen.append(cost)
+    return chosen
+
+
+def save(measured: Measured, fine: Sequence[Cost], path: Path) -> None:
+    """Write what was measured and chosen, the matrices in the order in which 8 bits are worth most."""
+    kept = {cost.name for cost in fine}
+    rows = [
+        {
+            "matrix": cost.name,
+            "bits": 8 if cost.name in kept else 4,
+            "kl_in_4_bits": float(f"{cost.kl:.6g}"),
+            "bytes_saved_by_4_bits": cost.saved,
+        }
+        for cost in _ranked(measured.costs)
+    ]
+    expected = sum(cost.kl for cost in measured.costs if cost.name not in kept)
+    content = {"expected_kl": float(f"{expected:.6g}"), "matrices": rows}
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _ranked(costs: Sequence[Cost]) -> list[Cost]:
+    return sorted(costs, key=lambda c: (c.saved > 0, -c.kl / max(c.saved, 1), c.name))
+
+
+def _matrices(
+    rewrite: GraphRewrite, chosen: Mapping[str, Scheme | None], coarse: Blockwise
+) -> dict[str, ir.Value]:
+    """The weights of all products, and the table of the embedding, that `coarse` is chosen for. A
+    table that is the head too goes by the head's name."""
+    table = _table(rewrite)
+    found = {linear.name: linear.weight for linear in rewrite.linears()}
+    if table in found.values():
+        chosen = {
+            name: coarse
+            if chosen[EMBEDDING] is chosen[name] is coarse
+            else None
+            if weight is table
+            else chosen[name]
+            for name, weight in found.items()
+        }
+    else:
+        found = {EMBEDDING: table, **found}
+    return {name: weight for name, weight in found.items() if chosen[name] is coarse}
+
+
+def _table(rewrite: GraphRewrite) -> ir.Value:
+    table = next(node for node in rewrite.lookups() if node.name == EMBEDDING).inputs[0]
+    assert table is not None
+    return table
+
+
+def _rounded(rewrite: GraphRewrite, weight: ir.Value, scheme: Blockwise) -> Floats:
+    _, width = matrix_shape(weight)
+    parts = rewrite.map_blocks(weight, lambda rows: quantize(rows, scheme.grid, scheme.fit))
+    return np.concatenate([part.floats(width) for part in parts])
+
+
+def _first(texts: Sequence[Sequence[int]]) -> list[Sequence[int]]:
+    found: list[Sequence[int]] = []
+    count = 0
+    for text in texts:
+        count += len(text)
+        if found and count > _TOKENS:
+            break
+        found.append(text)
+    return found

@@ -1,0 +1,151 @@
+"""How `quantize` makes what its settings ask for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+from lifecycle.errors import StageError
+from lifecycle.kinds import Arrays, OnnxModel
+
+if TYPE_CHECKING:
+    from lifecycle.graph.blockwise import Blockwise
+    from lifecycle.graph.calibration import Calibration
+    from lifecycle.graph.int8 import Int8Rowwise
+    from lifecycle.graph.quantize import Quantized, Scheme
+    from lifecycle.pipeline.stage import Context
+    from lifecycle.stages.quantize import Quantize
+
+SENSITIVITY = "sensitivity.json"
+
+
+class Quantizing:
+    """One run of a stage `quantize` over the graph in `source`."""
+
+    def __init__(self, stage: Quantize, ctx: Context, source: Path) -> None:
+        self._stage, self._ctx, self._source = stage, ctx, source
+        self._texts: list[tuple[int, ...]] | None = None
+
+    def run(self) -> Quantized:
+        """Write the graph, its weights and `decoder.json`."""
+        from lifecycle.graph.int8 import Int8Rowwise
+        from lifecycle.graph.quantize import quantize_graph
+
+        stage, ctx, source = self._stage, self._ctx, self._source
+        int8 = Int8Rowwise(stage.weight_bits)
+        exceptions: dict[str, Scheme | None] = dict.fromkeys(stage.skip)
+        is_decoder = isinstance(ctx.input(stage.model), OnnxModel)
+        if stage.scheme == "int4" and (is_decoder or "int8" in stage.model_fields_set):
+            # The default names a part that other graphs do not have.
+            exceptions |= dict.fromkeys(stage.int8, int8)
+        with TemporaryDirectory(dir=ctx.scratch) as folder:
+            scratch = Path(folder)
+            scheme: Scheme
+            match stage.scheme:
+                case "int8-rowwise":
+                    scheme = int8
+                case "int8-static":
+                    scheme = self._static()
+                case _:
+                    scheme = blockwise = self._blockwise()
+                    if stage.scheme == "mixed":
+                        exceptions |= self._mixed(scratch, blockwise, int8, exceptions)
+                    if stage.method == "awq":
+                        self._scale_channels(scratch, blockwise, exceptions)
+                        source = scratch
+            ctx.progress.phase("matrices")
+            return quantize_graph(
+                source, ctx.out, stage.scheme, scheme, exceptions, ctx.progress.update
+            )
+
+    def _blockwise(self) -> Blockwise:
+        from lifecycle.graph import hqq
+        from lifecycle.graph.blockwise import Blockwise
+        from lifecycle.graph.gptq import Gptq
+        from lifecycle.graph.rounding import least_squares
+
+        stage = self._stage
+        grid = (stage.block_size, 8 if stage.scheme == "int8" else 4, stage.symmetric)
+        if stage.method == "gptq":
+            return Gptq(*grid, calibration=self._calibration())
+        return Blockwise(*grid, hqq.fit if stage.method == "hqq" else least_squares)
+
+    def _mixed(
+        self,
+        scratch: Path,
+        coarse: Blockwise,
+        fine: Int8Rowwise,
+        exceptions: dict[str, Scheme | None],
+    ) -> dict[str, Scheme | None]:
+        """The matrices that stay in 8 bits; writes what was measured."""
+        from lifecycle.graph.mixed import measure, save, within_bits, within_kl
+
+        ctx, budget = self._ctx, self._stage.budget
+        assert budget is not None
+        texts = self._read_texts()
+        ctx.progress.phase("sensitivity")
+        measured = measure(
+            self._source, scratch, texts, coarse, fine, exceptions, ctx.progress.update
+        )
+        if budget.bits_per_weight is not None:
+            chosen = within_bits(measured, budget.bits_per_weight)
+        else:
+            chosen = within_kl(measured, budget.kl or 0)
+        save(measured, chosen, ctx.out / SENSITIVITY)
+        return dict.fromkeys((cost.name for cost in chosen), fine)
+
+    def _scale_channels(
+        self, out: Path, scheme: Blockwise, exceptions: dict[str, Scheme | None]
+    ) -> None:
+        from lifecycle.graph.awq import scale_channels
+
+        calibration, progress = self._calibration(), self._ctx.progress
+        progress.phase("channels")
+        scale_channels(self._source, out, calibration, scheme, exceptions, progress.update)
+
+    def _static(self) -> Scheme:
+        from lifecycle.evaluation.inputs import read_inputs
+        from lifecycle.graph.activations import histograms
+        from lifecycle.graph.static import Int8Static, observed
+
+        stage, ctx, source = self._stage, self._ctx, self._source
+        assert stage.calibration is not None
+        samples = read_inputs(
+            ctx.input(stage.model),
+            ctx.input(stage.calibration),
+            stage.calibration,
+            count=stage.samples,
+            length=stage.sample_length,
+        )
+        ctx.progress.phase("calibration")
+        found = histograms(source, observed(source), samples, ctx.progress.update)
+        ranges = {name: h.range(stage.calibrate, stage.percentile) for name, h in found.items()}
+        return Int8Static(stage.weight_bits, ranges)
+
+    def _calibration(self) -> Calibration:
+        """A walk through the layers from the first one on."""
+        from lifecycle.graph.calibration import Calibration
+
+        return Calibration(self._source, self._read_texts())
+
+    def _read_texts(self) -> list[tuple[int, ...]]:
+        from lifecycle.evaluation.inputs import read_texts
+
+        if self._texts is None:
+            stage = self._stage
+            assert stage.calibration is not None
+            data = self._ctx.input(stage.calibration)
+            if isinstance(data, Arrays):
+                raise StageError(
+                    f"calibration: '{stage.calibration}' is of arrays, but a decoder's layers are "
+                    "walked with texts"
+                )
+            self._texts = read_texts(
+                self._source,
+                data,
+                stage.calibration,
+                count=stage.samples,
+                length=stage.sample_length,
+            )
+        return self._texts

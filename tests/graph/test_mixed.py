@@ -1,0 +1,103 @@
+"""What a matrix costs is what PyTorch says it costs, and budgets hold for what is written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from lifecycle.errors import StageError
+from lifecycle.graph.blockwise import Blockwise
+from lifecycle.graph.export import export_decoder
+from lifecycle.graph.int8 import Int8Rowwise
+from lifecycle.graph.mixed import Cost, Measured, measure, within_bits, within_kl
+from lifecycle.graph.quantize import quantize_graph
+from lifecycle.graph.rounding import Grid, least_squares, quantize
+from lifecycle.graph.targets import Cpu
+from tests.graph.models import VOCAB, save_model
+
+TEXTS = [np.random.default_rng(3).integers(3, VOCAB, length).tolist() for length in (30, 7, 19)]
+FINE = Int8Rowwise(8)
+
+
+def exported(name: str, folder: Path) -> Path:
+    save_model(name, folder)
+    out = folder / "onnx"
+    out.mkdir()
+    export_decoder(folder, out, Cpu())
+    return out
+
+
+@pytest.mark.parametrize(
+    ("model_name", "matrix", "parameter"),
+    [
+        ("llama", "layers.0.mlp.down_proj", "model.layers.0.mlp.down_proj"),
+        ("llama", "layers.1.self_attn.o_proj", "model.layers.1.self_attn.o_proj"),
+        ("llama", "lm_head", "lm_head"),
+        ("llama", "embed_tokens", "model.embed_tokens"),
+        ("llama-tied", "lm_head", "model.embed_tokens"),
+    ],
+)
+def test_costs_are_those_of_pytorch(
+    model_name: str, matrix: str, parameter: str, tmp_path: Path
+) -> None:
+    model = save_model(model_name, tmp_path / "hf")
+    out = tmp_path / "onnx"
+    out.mkdir()
+    export_decoder(tmp_path / "hf", out, Cpu())
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    measured = measure(out, scratch, TEXTS, Blockwise(16), FINE, {})
+    found = {cost.name: cost.kl for cost in measured.costs}
+
+    def predictions() -> torch.Tensor:
+        with torch.no_grad():
+            logits = [model(torch.tensor([text])).logits[0] for text in TEXTS]
+        return torch.log_softmax(torch.cat(logits).double(), -1)
+
+    before = predictions()
+    weight = model.get_parameter(f"{parameter}.weight")
+    rounded = quantize(weight.detach().numpy(), Grid(16), least_squares).floats(weight.shape[1])
+    with torch.no_grad():
+        weight.copy_(torch.from_numpy(rounded))
+    wanted = (before.exp() * (before - predictions())).sum(-1).mean()
+    np.testing.assert_allclose(found[matrix], float(wanted), rtol=1e-2)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "llama-narrow", "mixtral"])
+def test_planned_bytes_are_those_that_are_written(
+    name: str, symmetric: bool, tmp_path: Path
+) -> None:
+    source, coarse = exported(name, tmp_path), Blockwise(16, symmetric=symmetric)
+    for part in ("scratch", "out"):
+        (tmp_path / part).mkdir()
+    measured = measure(source, tmp_path / "scratch", TEXTS, coarse, FINE, {})
+    fine = measured.costs[::2]
+    exceptions = dict.fromkeys((cost.name for cost in fine), FINE)
+    made = quantize_graph(source, tmp_path / "out", "mixed", coarse, exceptions)
+    planned = measured.least + sum(cost.saved for cost in fine)
+    assert made.bits_per_weight == round(8 * planned / measured.elements, 3)
+
+
+def test_what_gains_most_per_byte_comes_first() -> None:
+    costs = (Cost("a", 0.04, 100), Cost("b", 0.03, 10), Cost("c", 0.01, 50), Cost("d", 0, 10))
+    measured = Measured(costs, elements=1000, least=500)
+
+    def names(chosen: list[Cost]) -> str:
+        return "".join(cost.name for cost in chosen)
+
+    assert names(within_bits(measured, 4.0)) == ""
+    assert names(within_bits(measured, 4.08)) == "b"
+    assert names(within_bits(measured, 4.5)) == "bc"
+    assert names(within_bits(measured, 8)) == "bacd"
+    assert names(within_kl(measured, 1)) == ""
+    assert names(within_kl(measured, 0.06)) == "b"
+    assert names(within_kl(measured, 0.02)) == "ba"
+    measured = Measured((*costs, Cost("e", 0, -40)), elements=1000, least=540)
+    assert names(within_bits(measured, 4.08)) == "eb"
+    assert names(within_kl(measured, 1)) == "e"
+    with pytest.raises(StageError, match=r"3\.9 bits per weight are fewer than the 4\.000"):
+        within_bits(measured, 3.9)
