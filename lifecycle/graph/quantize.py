@@ -10,6 +10,7 @@ from typing import Protocol
 
 from lifecycle.engines.decoder import GRAPH, WEIGHTS, DecoderInfo
 from lifecycle.errors import StageError
+from lifecycle.graph.cache import QuantizedCache
 from lifecycle.graph.nodes import save_model
 from lifecycle.graph.rewrite import GraphRewrite, Linear, Mixture
 from lifecycle.graph.weights import WeightFile
@@ -43,18 +44,21 @@ class Quantized:
     bytes: int
     """Size of the weights."""
     bits_per_weight: float
-    """Over all quantised matrices, scales included."""
+    """Over all quantised matrices, scales included; 32 if there are none."""
 
 
 def quantize_graph(
     source: Path,
     out: Path,
     name: str,
-    scheme: Scheme,
+    scheme: Scheme | None,
     exceptions: Mapping[str, Scheme | None] | None = None,
     on_done: Callable[[int, int], None] | None = None,
+    *,
+    cache: QuantizedCache | None = None,
 ) -> Quantized:
-    """Write the graph of `source` to `out`, its matrices stored by `scheme`.
+    """Write the graph of `source` to `out`, its matrices stored by `scheme`, or as they are for None,
+    and its keys and values as `cache` says.
 
     `exceptions` maps patterns of the names of matrices (`lm_head`, `embed_tokens`,
     `layers.0.mlp.down_proj`, `*.o_proj`, `*.experts`) to other schemes, or to None for float32; the first
@@ -65,21 +69,25 @@ def quantize_graph(
         StageError: `source` is quantised already, or a pattern matches nothing.
     """
     info = DecoderInfo.load(source)
-    if info.scheme != "fp32":
-        raise StageError(f"{source} is quantised already ({info.scheme}); start from the export")
+    if info.scheme != "fp32" or info.kv_dtype != "float32":
+        made = info.scheme if info.scheme != "fp32" else f"{info.kv_dtype} cache"
+        raise StageError(f"{source} is quantised already ({made}); start from the export")
     with WeightFile(out / WEIGHTS) as weights:
         rewrite = GraphRewrite(source, weights)
+        if cache is not None:
+            cache.apply(rewrite)
         _replace_all(rewrite, scheme, exceptions or {}, on_done or (lambda done, total: None))
         graph = rewrite.finish()
     save_model(graph, out / GRAPH)
-    replace(info, scheme=name).save(out)
-    bits = 8 * rewrite.quantized_bytes / max(1, rewrite.quantized_elements)
+    replace(info, scheme=name, kv_dtype=cache.kv_dtype if cache else info.kv_dtype).save(out)
+    elements = rewrite.quantized_elements
+    bits = 8 * rewrite.quantized_bytes / elements if elements else 32
     return Quantized((out / WEIGHTS).stat().st_size, round(bits, 3))
 
 
 def _replace_all(
     rewrite: GraphRewrite,
-    scheme: Scheme,
+    scheme: Scheme | None,
     exceptions: Mapping[str, Scheme | None],
     on_done: Callable[[int, int], None],
 ) -> None:
@@ -108,7 +116,7 @@ def _replace_all(
 
 
 def _choose(
-    names: Sequence[str], scheme: Scheme, exceptions: Mapping[str, Scheme | None]
+    names: Sequence[str], scheme: Scheme | None, exceptions: Mapping[str, Scheme | None]
 ) -> dict[str, Scheme | None]:
     """The scheme of each matrix."""
     for pattern in exceptions:

@@ -29,7 +29,7 @@ class Export(Stage):
     it with PyTorch."""
 
     produces = OnnxModel
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
 
     model: Ref[HfModel]
     """A decoder without an adapter beside it; `docs/reference/architectures.md` lists those that
