@@ -11,6 +11,7 @@ from typing import Protocol
 from lifecycle.engines.decoder import GRAPH, WEIGHTS, DecoderInfo
 from lifecycle.errors import StageError
 from lifecycle.graph.cache import QuantizedCache
+from lifecycle.graph.fold import Smoothing
 from lifecycle.graph.nodes import save_model
 from lifecycle.graph.rewrite import GraphRewrite, Linear, Mixture
 from lifecycle.graph.weights import WeightFile
@@ -56,9 +57,10 @@ def quantize_graph(
     on_done: Callable[[int, int], None] | None = None,
     *,
     cache: QuantizedCache | None = None,
+    smoothing: Smoothing | None = None,
 ) -> Quantized:
     """Write the graph of `source` to `out`, its matrices stored by `scheme`, or as they are for None,
-    and its keys and values as `cache` says.
+    and its keys and values as `cache` says; `smoothing` changes weights before.
 
     `exceptions` maps patterns of the names of matrices (`lm_head`, `embed_tokens`,
     `layers.0.mlp.down_proj`, `*.o_proj`, `*.experts`) to other schemes, or to None for float32; the first
@@ -76,6 +78,8 @@ def quantize_graph(
         rewrite = GraphRewrite(source, weights)
         if cache is not None:
             cache.apply(rewrite)
+        if smoothing is not None:
+            smoothing.apply(rewrite)
         _replace_all(rewrite, scheme, exceptions or {}, on_done or (lambda done, total: None))
         graph = rewrite.finish()
     save_model(graph, out / GRAPH)

@@ -56,6 +56,8 @@ class GraphRewrite:
         self.graph = ir.load(folder / GRAPH).graph
         self.weights = weights
         self.folder = folder
+        self.input_factors: dict[ir.Value, NDArray[np.float32]] = {}
+        """Factors [in] on the columns of weights, which whoever reads the weights gets applied."""
         self.quantized_elements = 0
         """Weights that are stored as integers so far."""
         self.quantized_bytes = 0
@@ -104,15 +106,17 @@ class GraphRewrite:
 
     def blocks(self, weight: ir.Value) -> Iterator[NDArray[np.float32]]:
         """The rows of a weight matrix, or of several in one tensor, in order, some at a time:
-        [rows, in]."""
+        [rows, in], with their `input_factors`."""
         tensor = weight.const_value
         assert isinstance(tensor, ir.ExternalTensor)
         *leading, width = tensor.shape.numpy()
         rows = prod(leading)
         step = max(1, BLOCK // width)
+        factors = self.input_factors.get(weight)
         for row in range(0, rows, step):
             start, stop = row * width, min(row + step, rows) * width
-            yield np.concatenate(list(_floats(tensor, start, stop))).reshape(-1, width)
+            block = np.concatenate(list(_floats(tensor, start, stop))).reshape(-1, width)
+            yield block if factors is None else block * factors
 
     def map_blocks(
         self, weight: ir.Value, change: Callable[[NDArray[np.float32]], T]
@@ -173,7 +177,8 @@ class GraphRewrite:
                 del self.graph.initializers[name]
             elif isinstance(tensor, ir.ExternalTensor) and Path(tensor.path) != self.weights.path:
                 shape = tuple(tensor.shape.numpy())
-                blocks = _floats(tensor, 0, prod(shape))
+                is_scaled = value in self.input_factors
+                blocks = self.blocks(value) if is_scaled else _floats(tensor, 0, prod(shape))
                 value.const_value = self.weights.add(name, tensor.dtype, shape, blocks).const_value
         return self.graph
 

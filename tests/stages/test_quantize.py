@@ -74,8 +74,14 @@ def test_a_target_may_not_run_a_scheme(exported: Artifact, run_stage: RunStage) 
             "gptq.*not for int8-rowwise",
         ),
         ({"scheme": "int4", "method": "gptq"}, "method: gptq needs calibration"),
-        ({"scheme": "int4", "calibration": "c"}, "only read for method: gptq or kv_cache"),
+        (
+            {"scheme": "int4", "calibration": "c"},
+            "only read for method: gptq or kv_cache or smooth",
+        ),
         ({"scheme": "int4", "kv_cache": "int8"}, "kv_cache needs calibration"),
+        ({"scheme": "int4", "smooth": 0.5, "calibration": "c"}, "for the scheme int8-rowwise"),
+        ({"scheme": "int8-rowwise", "smooth": 0.5}, "smooth needs calibration"),
+        ({"scheme": "int8-rowwise", "smooth": 1.5, "calibration": "c"}, "smooth"),
         ({"scheme": "fp32"}, "changes no weights; set kv_cache"),
         ({"scheme": "fp32", "kv_cache": "int2", "calibration": "c"}, "kv_cache"),
         ({"scheme": "fp16", "method": "gptq", "calibration": "c"}, "not for fp16"),
@@ -104,6 +110,15 @@ def test_gptq_reads_the_calibration(
     plain = run_stage(stage(scheme="int4"), onnx=learnt_onnx)
     assert made.metrics["bytes"] == plain.metrics["bytes"]
     assert made.digest != plain.digest
+
+
+def test_smoothing_reads_the_calibration(
+    learnt_onnx: OnnxModel, calibration: Artifact, run_stage: RunStage
+) -> None:
+    settings = {"scheme": "int8-rowwise", "smooth": 0.5, "calibration": "c", "samples": 4}
+    made = [run_stage(stage(**settings), onnx=learnt_onnx, c=calibration) for _ in range(2)]
+    plain = run_stage(stage(scheme="int8-rowwise"), onnx=learnt_onnx)
+    assert made[0].digest == made[1].digest != plain.digest
 
 
 @pytest.mark.parametrize(("scheme", "kv_cache"), [("fp32", "int8"), ("int4", "int4")])
