@@ -93,9 +93,12 @@ class Calibration:
     def cached(self, layer: int) -> tuple[Floats, Floats]:
         """The keys, rotated, and the values that a layer stores of all tokens, text after text,
         [kv_heads, tokens, head_size] each; layers in order."""
-        self._go_to(self._piece_of[f"layers.{layer}.self_attn.attend"])
+        attend = f"layers.{layer}.self_attn.attend"
+        self._go_to(self._piece_of[attend])
         names = [f"present.{layer}.{part}" for part in ("key", "value")]
-        nodes = self._pieces[self._at]
+        # What follows in the layer is not needed for them.
+        count = [node.name for node in self._pieces[self._at]].index(attend) + 1
+        nodes = self._pieces[self._at][:count]
         session = self._session(nodes, names)
         rows: tuple[list[Floats], list[Floats]] = ([], [])
         for batch in self._batches:
