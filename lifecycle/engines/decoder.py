@@ -13,12 +13,16 @@ A decoder graph runs one step over B slots that carry T new tokens in all; row b
 | `seqlens_k` | int32 [B] | tokens in the row after the step, minus 1, never below 0 |
 | `query_seqlens` | int32 [B] | new tokens of the row; 0 is an idle row |
 | `total_sequence_length` | int32 [1] | most tokens in a row, at most the model's positions |
-| `past_key_values.{i}.key`, `.value` | float32 [B, kv_heads, C, head_size] | the cache, C per row |
+| `past_key_values.{i}.key`, `.value` | [B, kv_heads, C, width] of the cache's type | the cache, C per row |
 
 Attention wants room for padding too: a row with P cached tokens needs P + S <= C, so C is the
 longest row plus the widest step. Keep S at 2 or more: for S = 1 the CPU provider takes another
 way through attention, no faster, whose sums differ in their last bits. With S >= 2 what a row gets
 does not depend on the other rows of the step.
+
+A cache holds float32, int8, or int4, two values of a head in a byte: its width is `head_size`, or half
+of it. Integers have one scale per layer and channel of a head, which the graph holds. New tokens are
+rounded before they are attended to, so what a text gives does not depend on how it is cut into steps.
 
 Outputs: `logits` float32 [L, vocab_size]; `present.{i}.key`, `.value`, which may be bound
 to the memory of the past.
@@ -56,6 +60,7 @@ class DecoderInfo:
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
     kv_dtype: str = "float32"
+    """Type of the cache: `float32`, `int8` or `int4`."""
     sliding_window: int | None = None
     """Tokens that every layer looks back on at most; None if some layer sees all."""
     long_context: int | None = None
@@ -67,6 +72,13 @@ class DecoderInfo:
     """ONNX Runtime's execution providers of that hardware, the preferred one first."""
     schemes: tuple[str, ...] = ()
     """The quantisations that the hardware runs well."""
+    kv_dtypes: tuple[str, ...] = ("float32",)
+    """The types of cache that the hardware runs."""
+
+    @property
+    def cache_width(self) -> int:
+        """Elements that the cache stores of a head and token: two values of int4 share a byte."""
+        return self.head_size // 2 if self.kv_dtype == "int4" else self.head_size
 
     def save(self, folder: Path) -> None:
         """Write `decoder.json`."""

@@ -10,7 +10,7 @@ import math
 import mmap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import onnxruntime as ort
@@ -25,7 +25,13 @@ from lifecycle.engines.batched import BatchedEngine
 from lifecycle.engines.decoder import GRAPH, DecoderInfo
 from lifecycle.engines.layout import MIN_WIDTH, Inputs, advance, pack
 from lifecycle.engines.limits import context_length
-from lifecycle.engines.ort_session import cache_names, check_signature, open_session, present_name
+from lifecycle.engines.ort_session import (
+    CACHE_TYPES,
+    cache_names,
+    check_signature,
+    open_session,
+    present_name,
+)
 from lifecycle.errors import EngineError
 
 _MAX_BINDINGS = 64
@@ -93,11 +99,12 @@ class OrtBackend:
         # The attention wants room for the whole width of a step behind every text, also behind
         # those that bring fewer tokens to it.
         capacity = max_model_len + max(options.prefill_chunk, MIN_WIDTH)
-        shape = (num_slots, info.num_kv_heads, capacity, info.head_size)
+        shape = (num_slots, info.num_kv_heads, capacity, info.cache_width)
+        dtype = CACHE_TYPES[info.kv_dtype]
         try:
-            self._cache = {name: _lazy_zeros(shape) for name in cache_names(info)}
+            self._cache = {name: _lazy_zeros(shape, dtype) for name in cache_names(info)}
         except (OSError, OverflowError) as error:
-            size = 4 * math.prod(shape) * len(cache_names(info))
+            size = dtype.itemsize * math.prod(shape) * len(cache_names(info))
             raise EngineError(
                 f"no memory for a cache of {size >> 20} MiB ({error}): lower max_num_seqs, "
                 f"{num_slots}, max_model_len, {max_model_len}, or prefill_chunk, "
@@ -184,7 +191,7 @@ class _Binding:
     def __init__(
         self,
         session: ort.InferenceSession,
-        cache: dict[str, NDArray[np.float32]],
+        cache: dict[str, NDArray[Any]],
         vocab_size: int,
     ) -> None:
         self.binding = ort.IOBinding(session)
@@ -212,13 +219,13 @@ class _Binding:
         return logits
 
 
-def _lazy_zeros(shape: tuple[int, ...]) -> NDArray[np.float32]:
+def _lazy_zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
     """Zeros that take memory page by page as they are written, so that a slot costs what its texts
     have filled and not its capacity. `numpy.zeros` asks for huge pages, one of which spans several
     heads: the first tokens of a text then took the memory of its whole slot."""
     # Private, or a fork of the process would write into the same cache.
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-    memory = mmap.mmap(-1, 4 * math.prod(shape), flags=flags)
+    memory = mmap.mmap(-1, dtype.itemsize * math.prod(shape), flags=flags)
     if hasattr(mmap, "MADV_NOHUGEPAGE"):
         memory.madvise(mmap.MADV_NOHUGEPAGE)
-    return np.frombuffer(memory, np.float32).reshape(shape)
+    return np.frombuffer(memory, dtype).reshape(shape)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import onnxruntime as ort
 
 from lifecycle.engines.adapters import PLACES, TOKENS
@@ -30,6 +31,13 @@ STEP_INPUTS = frozenset(
 )
 """The inputs of every decoder graph besides its cache; `position_ids` is there where the
 attention does not rotate by itself."""
+
+CACHE_TYPES = {
+    "float32": np.dtype(np.float32),
+    "int8": np.dtype(np.int8),
+    "int4": np.dtype(np.uint8),
+}
+"""`DecoderInfo.kv_dtype` -> the type that holds the cache."""
 
 _SPIN_US = "2000"
 """How long a thread without work keeps its core: long enough to be awake when the next step begins,
@@ -79,10 +87,13 @@ def check_signature(
     Raises:
         EngineError: names the first tensor that is missing, unknown or of another shape.
     """
-    if info.kv_dtype != "float32":
-        raise EngineError(f"{graph} has a {info.kv_dtype} cache; this engine runs float32 ones")
+    if info.kv_dtype not in CACHE_TYPES:
+        raise EngineError(
+            f"{graph} has a {info.kv_dtype} cache; this engine runs {', '.join(CACHE_TYPES)}"
+        )
     cache = cache_names(info)
-    inputs = {tensor.name: tensor.shape for tensor in session.get_inputs()}
+    cache_type = CACHE_TYPES[info.kv_dtype].name.replace("float32", "float")
+    inputs = {tensor.name: (tensor.type, *tensor.shape) for tensor in session.get_inputs()}
     outputs = {tensor.name: tensor.shape for tensor in session.get_outputs()}
     more = more or {}
     slots = {TOKENS, PLACES, *more} if more else set[str]()
@@ -91,9 +102,9 @@ def check_signature(
     wrong |= {
         name
         for name in inputs.keys() & set(cache)
-        if inputs[name][1::2] != [info.num_kv_heads, info.head_size]
+        if inputs[name][::2] != (f"tensor({cache_type})", info.num_kv_heads, info.cache_width)
     }
-    wrong |= {n for n in inputs.keys() & more.keys() if inputs[n][1:] != list(more[n])}
+    wrong |= {n for n in inputs.keys() & more.keys() if inputs[n][2:] != tuple(more[n])}
     if outputs.get("logits", [info.vocab_size])[-1] != info.vocab_size:
         wrong.add("logits")
     if wrong:

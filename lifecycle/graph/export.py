@@ -90,12 +90,12 @@ def _describe(
         max_position_embeddings=spec.max_position_embeddings,
         bos_token_id=fields.optional_integer("bos_token_id", least=0),
         eos_token_ids=ends.token_ids("eos_token_id"),
-        kv_dtype=target.kv_dtype,
         sliding_window=_window(spec),
         long_context=spec.long_context,
         target=target.use,
         providers=target.providers,
         schemes=target.schemes,
+        kv_dtypes=target.kv_dtypes,
     )
 
 

@@ -81,10 +81,16 @@ class Pieces:
 
     def outside(self, piece: int) -> list[str]:
         """What a piece reads that is neither constant nor made by it."""
-        nodes = self.nodes[piece]
+        return self._outside(self.nodes[piece])
+
+    def _outside(self, nodes: Sequence[NodeProto]) -> list[str]:
         made = {name for node in nodes for name in node.output}
         read = dict.fromkeys(name for node in nodes for name in node.input if name)
         return [name for name in read if name not in made and name not in self._constants]
+
+    def constant(self, name: str) -> NDArray[Any]:
+        """A constant of the graph, by its name."""
+        return self._read(self._constants[name], {})
 
     def handed_on(self, piece: int) -> list[str]:
         """What a piece makes for later ones; of the last one, the logits."""
@@ -94,12 +100,13 @@ class Pieces:
     def session(
         self, piece: int, outputs: Sequence[str], changed: Mapping[str, Floats]
     ) -> ort.InferenceSession:
-        """A piece as a model of its own, its constants read into memory, or taken from `changed`."""
-        nodes = self.nodes[piece]
+        """What of a piece leads to `outputs`, as a model of its own, its constants read into memory, or
+        taken from `changed`."""
+        nodes = _leading(self.nodes[piece], outputs)
         inputs = [
             self._graph_inputs.get(name)
             or onnx.helper.make_tensor_value_info(name, TensorProto.FLOAT, None)
-            for name in self.outside(piece)
+            for name in self._outside(nodes)
         ]
         used = {name for node in nodes for name in node.input}
         constants = [self._constants[name] for name in sorted(used & self._constants.keys())]
@@ -125,14 +132,9 @@ class Pieces:
         )
 
     def run(
-        self,
-        session: ort.InferenceSession,
-        piece: int,
-        batch: Batch,
-        outputs: Sequence[str],
-        live: Values,
+        self, session: ort.InferenceSession, batch: Batch, outputs: Sequence[str], live: Values
     ) -> Values:
-        """Outputs of a piece for a batch, from `live`."""
+        """Outputs of a session of a piece for a batch, from `live`."""
         info = self._info
         shape = (batch.num_rows, info.num_kv_heads, batch.width, info.head_size)
         feeds = {
@@ -141,7 +143,7 @@ class Pieces:
             else batch.inputs[name]
             if name in batch.inputs
             else live[name]
-            for name in self.outside(piece)
+            for name in (value.name for value in session.get_inputs())
         }
         found: Any = session.run(list(outputs), feeds)
         return dict(zip(outputs, found, strict=True))
@@ -149,7 +151,7 @@ class Pieces:
     def step(self, session: ort.InferenceSession, piece: int, batch: Batch, live: Values) -> Values:
         """What is live behind a piece, from what is live before it; `session` gives what the
         piece hands on."""
-        found = self.run(session, piece, batch, self.handed_on(piece), live)
+        found = self.run(session, batch, self.handed_on(piece), live)
         needed = self._needed(piece)
         return {name: value for name, value in live.items() if name in needed} | found
 
@@ -171,6 +173,16 @@ class Pieces:
         rows = [Row(i, 0, list(text), counts[i]) for i, text in enumerate(texts)]
         width = max(MIN_WIDTH, *map(len, texts))
         return Batch(dict(pack(rows, width)), len(texts), width)
+
+
+def _leading(nodes: Sequence[NodeProto], outputs: Sequence[str]) -> list[NodeProto]:
+    """The nodes that `outputs` are made by."""
+    wanted, found = set(outputs), list[NodeProto]()
+    for node in reversed(nodes):
+        if wanted & set(node.output):
+            wanted |= set(node.input)
+            found.append(node)
+    return found[::-1]
 
 
 def _batches(texts: Sequence[Sequence[int]]) -> list[list[Sequence[int]]]:

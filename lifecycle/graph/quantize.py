@@ -14,6 +14,8 @@ import onnx_ir as ir
 from lifecycle.engines.decoder import FILE, GRAPH, WEIGHTS, DecoderInfo
 from lifecycle.errors import StageError
 from lifecycle.graph.adapters import save_graphs
+from lifecycle.graph.cache import QuantizedCache
+from lifecycle.graph.fold import Smoothing
 from lifecycle.graph.rewrite import Convolution, GraphRewrite, Linear, Mixture, matrix_shape
 from lifecycle.graph.weights import WeightFile
 from lifecycle.pipeline.suggest import did_you_mean
@@ -69,19 +71,23 @@ class Quantized:
     bytes: int
     """Size of the weights."""
     bits_per_weight: float
-    """Over all quantised matrices, scales included."""
+    """Over all quantised matrices, scales included; 32 if there are none."""
 
 
 def quantize_graph(
     source: Path,
     out: Path,
     name: str,
-    scheme: Scheme,
+    scheme: Scheme | None,
     exceptions: Mapping[str, Scheme | None] | None = None,
     on_done: Callable[[int, int], None] | None = None,
+    *,
+    cache: QuantizedCache | None = None,
+    smoothing: Smoothing | None = None,
 ) -> Quantized:
     """Write the graph of `source`, a decoder's or any other, to `out`, its matrices stored by
-    `scheme`.
+    `scheme`, or as they are for None, and a decoder's keys and values as `cache` says; `smoothing`
+    changes weights before.
 
     `exceptions` maps patterns of the names of matrices (`lm_head`, `embed_tokens`,
     `layers.0.mlp.down_proj`, `*.o_proj`, `*.experts`) to other schemes, or to None for float32; the first
@@ -95,14 +101,20 @@ def quantize_graph(
     with WeightFile(out / WEIGHTS) as weights:
         rewrite = GraphRewrite(source, weights)
         _require_float(source, info, rewrite.graph)
+        if cache is not None:
+            cache.apply(rewrite)
+        if smoothing is not None:
+            smoothing.apply(rewrite)
         _replace_all(
             rewrite, _lookups(rewrite, info), scheme, exceptions or {}, on_done or (lambda *_: None)
         )
         graph = rewrite.finish()
     save_graphs(graph, out, rewrite.ir_version)
     if info is not None:
-        replace(info, scheme=name).save(out)
-    bits = 8 * rewrite.quantized_bytes / max(1, rewrite.quantized_elements)
+        kv_dtype = cache.kv_dtype if cache else info.kv_dtype
+        replace(info, scheme=name, kv_dtype=kv_dtype).save(out)
+    elements = rewrite.quantized_elements
+    bits = 8 * rewrite.quantized_bytes / elements if elements else 32
     return Quantized((out / WEIGHTS).stat().st_size, round(bits, 3))
 
 
@@ -110,6 +122,8 @@ def _require_float(source: Path, info: DecoderInfo | None, graph: ir.Graph) -> N
     found = next((node.op_type for node in graph if node.op_type in _QUANTIZED), None)
     if info is not None and info.scheme != "fp32":
         found = info.scheme
+    elif info is not None and info.kv_dtype != "float32":
+        found = f"{info.kv_dtype} cache"
     if found is not None:
         start = "the export" if info is not None else "the float32 model"
         raise StageError(f"{source} is quantised already ({found}); start from {start}")
@@ -128,7 +142,7 @@ def _lookups(rewrite: GraphRewrite, info: DecoderInfo | None) -> list[ir.Node]:
 def _replace_all(
     rewrite: GraphRewrite,
     lookups: Sequence[ir.Node],
-    scheme: Scheme,
+    scheme: Scheme | None,
     exceptions: Mapping[str, Scheme | None],
     on_done: Callable[[int, int], None],
 ) -> None:
@@ -180,7 +194,7 @@ def decoder_names(rewrite: GraphRewrite) -> list[str]:
 
 
 def choose(
-    names: Sequence[str], scheme: Scheme, exceptions: Mapping[str, Scheme | None]
+    names: Sequence[str], scheme: Scheme | None, exceptions: Mapping[str, Scheme | None]
 ) -> dict[str, Scheme | None]:
     """The scheme of each matrix.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
@@ -217,6 +217,16 @@ class GraphRewrite:
         self.quantized_elements += elements
         self.quantized_bytes += values.nbytes
         value = self.weights.add_array(name, values)
+        self.graph.initializers[name] = value
+        return value
+
+    def stream(
+        self, name: str, dtype: ir.DataType, shape: tuple[int, ...], blocks: Iterable[NDArray[Any]]
+    ) -> ir.Value:
+        """Store a tensor of `shape` with as many weights, of which blocks come in order."""
+        self.quantized_elements += prod(shape)
+        self.quantized_bytes += prod(shape) * dtype.bitwidth // 8
+        value = self.weights.add(name, dtype, shape, blocks)
         self.graph.initializers[name] = value
         return value
 

@@ -14,8 +14,9 @@ class Target(Plugin):
 
     providers: ClassVar[tuple[str, ...]] = ("CPUExecutionProvider",)
     """ONNX Runtime's execution providers, the preferred one first."""
-    kv_dtype: ClassVar[str] = "float32"
-    """Type of the cache of keys and values."""
+    kv_dtypes: ClassVar[tuple[str, ...]] = ("float32",)
+    """Types of the cache of keys and values that its attention runs: `float32`, which exports have,
+    `int8`, `int4`."""
     schemes: ClassVar[tuple[str, ...]] = ()
     """The quantisations that run well there."""
 
@@ -29,7 +30,11 @@ class Cpu(Target):
     """ONNX Runtime's CPU execution provider."""
 
     use: str = "cpu"
-    schemes: ClassVar[tuple[str, ...]] = ("int8-rowwise", "int8", "int4", "int8-static")
+    schemes: ClassVar[tuple[str, ...]] = (
+        *("int8-rowwise", "int8", "int4", "int8-static"),
+        *("fp16", "bf16"),
+    )
+    kv_dtypes: ClassVar[tuple[str, ...]] = ("float32", "int8", "int4")
 
     def fuses_rotary(self, head_size: int) -> bool:
         """Its attention refuses other sizes."""

@@ -15,7 +15,7 @@ from lifecycle.pipeline.stage import Context, Ref, Stage
 from lifecycle.pipeline.suggest import did_you_mean
 from lifecycle.stages.export import COMPANIONS
 
-SchemeName = Literal["int8-rowwise", "int8", "int4", "mixed", "int8-static"]
+SchemeName = Literal["int8-rowwise", "int8", "int4", "mixed", "int8-static", "fp16", "bf16", "fp32"]
 _BLOCKS = ("int4", "int8", "mixed")
 """Schemes that store weights in blocks."""
 _PARTS = {"mixed": ("int4", "int8-rowwise")}
@@ -50,7 +50,8 @@ class Budget(BaseModel):
 
 
 class Quantize(Stage):
-    """Store the matrices of a float32 graph as integers with scales."""
+    """Store the matrices of a float32 graph as integers with scales or in 16 bits, and a decoder's cache
+    of keys and values as integers."""
 
     produces = OnnxGraph
     keeps_kind_of: ClassVar[str | None] = "model"
@@ -64,10 +65,16 @@ class Quantize(Stage):
     for single streams of models that are larger than the processor's cache. `int8`: the same in
     8 bits. `mixed`: each matrix as by `int4` or by `int8-rowwise`, by what 4 bits cost it on
     `calibration`. `int8-static`: weights by output channel, convolutions included, activations by tensor
-    in ranges that `calibration` fixes; what networks of convolutions want."""
+    in ranges that `calibration` fixes; what networks of convolutions want. `fp16` and `bf16`: floats of
+    16 bits in the file, computed with in float32. `fp32`: as they are, for a graph of which only the cache
+    changes."""
     budget: Budget | None = None
     """For `mixed`: `bits_per_weight`, or `kl`, the divergence of the predictions from float32 in nats per
     token. `sensitivity.json` beside the model says what was chosen for every matrix, and why."""
+    kv_cache: Literal["int8", "int4"] | None = None
+    """The type of a decoder's cache of keys and values, with scales measured on `calibration`; null leaves
+    it in float32. `int8` takes a quarter of the memory and is faster where texts are long. `int4` takes an
+    eighth and costs quality: hold it to gates."""
     skip: tuple[str, ...] = ()
     """Patterns of matrices that stay in float32, such as `lm_head`, `layers.0.*` or `*.experts`."""
     int8: tuple[str, ...] = ("lm_head",)
@@ -89,8 +96,12 @@ class Quantize(Stage):
     symmetric: bool = True
     """For `int4`, `int8` and `mixed`: whether zero is the middle of every block, or a point of each block's
     own, which is finer and takes half a byte to a byte more per block. `hqq` needs `false`."""
+    smooth: float | None = Field(None, gt=0, le=1)
+    """For `int8-rowwise`: how much of the spread of activations is moved into the weights of products
+    that read a norm, as in SmoothQuant, measured on `calibration`; 0.5 is usual, null moves none. It
+    helps models in which a few channels are much larger than the others."""
     calibration: Ref[Conversations | Text | Arrays] | None = None
-    """Of `awq`, `gptq`, `mixed` and `int8-static`: texts like those that a decoder will see, or `arrays` for
+    """Of `awq`, `gptq`, `mixed`, `int8-static`, `kv_cache` and `smooth`: texts like those that a decoder will see, or `arrays` for
     any other graph; their train split is read."""
     samples: int = Field(128, ge=1)
     """Of `calibration`: how many samples are read."""
@@ -116,6 +127,10 @@ class Quantize(Stage):
             raise ValueError("method: hqq looks for zero points; set symmetric: false")
         if (self.scheme == "mixed") != (self.budget is not None):
             raise ValueError("scheme: mixed and budget go together; give both or neither")
+        if self.scheme == "fp32" and self.kv_cache is None:
+            raise ValueError("scheme: 'fp32' changes no weights; set kv_cache, or take a scheme")
+        if self.smooth is not None and self.scheme != "int8-rowwise":
+            raise ValueError(f"smooth is for the scheme int8-rowwise, not for {self.scheme}")
         self._check_calibration()
         return self
 
@@ -125,6 +140,8 @@ class Quantize(Stage):
             "scheme: mixed": self.scheme == "mixed",
             "method: awq": self.method == "awq",
             "method: gptq": self.method == "gptq",
+            "kv_cache": self.kv_cache is not None,
+            "smooth": self.smooth is not None,
         }
         needed = next((name for name, reads in readers.items() if reads), None)
         if needed and self.calibration is None:
@@ -163,23 +180,31 @@ class Quantize(Stage):
             self._require_plain()
             return
         info = DecoderInfo.load(model.path)
-        if not set(_PARTS.get(self.scheme, (self.scheme,))) <= set(info.schemes):
+        parts = set(_PARTS.get(self.scheme, (self.scheme,)))
+        if not parts <= {*info.schemes, "fp32"}:
             raise StageError(
                 f"scheme '{self.scheme}' does not run on target '{info.target}' "
                 f"of '{self.model}' (it runs {', '.join(info.schemes) or 'none'})"
             )
-        if self.method == "awq" and AdapterLayout.load(model.path) is not None:
+        if self.kv_cache is not None and self.kv_cache not in info.kv_dtypes:
             raise StageError(
-                f"method: awq scales what products read, and with it what the adapters of "
-                f"'{self.model}' read in their slots; use gptq, or export without adapters"
+                f"kv_cache '{self.kv_cache}' does not run on target '{info.target}' "
+                f"of '{self.model}' (it runs {', '.join(info.kv_dtypes)})"
+            )
+        scaling = "method: awq" if self.method == "awq" else "smooth" if self.smooth else None
+        if scaling and AdapterLayout.load(model.path) is not None:
+            raise StageError(
+                f"{scaling} scales what products read, and with it what the adapters of "
+                f"'{self.model}' read in their slots; leave it out, or export without adapters"
             )
 
     def _require_plain(self) -> None:
         """What is for decoders only must not be asked of other graphs."""
         walks = {"scheme: mixed": self.scheme == "mixed"}
         walks |= {f"method: {self.method}": self.method in ("awq", "gptq")}
+        walks |= {"kv_cache": self.kv_cache is not None, "smooth": self.smooth is not None}
         if asked := next((name for name, is_set in walks.items() if is_set), None):
             raise StageError(
                 f"{asked} walks the layers of a decoder, but '{self.model}' is a graph of "
-                "another kind: use method: rtn or hqq"
+                "another kind: take a scheme that reads weights alone, or int8-static"
             )

@@ -11,7 +11,9 @@ from lifecycle.kinds import Arrays, OnnxModel
 
 if TYPE_CHECKING:
     from lifecycle.graph.blockwise import Blockwise
+    from lifecycle.graph.cache import QuantizedCache
     from lifecycle.graph.calibration import Calibration
+    from lifecycle.graph.fold import Smoothing
     from lifecycle.graph.int8 import Int8Rowwise
     from lifecycle.graph.quantize import Quantized, Scheme
     from lifecycle.pipeline.stage import Context
@@ -29,6 +31,7 @@ class Quantizing:
 
     def run(self) -> Quantized:
         """Write the graph, its weights and `decoder.json`."""
+        from lifecycle.graph.half import Half
         from lifecycle.graph.int8 import Int8Rowwise
         from lifecycle.graph.quantize import quantize_graph
 
@@ -41,23 +44,55 @@ class Quantizing:
             exceptions |= dict.fromkeys(stage.int8, int8)
         with TemporaryDirectory(dir=ctx.scratch) as folder:
             scratch = Path(folder)
-            scheme: Scheme
+            scheme: Scheme | None = None
             match stage.scheme:
                 case "int8-rowwise":
                     scheme = int8
                 case "int8-static":
                     scheme = self._static()
-                case _:
+                case "int4" | "int8" | "mixed":
                     scheme = blockwise = self._blockwise()
                     if stage.scheme == "mixed":
                         exceptions |= self._mixed(scratch, blockwise, int8, exceptions)
                     if stage.method == "awq":
                         self._scale_channels(scratch, blockwise, exceptions)
+                        # Also what the cache is measured on: values are scaled too.
                         source = scratch
+                case "fp16" | "bf16":
+                    scheme = Half(stage.scheme)
+                case "fp32":
+                    pass
+            cache, smoothing = self._cache(source), self._smoothing()
             ctx.progress.phase("matrices")
             return quantize_graph(
-                source, ctx.out, stage.scheme, scheme, exceptions, ctx.progress.update
+                source,
+                ctx.out,
+                stage.scheme,
+                scheme,
+                exceptions,
+                ctx.progress.update,
+                cache=cache,
+                smoothing=smoothing,
             )
+
+    def _cache(self, source: Path) -> QuantizedCache | None:
+        from lifecycle.engines.decoder import DecoderInfo
+        from lifecycle.graph.cache import calibrate_cache
+
+        stage, progress = self._stage, self._ctx.progress
+        if stage.kv_cache is None:
+            return None
+        calibration = self._calibration(source)
+        progress.phase("cache, layers")
+        info = DecoderInfo.load(source)
+        return calibrate_cache(calibration, info, stage.kv_cache, progress.update)
+
+    def _smoothing(self) -> Smoothing | None:
+        from lifecycle.graph.fold import Smoothing
+
+        if self._stage.smooth is None:
+            return None
+        return Smoothing(self._calibration(self._source), self._stage.smooth)
 
     def _blockwise(self) -> Blockwise:
         from lifecycle.graph import hqq
@@ -68,7 +103,7 @@ class Quantizing:
         stage = self._stage
         grid = (stage.block_size, 8 if stage.scheme == "int8" else 4, stage.symmetric)
         if stage.method == "gptq":
-            return Gptq(*grid, calibration=self._calibration())
+            return Gptq(*grid, calibration=self._calibration(self._source))
         return Blockwise(*grid, hqq.fit if stage.method == "hqq" else least_squares)
 
     def _mixed(
@@ -100,7 +135,7 @@ class Quantizing:
     ) -> None:
         from lifecycle.graph.awq import scale_channels
 
-        calibration, progress = self._calibration(), self._ctx.progress
+        calibration, progress = self._calibration(self._source), self._ctx.progress
         progress.phase("channels")
         scale_channels(self._source, out, calibration, scheme, exceptions, progress.update)
 
@@ -123,11 +158,11 @@ class Quantizing:
         ranges = {name: h.range(stage.calibrate, stage.percentile) for name, h in found.items()}
         return Int8Static(stage.weight_bits, ranges)
 
-    def _calibration(self) -> Calibration:
-        """A walk through the layers from the first one on."""
+    def _calibration(self, source: Path) -> Calibration:
+        """A walk through the layers of a decoder from the first one on."""
         from lifecycle.graph.calibration import Calibration
 
-        return Calibration(self._source, self._read_texts())
+        return Calibration(source, self._read_texts())
 
     def _read_texts(self) -> list[tuple[int, ...]]:
         from lifecycle.evaluation.inputs import read_texts

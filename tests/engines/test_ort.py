@@ -12,11 +12,15 @@ import onnx
 import pytest
 
 from benchmarks.batch_invariance import measure
+from lifecycle.engines.backend import Row
 from lifecycle.engines.base import Engine, EngineOptions, FinishReason, Request, SamplingParams
+from lifecycle.engines.decoder import DecoderInfo
 from lifecycle.engines.ort import OnnxEngine
 from lifecycle.engines.pytorch import TorchEngine
 from lifecycle.errors import EngineError, RequestError
 from lifecycle.graph.blockwise import Blockwise
+from lifecycle.graph.cache import calibrate_cache
+from lifecycle.graph.calibration import Calibration
 from lifecycle.graph.int8 import Int8Rowwise
 from lifecycle.graph.quantize import Scheme, quantize_graph
 from tests.engines.conftest import Model
@@ -73,6 +77,49 @@ def test_no_neighbour_changes_a_quantised_request(
     engine = OnnxEngine.open(tmp_path, EngineOptions(max_num_seqs=4, prefill_chunk=16))
     identical, total = measure(engine, mixes=6, seed=2)
     assert identical == total > 20
+
+
+@pytest.fixture(scope="module", params=["int8", "int4"])
+def small_cache(request: pytest.FixtureRequest, stories: Model, tmp_path_factory: Any) -> Path:
+    """The model of stories with its keys and values in integers."""
+    texts = prompts(512, [120, 200])
+    info = DecoderInfo.load(stories.graph)
+    cache = calibrate_cache(Calibration(stories.graph, texts), info, request.param)
+    out = tmp_path_factory.mktemp(request.param)
+    quantize_graph(stories.graph, out, "fp32", None, cache=cache)
+    return out
+
+
+def test_no_neighbour_changes_a_request_with_a_quantised_cache(small_cache: Path) -> None:
+    engine = OnnxEngine.open(small_cache, EngineOptions(max_num_seqs=4, prefill_chunk=16))
+    identical, total = measure(engine, mixes=5, seed=3)
+    assert identical == total > 20
+
+
+def test_a_quantised_cache_gives_the_same_bits_however_a_text_is_cut(small_cache: Path) -> None:
+    text = prompts(512, [300])[0]
+    whole = OnnxEngine.open(small_cache, EngineOptions(prefill_chunk=512)).logits(text)
+    for chunk, threads in ((1, 2), (7, 1), (128, 2)):
+        engine = OnnxEngine.open(small_cache, EngineOptions(1, None, threads, chunk))
+        assert np.array_equal(engine.logits(text), whole)
+
+
+def test_what_is_taken_back_from_a_quantised_cache_leaves_nothing(small_cache: Path) -> None:
+    text, other = prompts(512, [60, 60])
+    engine = OnnxEngine.open(small_cache, EngineOptions(2))
+    wanted = engine.logits(text)[30:]
+    engine.forward([Row(1, 0, text[:30], 1)])
+    engine.forward([Row(1, 30, other[:30], 1)])
+    found = engine.forward([Row(1, 30, text[30:], 30)])
+    assert np.array_equal(found, wanted)
+
+
+def test_a_quantised_cache_takes_its_share_of_memory(small_cache: Path, stories: Model) -> None:
+    sizes = [
+        sum(array.nbytes for array in OnnxEngine.open(folder)._backend._cache.values())  # type: ignore[attr-defined]
+        for folder in (small_cache, stories.graph)
+    ]
+    assert sizes[1] / sizes[0] == {"int8": 4, "int4": 8}[DecoderInfo.load(small_cache).kv_dtype]
 
 
 def test_no_neighbour_changes_a_story(stories: Model) -> None:
@@ -181,7 +228,8 @@ def test_a_cut_file_is_named(copy: Path, name: str) -> None:
         ({"num_layers": 3}, r"tensor 'past_key_values\.2\.key'"),
         ({"num_layers": 1}, r"tensor 'past_key_values\.1\.key'"),
         ({"vocab_size": 7}, "tensor 'logits'"),
-        ({"kv_dtype": "int8"}, "int8 cache"),
+        ({"kv_dtype": "int8"}, r"tensor 'past_key_values\.0\.key'"),
+        ({"kv_dtype": "int2"}, "int2 cache; this engine runs float32, int8, int4"),
         ({"format": 99}, "format 99"),
         ({"providers": ["NoSuchProvider"]}, "made for NoSuchProvider"),
         ({"providers": "CPUExecutionProvider"}, r"providers is 'CPU.*expected tuple\[str"),
@@ -255,7 +303,7 @@ def test_a_system_that_knows_no_usable_cores_takes_all(
 def test_a_fork_has_a_cache_of_its_own() -> None:
     code = (
         "import os; from lifecycle.engines.ort import _lazy_zeros\n"
-        "zeros = _lazy_zeros((4,))\n"
+        "import numpy; zeros = _lazy_zeros((4,), numpy.dtype('f4'))\n"
         "if child := os.fork():\n"
         "    os.waitpid(child, 0); print(zeros.tolist())\n"
         "else:\n"

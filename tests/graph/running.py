@@ -10,6 +10,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from lifecycle.engines.decoder import GRAPH, DecoderInfo
+from lifecycle.engines.ort_session import CACHE_TYPES
 
 
 class GraphRunner:
@@ -26,9 +27,10 @@ class GraphRunner:
         self.session = ort.InferenceSession(
             folder / GRAPH, options, providers=["CPUExecutionProvider"]
         )
-        shape = (slots, info.num_kv_heads, capacity, info.head_size)
+        shape = (slots, info.num_kv_heads, capacity, info.cache_width)
+        dtype = CACHE_TYPES[info.kv_dtype]
         self.layers = info.num_layers
-        self.cache = [np.zeros(shape, np.float32) for _ in range(2 * info.num_layers)]
+        self.cache = [np.zeros(shape, dtype) for _ in range(2 * info.num_layers)]
         self.lengths = [0] * slots
         self.takes_positions = "position_ids" in {i.name for i in self.session.get_inputs()}
 

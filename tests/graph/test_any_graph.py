@@ -16,7 +16,7 @@ from lifecycle.graph.blockwise import Blockwise
 from lifecycle.graph.int8 import Int8Rowwise
 from lifecycle.graph.quantize import Scheme, quantize_graph
 from lifecycle.graph.reading import find_graph, import_graph
-from lifecycle.graph.rounding import quantize
+from lifecycle.graph.rounding import Grid, least_squares, quantize
 from lifecycle.pipeline.artifact import hash_tree
 from tests.graph import graphs
 
@@ -87,9 +87,7 @@ def test_weights_in_4_bits_are_those_of_the_rounding(encoder: Path) -> None:
     assert set(operators(out).values()) == {"GatherBlockQuantized", "MatMulNBits", "Add", "Relu"}
 
     def rounded(matrix: NDArray[np.float32]) -> NDArray[np.float32]:
-        values, scales = quantize(matrix, 32, 8)
-        found = (values.astype(np.float32) - 128) * scales[:, :, None]
-        return found.reshape(len(matrix), -1)[:, : matrix.shape[1]]
+        return quantize(matrix, Grid(32, 8), least_squares).floats(matrix.shape[1])
 
     weights |= {name: rounded(weights[name].T).T for name in ("w1", "w3")}
     weights |= {name: rounded(weights[name]) for name in ("table", "w2")}

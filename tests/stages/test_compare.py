@@ -111,7 +111,7 @@ def test_too_few_samples_are_counted(
 
 
 def test_static_needs_calibration() -> None:
-    with pytest.raises(ValidationError, match="int8-static fixes ranges on data"):
+    with pytest.raises(ValidationError, match="int8-static needs calibration"):
         Quantize.model_validate({"model": "m", "scheme": "int8-static"})
 
 

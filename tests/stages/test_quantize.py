@@ -33,14 +33,16 @@ def exported(tmp_path: Path, run_stage: RunStage) -> Artifact:
     return run_stage(Export.model_validate({"model": "base"}), base=base)
 
 
-@pytest.mark.parametrize(("scheme", "bits"), [("int8-rowwise", 9), ("int8", 10), ("int4", 6.5)])
+@pytest.mark.parametrize(
+    ("scheme", "bits"), [("int8-rowwise", 9), ("int8", 10), ("int4", 6.5), ("bf16", 16.1)]
+)
 def test_a_scheme_shrinks_the_model(
     scheme: str, bits: float, exported: Artifact, run_stage: RunStage
 ) -> None:
     made = run_stage(stage(scheme=scheme), onnx=exported)
     assert DecoderInfo.load(made.path).scheme == scheme
     assert made.metrics["bits_per_weight"] < bits
-    assert made.metrics["ratio"] < 0.35
+    assert made.metrics["ratio"] < (bits + 2) / 32
     assert (made.path / "tokenizer.json").is_file()
 
 
@@ -87,11 +89,18 @@ def test_a_target_may_not_run_a_scheme(exported: Artifact, run_stage: RunStage) 
         ({"scheme": "int4", "method": "hqq"}, "set symmetric: false"),
         ({"scheme": "int4", "method": "gptq"}, "gptq needs calibration"),
         ({"scheme": "int4", "method": "awq"}, "awq needs calibration"),
-        ({"scheme": "int4", "calibration": "c"}, "calibration is only read for"),
+        ({"scheme": "int4", "calibration": "c"}, "calibration is only read for.* smooth"),
         ({"scheme": "mixed", "calibration": "c"}, "mixed and budget go together"),
         ({"scheme": "int4", "budget": {"kl": 0.1}}, "mixed and budget go together"),
         ({"scheme": "mixed", "budget": {"kl": 0.1}}, "mixed needs calibration"),
         ({"scheme": "mixed", "calibration": "c", "budget": {}}, "either bits_per_weight or kl"),
+        ({"scheme": "int4", "kv_cache": "int8"}, "kv_cache needs calibration"),
+        ({"scheme": "int4", "smooth": 0.5, "calibration": "c"}, "for the scheme int8-rowwise"),
+        ({"scheme": "int8-rowwise", "smooth": 0.5}, "smooth needs calibration"),
+        ({"scheme": "int8-rowwise", "smooth": 1.5, "calibration": "c"}, "smooth"),
+        ({"scheme": "fp32"}, "changes no weights; set kv_cache"),
+        ({"scheme": "fp32", "kv_cache": "int2", "calibration": "c"}, "kv_cache"),
+        ({"scheme": "fp16", "method": "gptq", "calibration": "c"}, "not for fp16"),
         ({"scheme": "int4", "block_size": 48}, "block_size"),
         ({"scheme": "int4", "method": "gtpq"}, "method"),
     ],
@@ -124,6 +133,35 @@ def test_methods_read_the_calibration(
     plain = run_stage(stage(scheme="int4", symmetric=symmetric), onnx=learnt_onnx)
     assert made.metrics["bytes"] == plain.metrics["bytes"]
     assert made.digest != plain.digest
+
+
+def test_smoothing_reads_the_calibration(
+    learnt_onnx: OnnxModel, calibration: Artifact, run_stage: RunStage
+) -> None:
+    settings = {"scheme": "int8-rowwise", "smooth": 0.5, "calibration": "c", "samples": 4}
+    made = [run_stage(stage(**settings), onnx=learnt_onnx, c=calibration) for _ in range(2)]
+    plain = run_stage(stage(scheme="int8-rowwise"), onnx=learnt_onnx)
+    assert made[0].digest == made[1].digest != plain.digest
+
+
+@pytest.mark.parametrize(("scheme", "kv_cache"), [("fp32", "int8"), ("int4", "int4")])
+def test_a_cache_is_measured_on_the_calibration(
+    scheme: str, kv_cache: str, learnt_onnx: OnnxModel, calibration: Artifact, run_stage: RunStage
+) -> None:
+    settings = {"scheme": scheme, "kv_cache": kv_cache, "calibration": "c", "samples": 4}
+    made = [run_stage(stage(**settings), onnx=learnt_onnx, c=calibration) for _ in range(2)]
+    assert DecoderInfo.load(made[0].path).kv_dtype == kv_cache
+    assert made[0].digest == made[1].digest
+
+
+def test_a_target_may_not_run_a_cache(
+    exported: Artifact, calibration: Artifact, run_stage: RunStage
+) -> None:
+    path = exported.path / "decoder.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"kv_dtypes": ["float32"]}))
+    wanted = stage(scheme="fp32", kv_cache="int4", calibration="c")
+    with pytest.raises(StageError, match="kv_cache 'int4' does not run on target 'cpu'"):
+        run_stage(wanted, onnx=as_artifact(OnnxModel, exported.path), c=calibration)
 
 
 def test_too_few_texts_for_calibration_are_counted(
