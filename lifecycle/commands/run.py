@@ -10,10 +10,10 @@ from dataclasses import asdict
 
 from lifecycle.commands.output import Parser, emit, say, table
 from lifecycle.errors import InterruptedRun, LifecycleError
+from lifecycle.pipeline.plan import plan as plan_recipe
 from lifecycle.pipeline.progress import Display, LiveDisplay, PlainDisplay, brief
 from lifecycle.pipeline.recipe import Recipe, load
 from lifecycle.pipeline.runner import Runner, continuation
-from lifecycle.pipeline.runner import plan as plan_recipe
 from lifecycle.pipeline.runs import Run
 from lifecycle.pipeline.store import Store
 
