@@ -108,7 +108,8 @@ class Evaluate(Stage):
 
     def _wanted(self, data: Conversations | Text) -> set[Measure]:
         """What to measure, as far as the inputs allow it."""
-        wanted = set(self.metrics or BY_DEFAULT) | {METRICS[name].measure for name in self.gates}
+        wanted: set[Measure] = {METRICS[name].measure for name in self.gates}
+        wanted.update(self.metrics or BY_DEFAULT)
         if self.reference is None:
             wanted.discard("agreement")
         if isinstance(data, Conversations):
@@ -120,7 +121,8 @@ class Evaluate(Stage):
                 f"'{refused[0]}' needs conversations, but '{self.data}' is plain text, which "
                 "asks no question: take it out, or evaluate on conversations"
             )
-        return wanted - {"accuracy"}
+        wanted.discard("accuracy")
+        return wanted
 
     def _measure(
         self,

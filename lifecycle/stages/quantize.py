@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, get_args
@@ -10,17 +11,20 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, get_a
 from pydantic import BeforeValidator, Field, model_validator
 
 from lifecycle.errors import StageError
+from lifecycle.evaluation.front import Objective
+from lifecycle.evaluation.gates import spelled_gates
 from lifecycle.kinds import Conversations, OnnxModel, Text
 from lifecycle.pipeline.artifact import Metrics
 from lifecycle.pipeline.stage import Context, Ref, Stage
 from lifecycle.pipeline.suggest import did_you_mean
+from lifecycle.stages.candidates import CANDIDATES, check_search
 from lifecycle.stages.export import COMPANIONS
 
 if TYPE_CHECKING:
     from lifecycle.graph.calibration import Calibration
     from lifecycle.graph.quantize import Quantized, Scheme
 
-SchemeName = Literal["int8-rowwise", "int8", "int4"]
+SchemeName = Literal["int8-rowwise", "int8", "int4", "auto"]
 
 
 def _known_scheme(value: Any) -> Any:
@@ -44,7 +48,7 @@ class Quantize(Stage):
     """`int8-rowwise`: weights by output channel, activations by row; output that does not depend
     on the rest of the batch; best for batches and prefill. `int4`: weights in blocks; best
     for single streams of models that are larger than the processor's cache. `int8`: the same in
-    8 bits."""
+    8 bits. `auto`: the best of several candidates, measured on this host, that holds `bound`."""
     skip: tuple[str, ...] = ()
     """Patterns of matrices that stay in float32, such as `lm_head`, `layers.0.*` or `*.experts`."""
     int8: tuple[str, ...] = ("lm_head",)
@@ -66,10 +70,41 @@ class Quantize(Stage):
     samples: int = Field(128, ge=1)
     """For `gptq`: how many texts are read."""
     sample_length: int = Field(512, ge=16)
-    """For `gptq`: most tokens of a text."""
+    """For `gptq`, and for measuring the candidates of `auto`: most tokens of a text."""
+    bound: Annotated[dict[str, str], BeforeValidator(spelled_gates)] = Field(default={})
+    """For `auto`: what the chosen model must hold, spelled as the gates of `evaluate` and measured
+    beside the float32 model, such as `{perplexity_ratio: "<= 1.01"}` or `{kl: "<= 0.01", size:
+    "<= 0.3"}`. At least one is about quality; the first is the one that is plotted, and decides
+    between candidates that are as good by the objective."""
+    objective: Objective = "latency"
+    """For `auto`: what is best among those that hold. `latency`: tokens per second of one request;
+    `throughput`: of `batch` requests that decode together; `size`: bytes of the weights."""
+    batch: int = Field(8, ge=1, le=64)
+    """For the objective `throughput`: requests that decode together."""
+    data: Ref[Conversations | Text] | None = None
+    """For `auto`: texts like those that the model will see. Candidates are measured on their test
+    split; those that need calibration read their train split, or `calibration` where it is set."""
+    candidates: tuple[str | dict[str, Any], ...] | None = None
+    """For `auto`: what is tried, each a mapping with settings of this stage or just the name of a
+    scheme; `float32` is the model as it is. Other settings of the stage hold for all of them.
+    Null tries the usual ones, as far as model and target allow them."""
+    eval_samples: int = Field(64, ge=1)
+    """For `auto`: how many texts of the test split each candidate is measured on."""
+
+    def fingerprint(self) -> Mapping[str, Any]:
+        """The usual candidates, where they are what is tried."""
+        is_usual = self.scheme == "auto" and self.candidates is None
+        return {"candidates": list(CANDIDATES)} if is_usual else {}
+
+    @model_validator(mode="after")
+    def _search_fits(self) -> Self:
+        check_search(self)
+        return self
 
     @model_validator(mode="after")
     def _method_fits(self) -> Self:
+        if self.scheme == "auto":  # Each candidate is checked by itself.
+            return self
         if self.method == "gptq" and self.scheme == "int8-rowwise":
             raise ValueError(
                 "method: 'gptq' is for the schemes int4 and int8, not for int8-rowwise"
@@ -80,6 +115,10 @@ class Quantize(Stage):
 
     def run(self, ctx: Context) -> Metrics:
         """Write `model.onnx`, `model.onnx.data`, `decoder.json`; link the tokeniser files."""
+        if self.scheme == "auto":
+            from lifecycle.stages.search import search
+
+            return search(self, ctx)
         from lifecycle.engines.decoder import WEIGHTS, DecoderInfo
         from lifecycle.graph.check import check_graph
 
