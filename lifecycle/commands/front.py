@@ -9,6 +9,8 @@ from typing import Any
 from jinja2 import Environment
 
 from lifecycle.commands.output import say, table
+from lifecycle.evaluation.front import quality_metric
+from lifecycle.evaluation.gates import Bound
 from lifecycle.pipeline.progress import number
 from lifecycle.pipeline.runs import Run
 
@@ -118,8 +120,10 @@ def caption(search: Search) -> str:
 def figure(search: Search) -> str:
     """The figure and its table as HTML, for a page with `STYLE`."""
     by_size = search["objective"] == "size"
-    metric, text = next(iter(search["bound"].items()))
-    limit = _limit(text)
+    metric = quality_metric(search["bound"])
+    assert metric is not None
+    text = search["bound"][metric]
+    limit = Bound.parse(text).limit
     found: list[dict[str, Any]] = search["candidates"]
     across = [row["bytes"] / _MILLION if by_size else row["tokens_per_second"] for row in found]
     up = [row[metric] for row in found]
@@ -155,12 +159,6 @@ def _quality(search: Search) -> list[str]:
     """The columns besides those of cost: what is bound first, then what is always measured."""
     names = dict.fromkeys([*search["bound"], "perplexity_ratio", "kl", "top1_agreement"])
     return [name for name in names if name not in _COST]
-
-
-def _limit(text: str) -> float:
-    from lifecycle.evaluation.gates import Bound
-
-    return Bound.parse(text).limit
 
 
 def _points(places: list[tuple[float, float]], found: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from lifecycle.evaluation.gates import Bound, judge
+from lifecycle.evaluation.gates import METRICS, Bound, judge
 
 Objective = Literal["latency", "throughput", "size"]
 
@@ -26,6 +26,11 @@ class Trial:
     as a part of it)."""
 
 
+def quality_metric(bound: Mapping[str, str]) -> str | None:
+    """The first metric of a bound that is about quality, not about speed or size."""
+    return next((name for name in bound if METRICS[name].measure not in ("speed", "size")), None)
+
+
 def holding(trials: Sequence[Trial], bound: Mapping[str, str]) -> list[Trial]:
     """Those inside of every bound."""
     return [t for t in trials if all(verdict.passed for verdict in judge(t.metrics, bound))]
@@ -33,7 +38,7 @@ def holding(trials: Sequence[Trial], bound: Mapping[str, str]) -> list[Trial]:
 
 def best(trials: Sequence[Trial], bound: Mapping[str, str], objective: Objective) -> Trial:
     """The best by the objective; of those that a clock cannot tell from it, the one with the best
-    value of the bound's first metric."""
+    value of the bound's quality metric."""
     top = max(trials, key=lambda trial: _gain(trial, objective))
 
     def rivals_top(trial: Trial) -> bool:
@@ -59,7 +64,7 @@ def nearest(trials: Sequence[Trial], bound: Mapping[str, str]) -> Trial:
 def pareto_front(
     trials: Sequence[Trial], bound: Mapping[str, str], objective: Objective
 ) -> list[Trial]:
-    """Those that no other one beats by the objective or the bound's first metric without losing
+    """Those that no other one beats by the objective or the bound's quality metric without losing
     by the other of the two."""
     points = [(_gain(trial, objective), _loss(trial, bound)) for trial in trials]
     return [
@@ -76,9 +81,10 @@ def _gain(trial: Trial, objective: Objective) -> float:
 
 def _loss(trial: Trial, bound: Mapping[str, str]) -> float:
     """Less is better; the operator of the bound says which side of it is the good one."""
-    name, text = next(iter(bound.items()))
+    name = quality_metric(bound)
+    assert name is not None
     value = trial.metrics[name]
-    return value if Bound.parse(text).operator.startswith("<") else -value
+    return value if Bound.parse(bound[name]).operator.startswith("<") else -value
 
 
 def _distance(measured: float, limit: float) -> float:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
+from lifecycle.evaluation.front import quality_metric
 from lifecycle.evaluation.gates import METRICS, check_gates
 from lifecycle.pipeline.problems import explain
 
@@ -40,7 +41,6 @@ SEARCH = frozenset({"bound", "objective", "batch", "data", "candidates", "eval_s
 _NOT_LISTED = SEARCH | {"model", "calibration"}
 _TEXTS = ("samples", "sample_length")
 """Settings that go with `calibration`: elsewhere they would only make another key."""
-_COST = ("speed", "size")
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def check_bound(bound: Mapping[str, str]) -> None:
         check_gates(bound, {metric.measure for metric in METRICS.values()}, has_reference=True)
     except ValueError as error:
         raise ValueError(f"bound: {error}") from error
-    if all(METRICS[name].measure in _COST for name in bound):
+    if quality_metric(bound) is None:
         raise ValueError(
             "bound: scheme auto needs a bound on what may be lost, such as "
             '{perplexity_ratio: "<= 1.01"} or {kl: "<= 0.01"}'

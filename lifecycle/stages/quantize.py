@@ -74,8 +74,8 @@ class Quantize(Stage):
     bound: Annotated[dict[str, str], BeforeValidator(spelled_gates)] = Field(default={})
     """For `auto`: what the chosen model must hold, spelled as the gates of `evaluate` and measured
     beside the float32 model, such as `{perplexity_ratio: "<= 1.01"}` or `{kl: "<= 0.01", size:
-    "<= 0.3"}`. At least one is about quality; the first is the one that is plotted, and decides
-    between candidates that are as good by the objective."""
+    "<= 0.3"}`. At least one is about quality; the first of these is plotted, and decides between
+    candidates that are as good by the objective."""
     objective: Objective = "latency"
     """For `auto`: what is best among those that hold. `latency`: tokens per second of one request;
     `throughput`: of `batch` requests that decode together; `size`: bytes of the weights."""

@@ -45,6 +45,15 @@ def test_what_a_clock_cannot_tell_apart_is_decided_by_quality() -> None:
     assert best(agreeing, higher, "latency").name == "b"
 
 
+def test_quality_decides_wherever_it_stands_in_the_bound() -> None:
+    bound = {"size": "<= 0.5", "kl": "<= 0.01"}
+    trials = [
+        Trial(t.name, {**t.metrics, "size": size})
+        for t, size in ((trial("a", 100, 0.008), 0.2), (trial("b", 99, 0.001), 0.4))
+    ]
+    assert best(trials, bound, "latency").name == "b"
+
+
 def test_sizes_are_exact() -> None:
     trials = [trial("a", size=100, kl=0.008), trial("b", size=101), trial("c", 1, 0.007, 100)]
     assert best(trials, BOUND, "size").name == "c"
