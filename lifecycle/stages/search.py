@@ -37,10 +37,10 @@ def search(stage: Quantize, ctx: Context) -> Metrics:
         GateError: none holds the bound; nothing is produced.
         StageError: the model is quantised already, or no candidate can be made.
     """
-    model = ctx.input(stage.model)
-    _check_inputs(stage, ctx, model)
     from lifecycle.evaluation.speed import speeds_beside
 
+    model = ctx.input(stage.model)
+    _check_inputs(stage, ctx, model)
     left_out: dict[str, str] = {}
     made = dict(_made(stage, ctx, model, left_out))
     quality = dict(_quality(stage, ctx, made, left_out))

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, closing
 from pathlib import Path
 
 import pytest
 
-from lifecycle.engines.base import EngineOptions, Event
+from lifecycle.engines.base import Engine, EngineOptions, Event
 from lifecycle.engines.ort import OnnxEngine
 from lifecycle.errors import EngineError, StageError
 from lifecycle.evaluation import speed
-from lifecycle.evaluation.speed import ROUNDS, decode_speeds
+from lifecycle.evaluation.speed import ROUNDS, Speed, decode_speeds, speeds_beside
+from lifecycle.graph.blockwise import Blockwise
 from lifecycle.graph.export import export_decoder
+from lifecycle.graph.int8 import Int8Rowwise
+from lifecycle.graph.quantize import quantize_graph
 from lifecycle.graph.targets import Cpu
-from tests.conftest import QuietProgress
+from lifecycle.kinds import OnnxModel
+from lifecycle.pipeline.stage import Progress
+from tests import tiny
+from tests.conftest import QuietProgress, as_artifact
 from tests.graph.models import save_model
 
 
@@ -99,3 +106,32 @@ def test_an_engine_that_fails_is_no_fast_one(folder: Path, clock: Clock) -> None
         engine._backend.forward = fail  # type: ignore[method-assign]
         with pytest.raises(EngineError, match="failed while it was timed: out of order"):
             decode_speeds([engine], 1, QuietProgress())
+
+
+@pytest.mark.parametrize(("free", "open_at_once"), [(None, [4]), (0, [2, 2, 2])])
+def test_no_more_models_are_open_than_fit_into_memory(
+    free: int | None, open_at_once: list[int], folder: Path, tmp_path: Path, monkeypatch
+) -> None:
+    tiny.write_tokenizer(folder)
+    models = [as_artifact(OnnxModel, folder)]
+    for name, scheme in (("a", Int8Rowwise(7)), ("b", Int8Rowwise(8)), ("c", Blockwise(16))):
+        out = tmp_path / name
+        out.mkdir()
+        quantize_graph(folder, out, name, scheme, {})
+        tiny.write_tokenizer(out)
+        models.append(as_artifact(OnnxModel, out))
+    counts: list[int] = []
+
+    def counted(engines: Sequence[Engine], batch: int, progress: Progress) -> list[Speed]:
+        counts.append(len(engines))
+        return decode_speeds(engines, batch, progress)
+
+    monkeypatch.setattr(speed, "available_memory", lambda: free)
+    monkeypatch.setattr(speed, "decode_speeds", counted)
+    found = speeds_beside(models[0], models, 2, QuietProgress())
+    assert counts == open_at_once
+    assert found.keys() == {model.digest for model in models}
+    base = found[models[0].digest]
+    assert base.ratio == 1
+    for own in found.values():
+        assert own.tokens_per_second == pytest.approx(base.tokens_per_second * own.ratio)
