@@ -6,8 +6,6 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from jinja2 import Environment
-
 from lifecycle.commands.output import say, table
 from lifecycle.evaluation.front import quality_metric
 from lifecycle.evaluation.gates import Bound
@@ -119,6 +117,8 @@ def caption(search: Search) -> str:
 
 def figure(search: Search) -> str:
     """The figure and its table as HTML, for a page with `STYLE`."""
+    from jinja2 import Environment
+
     by_size = search["objective"] == "size"
     metric = quality_metric(search["bound"])
     assert metric is not None
