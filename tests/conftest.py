@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +74,11 @@ def run_stage(tmp_path: Path) -> RunStage:
         out.mkdir(parents=True)
         scratch.mkdir()
         by_field = {field: inputs[ref] for field, ref in references(stage).items()}
-        ctx = Context("stage", by_field, out, scratch, QuietProgress(), inputs)
+
+        def build(name: str, use: str, stage: Stage, known: Mapping[str, Artifact]) -> Artifact:
+            return run(stage, **known)
+
+        ctx = Context("stage", by_field, out, scratch, QuietProgress(), inputs, build)
         metrics = stage.run(ctx)
         kept = stage.keeps_kind_of
         kind = type(by_field[kept]) if kept is not None else stage.produces

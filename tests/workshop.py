@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from lifecycle.errors import LifecycleError
+from lifecycle.pipeline.plan import Planned, plan
 from lifecycle.pipeline.progress import PlainDisplay
 from lifecycle.pipeline.recipe import Recipe, load
-from lifecycle.pipeline.runner import Planned, Runner, plan
+from lifecycle.pipeline.runner import Runner
 from lifecycle.pipeline.runs import Run
 from lifecycle.pipeline.store import Store
 

@@ -64,8 +64,9 @@ def _doomed(store: Store, keep: int) -> Iterator[Path]:
         if kept[run.recipe] > keep and not (last_good and keep):
             old.append(runs.folder(store, run.run))
             continue
-        keys |= {stage.key for stage in run.stages.values() if stage.key}
-        digests |= {stage.digest for stage in run.stages.values() if stage.digest}
+        for stage in run.stages.values():
+            keys |= {key for key in (stage.key, *stage.built) if key}
+            digests |= {digest for digest in (stage.digest, *stage.built.values()) if digest}
     yield from old
     yield from (p for p in _named(store, "records") if p.stem not in keys)
     yield from (p for p in _named(store, "objects") if p.name not in digests)

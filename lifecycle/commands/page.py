@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment
+from markupsafe import Markup
 
+from lifecycle.commands.front import STYLE, figure, searches
 from lifecycle.pipeline import runs
 from lifecycle.pipeline.progress import number
 from lifecycle.pipeline.runs import Run
@@ -20,15 +22,18 @@ MOST_POINTS = 400
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{{ run.recipe }} {{ run.run }}</title>
 <style>
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 70em; color: #222 }
+:root { color-scheme: light dark; --page: #fff; --text: #222; --dim: #555; --line: #ddd; --red: #b00020; --green: #1b7f3b; --blue: #2457a6 }
+@media (prefers-color-scheme: dark) {
+:root { --page: #16181c; --text: #e6e6e6; --dim: #a8a8a8; --line: #3a3d44; --red: #ff7b86; --green: #63d18a; --blue: #86b4ff } }
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 70em; color: var(--text); background: var(--page) }
 table { border-collapse: collapse; width: 100% }
-th, td { text-align: left; padding: .3em .8em .3em 0; border-bottom: 1px solid #ddd; vertical-align: top }
-td.metrics { font-variant-numeric: tabular-nums; color: #444 }
-code { font-size: .85em; color: #666 }
-.failed { color: #b00020 } .done { color: #1b7f3b } .cached { color: #2457a6 }
-figure { display: inline-block; margin: 1em 1.5em 1em 0 } figcaption { color: #444 }
-polyline { fill: none; stroke: #2457a6; stroke-width: 1.5 } text { font-size: 11px; fill: #666 }
-</style></head><body>
+th, td { text-align: left; padding: .3em .8em .3em 0; border-bottom: 1px solid var(--line); vertical-align: top }
+td { font-variant-numeric: tabular-nums } td.metrics { color: var(--dim) }
+code { font-size: .85em; color: var(--dim) } a { color: var(--blue) }
+.failed { color: var(--red); white-space: pre-wrap } .done { color: var(--green) } .cached { color: var(--blue) }
+figure { display: inline-block; margin: 1em 1.5em 1em 0 } figcaption { color: var(--dim) }
+svg { max-width: 100% } polyline { fill: none; stroke: var(--blue); stroke-width: 1.5 } text { font-size: 11px; fill: var(--dim) }
+{{ front_style }}</style></head><body>
 <h1>{{ run.recipe }}</h1>
 <p>Run <code>{{ run.run }}</code>: <b class="{{ run.status }}">{{ run.status }}</b>
 {%- if run.overrides %}, with <code>{{ run.overrides | join(" ") }}</code>{% endif %}</p>
@@ -41,6 +46,9 @@ polyline { fill: none; stroke: #2457a6; stroke-width: 1.5 } text { font-size: 11
 <td class="metrics">{% for key, value in metrics(stage) %}{{ key }} <b>{{ value }}</b><br>{% endfor %}
 {% if stage.error %}<span class="failed">{{ stage.error }}</span>{% endif %}</tr>
 {% endfor %}</table>
+{% for name, front in fronts %}<h2>{{ name }}</h2>
+{{ front }}
+{% endfor %}
 {% for curve in curves %}
 <figure><svg width="{{ width }}" height="{{ height }}" role="img"
  aria-label="{{ curve.stage }} {{ curve.metric }}">
@@ -56,7 +64,13 @@ def render(store: Store, run: Run) -> str:
     """The page of a run, without references to anything outside it."""
     template = Environment(autoescape=True).from_string(_PAGE)
     return template.render(
-        run=run, metrics=_metrics, curves=_curves(store, run), width=WIDTH, height=HEIGHT
+        run=run,
+        metrics=_metrics,
+        curves=_curves(store, run),
+        width=WIDTH,
+        height=HEIGHT,
+        fronts=[(name, Markup(figure(search))) for name, search in searches(run)],
+        front_style=Markup(STYLE),
     )
 
 

@@ -8,12 +8,13 @@ import sys
 from argparse import Namespace
 from dataclasses import asdict
 
+from lifecycle.commands.front import show as show_searches
 from lifecycle.commands.output import Parser, emit, say, table
 from lifecycle.errors import InterruptedRun, LifecycleError
+from lifecycle.pipeline.plan import plan as plan_recipe
 from lifecycle.pipeline.progress import Display, LiveDisplay, PlainDisplay, brief
 from lifecycle.pipeline.recipe import Recipe, load
 from lifecycle.pipeline.runner import Runner, continuation
-from lifecycle.pipeline.runner import plan as plan_recipe
 from lifecycle.pipeline.runs import Run
 from lifecycle.pipeline.store import Store
 
@@ -91,6 +92,7 @@ def _summary(run: Run, store: Store, args: Namespace) -> None:
         for name, stage in run.stages.items()
     ]
     table(("stage", "use", "status", "seconds", "artifact", "metrics"), rows)
+    show_searches(run)
     took = (run.ended or run.started) - run.started
     say(f"run {run.run} of '{run.recipe}': {run.status} in {took:.1f} s; store {store.root}")
     bundles = [s.path for s in run.stages.values() if s.kind == "bundle" and s.path]

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from lifecycle.commands.front import show as show_searches
 from lifecycle.commands.output import Parser, emit, say, table
 from lifecycle.errors import RecipeError
 from lifecycle.pipeline import runs
@@ -92,6 +93,7 @@ def _show(store: Store, run: Run, as_json: bool) -> int:
         for name, stage in run.stages.items()
     ]
     table(("stage", "use", "status", "from", "artifact", "metrics"), rows)
+    show_searches(run)
     for name, stage in run.stages.items():
         if stage.error:
             say(f"{name}: {stage.error}")

@@ -39,7 +39,7 @@ class Findings:
 
     def settled(self, measures: Collection[Measure]) -> Findings:
         """What `measures` ask for, with six significant digits: what lies beyond is the noise of
-        a machine, and would give equal evaluations different digests."""
+        a machine, and would give equal evaluations different digests. Counts stay whole."""
         return Findings(
             _settled(self.metrics, measures),
             _settled(self.reference_metrics, measures),
@@ -61,7 +61,7 @@ class Findings:
 
 def _settled(metrics: Mapping[str, float], measures: Collection[Measure]) -> dict[str, float]:
     return {
-        name: float(f"{metrics[name]:.6g}")
+        name: value if isinstance(value := metrics[name], int) else float(f"{value:.6g}")
         for name, metric in METRICS.items()
         if name in metrics and metric.measure in measures
     }

@@ -8,13 +8,16 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Literal
+from typing import Any, Literal, cast
 
 from lifecycle.errors import GateError
 from lifecycle.pipeline.suggest import did_you_mean
 
-Measure = Literal["perplexity", "accuracy", "agreement"]
+Measure = Literal["perplexity", "accuracy", "agreement", "speed", "size"]
 """What an evaluation can be asked to do; each gives one metric or several."""
+
+BY_DEFAULT: tuple[Measure, ...] = ("perplexity", "accuracy", "agreement")
+"""What is measured without being asked for: what the same models give on every machine."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +36,10 @@ METRICS: Mapping[str, Metric] = {
     "top1_agreement": Metric("agreement", needs_reference=True),
     "kl": Metric("agreement", needs_reference=True),
     "logit_max_diff": Metric("agreement", needs_reference=True),
+    "tokens_per_second": Metric("speed", needs_reference=False),
+    "speed": Metric("speed", needs_reference=True),
+    "bytes": Metric("size", needs_reference=False),
+    "size": Metric("size", needs_reference=True),
 }
 
 DIFFERENCES = ("max_relative_error", "cosine", "top1_agreement", "size_ratio", "time_ratio")
@@ -86,6 +93,22 @@ class Verdict:
     bound: str
     measured: float
     passed: bool
+
+
+def spelled_gates(gates: Any) -> Any:
+    """Gates as a recipe has them; a number without an operator is refused with the way out.
+
+    Raises:
+        ValueError: names the metric.
+    """
+    if isinstance(gates, Mapping):
+        for name, bound in cast("Mapping[str, Any]", gates).items():
+            if isinstance(bound, int | float):
+                raise ValueError(
+                    f"'{name}': {bound!r} does not say on which side of it the metric must be; "
+                    f"write '<= {bound!r}' or '>= {bound!r}'"
+                )
+    return gates
 
 
 def check_gates(

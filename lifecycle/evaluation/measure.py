@@ -11,7 +11,8 @@ from lifecycle.errors import EngineError, StageError
 from lifecycle.evaluation.findings import Answer, Findings
 from lifecycle.evaluation.samples import OTHER_TOKENS, Question, Sample, Selection
 from lifecycle.evaluation.scoring import Scorer
-from lifecycle.evaluation.subject import Subject
+from lifecycle.evaluation.speed import decode_speeds
+from lifecycle.evaluation.subject import Subject, weight_bytes
 from lifecycle.pipeline.stage import Progress
 
 
@@ -69,6 +70,36 @@ def ask(
         # From the counts: the difference of two rounded shares can miss a bound that it meets.
         found.metrics["accuracy_drop"] = (reference[0] - correct) / total
     return found
+
+
+def time_decoding(subjects: Sequence[Subject], batch: int, progress: Progress) -> Findings:
+    """Speed of the first subject and, if there is a second, beside that one's.
+
+    Raises:
+        StageError, EngineError: as `decode_speeds`.
+    """
+    # The last one is what the others are compared with.
+    speeds = decode_speeds([s.engine for s in reversed(subjects)], batch, progress)[::-1]
+    found = Findings(metrics={"tokens_per_second": _three(speeds[0].tokens_per_second)})
+    if len(speeds) > 1:
+        found.reference_metrics["tokens_per_second"] = _three(speeds[1].tokens_per_second)
+        found.metrics["speed"] = _three(speeds[0].ratio)
+    return found
+
+
+def weigh(subjects: Sequence[Subject]) -> Findings:
+    """Size of the first subject and, if there is a second, as a part of that one's."""
+    size, *reference = (weight_bytes(subject.artifact) for subject in subjects)
+    found = Findings(metrics={"bytes": size})
+    if reference:
+        found.reference_metrics["bytes"] = reference[0]
+        found.metrics["size"] = size / reference[0]
+    return found
+
+
+def _three(value: float) -> float:
+    """With three digits, which is what a clock is good for."""
+    return float(f"{value:.3g}")
 
 
 def _require_same_tokens(subjects: Sequence[Subject], selection: Selection[Sample]) -> None:

@@ -11,7 +11,9 @@ from lifecycle.engines.base import Engine, EngineOptions
 from lifecycle.kinds import HfModel, OnnxModel
 from lifecycle.pipeline import registry
 
-_SLOTS = 16
+SLOTS = 16
+"""Requests that an evaluation answers together."""
+_WEIGHTS = (".onnx", ".onnx.data", ".safetensors")
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,9 +25,15 @@ class Subject:
     tokenizer: ChatTokenizer
 
 
+def weight_bytes(artifact: HfModel | OnnxModel) -> int:
+    """Bytes of the files with the weights of a model, its graph included."""
+    return sum(file.size for file in artifact.files if file.path.endswith(_WEIGHTS))
+
+
 @contextmanager
-def opened(artifact: HfModel | OnnxModel) -> Iterator[Subject]:
-    """Open a model with the engine of its kind; it is closed at the end of the `with` block.
+def opened(artifact: HfModel | OnnxModel, slots: int = SLOTS) -> Iterator[Subject]:
+    """Open a model with the engine of its kind, for `slots` requests at a time; it is closed at
+    the end of the `with` block.
 
     Raises:
         EngineError, CheckpointError: the folder cannot be run.
@@ -34,5 +42,5 @@ def opened(artifact: HfModel | OnnxModel) -> Iterator[Subject]:
     use = "onnxruntime" if isinstance(artifact, OnnxModel) else "pytorch"
     engine = registry.load(registry.ENGINES, use, Engine)
     tokenizer = ChatTokenizer.load(artifact.path)
-    with closing(engine.open(artifact.path, EngineOptions(max_num_seqs=_SLOTS))) as running:
+    with closing(engine.open(artifact.path, EngineOptions(max_num_seqs=slots))) as running:
         yield Subject(artifact, running, tokenizer)

@@ -172,6 +172,7 @@ class StageProgress:
 
     def __init__(self, name: str, use: str, display: Display, record: Path, stop: Stop) -> None:
         self.name, self._display, self._record, self._stop = name, display, record, stop
+        self._prefix = ""
         self._phase = use
         self._drawn = self._recorded = 0.0
 
@@ -197,13 +198,19 @@ class StageProgress:
     def phase(self, name: str) -> None:
         """See `stage.Progress`."""
         self._check()
-        self._phase = name
+        self._phase = self._prefix + name
 
     def log(self, message: str) -> None:
         """See `stage.Progress`."""
         self._display.log(self.name, message)
         with self._record.with_suffix(".log").open("a", encoding="utf-8") as file:
             file.write(message + "\n")
+
+    def within(self, name: str) -> StageProgress:
+        """What a stage is given that this one builds; its phases begin with `name`."""
+        inner = StageProgress(self.name, name, self._display, self._record, self._stop)
+        inner._prefix = f"{self._prefix}{name}: "
+        return inner
 
     def _check(self) -> None:
         if self._stop.requested:

@@ -15,7 +15,7 @@ from lifecycle.pipeline.artifact import Artifact
 from lifecycle.pipeline.document import KeyPath
 from lifecycle.pipeline.layers import Layers, read_layers, stages_of
 from lifecycle.pipeline.problems import Problems, explain
-from lifecycle.pipeline.stage import Stage, ref_kinds, references
+from lifecycle.pipeline.stage import Stage, kind_made, ref_kinds, references
 from lifecycle.pipeline.suggest import did_you_mean
 
 TOP_KEYS = ("name", "description", "extends", "stages")
@@ -169,8 +169,7 @@ def _with_kinds(entries: dict[str, Entry]) -> dict[str, Entry]:
         # What is wrong with a reference is said elsewhere.
         if origin is None or origin not in entries or origin in passed:
             return entry.kind
-        found = kind(origin, (*passed, name))
-        return found if issubclass(found, entry.kind) else entry.kind
+        return kind_made(entry.stage, {str(field): kind(origin, (*passed, name))})
 
     return {name: replace(entry, kind=kind(name)) for name, entry in entries.items()}
 

@@ -1,4 +1,4 @@
-"""Running a recipe: what is cached, what must run and why, and running it."""
+"""Running a recipe: what is cached is taken, the rest is made, in order."""
 
 from __future__ import annotations
 
@@ -10,12 +10,10 @@ import shlex
 import signal
 import time
 import traceback
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from pathlib import Path
 from types import FrameType
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from lifecycle.errors import (
     CorruptArtifactError,
@@ -25,122 +23,17 @@ from lifecycle.errors import (
     MissingExtraError,
     StageError,
 )
-from lifecycle.pipeline import files, registry, runs
-from lifecycle.pipeline.artifact import Artifact, Metrics, hash_file, hash_tree
+from lifecycle.pipeline import files, runs
+from lifecycle.pipeline.artifact import Artifact, Metrics
+from lifecycle.pipeline.plan import action_of, sources_of
 from lifecycle.pipeline.progress import Display, StageProgress, Stop, brief
 from lifecycle.pipeline.recipe import Entry, Recipe
 from lifecycle.pipeline.runs import Run, StageRun
-from lifecycle.pipeline.stage import Context, Stage, field_markers, ref_kinds
+from lifecycle.pipeline.stage import Builder, Context, Stage, kind_made, references
 from lifecycle.pipeline.store import NO_SPACE, Action, Record, Store, disk_errors
 
 GRACE_SECONDS = 10
 """How long a stage has, after the first signal, to reach a safe point."""
-
-
-def action_of(entry: Entry, inputs: Mapping[str, str]) -> Action:
-    """What a stage will compute from inputs with the given digests."""
-    stage, cls = entry.stage, type(entry.stage)
-    settings = stage.model_dump(mode="json")
-    source = sources_of(stage)
-    for name in cls.model_fields:
-        if ref_kinds(cls, name) or field_markers(cls, name) & {"runtime", "source"}:
-            settings.pop(name)
-        elif isinstance(value := getattr(stage, name), registry.Plugin):
-            source |= _code(type(value), f"{name}.code")
-    source |= _code(cls, "code")
-    use = entry.use.rpartition(":")[2] if registry.is_file_use(entry.use) else entry.use
-    return Action(use, cls.version, settings, inputs, source)
-
-
-def sources_of(stage: Stage) -> dict[str, Any]:
-    """What a stage reads from outside the store, by field, as hashes or versions."""
-    found = dict(stage.fingerprint())
-    for name in type(stage).model_fields:
-        value = getattr(stage, name)
-        if value is not None and "source" in field_markers(type(stage), name):
-            found[name] = _fingerprint(value)
-    return found
-
-
-def _code(cls: type, name: str) -> dict[str, str]:
-    code = registry.source_hash(cls)
-    return {} if code is None else {name: code}
-
-
-def _fingerprint(value: Any) -> Any:
-    if isinstance(value, (list, tuple)):
-        return [_fingerprint(item) for item in cast("list[Path]", value)]
-    path = cast(Path, value)
-    try:
-        if path.is_dir():
-            return {entry.path: entry.sha256 for entry in hash_tree(path)}
-        return {path.name: hash_file(path)}
-    except OSError as error:
-        raise DataError(f"{error.filename}: cannot be read: {error.strerror}") from error
-
-
-@dataclass(frozen=True)
-class Planned:
-    """Whether a stage is cached, and if not, why."""
-
-    status: str
-    because: list[str]
-
-
-def plan(recipe: Recipe, store: Store, until: str | None = None) -> dict[str, Planned]:
-    """What `run` would do now; nothing is computed and nothing is written."""
-    before = [r for r in runs.newest_first(store) if r.recipe == recipe.name]
-    found: dict[str, Planned] = {}
-    digests: dict[str, str] = {}
-    for entry in recipe.until(until):
-        pending = [n for n in entry.inputs.values() if found[n].status == "run"]
-        if pending:
-            because = [f"input {n} will be made again" for n in dict.fromkeys(pending)]
-            found[entry.name] = Planned("run", because)
-            continue
-        action = action_of(entry, {f: digests[n] for f, n in entry.inputs.items()})
-        record = store.record(action.key)
-        problem = _damage(store, record, entry) if record else None
-        if record is not None and problem is None:
-            digests[entry.name] = record.digest
-            found[entry.name] = Planned("cached", [])
-        else:
-            because = [problem] if problem else _changes(store, before, entry, action)
-            found[entry.name] = Planned("run", because)
-    return found
-
-
-def _damage(store: Store, record: Record, entry: Entry) -> str | None:
-    try:
-        store.artifact(record.digest, entry.kind)
-    except CorruptArtifactError as error:
-        return str(error)
-    return None
-
-
-def _changes(store: Store, before: list[Run], entry: Entry, action: Action) -> list[str]:
-    """Which setting or input is not what it was when the stage last succeeded."""
-    states = (run.stages.get(entry.name) for run in before)
-    last = next((s for s in states if s and s.status in ("done", "cached")), None)
-    record = store.record(last.key) if last and last.key else None
-    if record is None:
-        return ["it has not been made yet"]
-    old, new = asdict(record.action), asdict(action)
-    changes: list[str] = []
-    for part, word in (("settings", ""), ("inputs", "input "), ("source", "source ")):
-        for name in sorted({*old[part], *new[part]}):
-            was, now = old[part].get(name), new[part].get(name)
-            if was != now:
-                shown = f": {_short(was)} -> {_short(now)}" if part == "settings" else " changed"
-                changes.append(f"{word}{name}{shown}")
-    if old["use"] != new["use"] or old["version"] != new["version"]:
-        changes.append(f"stage {old['use']} v{old['version']} -> {new['use']} v{new['version']}")
-    return changes or ["its result is no longer in the store"]
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 class Runner:
@@ -149,6 +42,7 @@ class Runner:
     def __init__(self, store: Store, display: Display) -> None:
         self.store, self.display = store, display
         self.stop = Stop()
+        self._making: list[str] = []
 
     def run(
         self,
@@ -207,25 +101,48 @@ class Runner:
             raise InterruptedRun("interrupted")
         state, kind = run.stages[entry.name], entry.kind
         action = action_of(entry, {f: made[n].digest for f, n in entry.inputs.items()})
-        state.key = key = action.key
+        state.key = action.key
         rows = runs.folder(self.store, run.run) / f"{entry.name}.jsonl"
         progress = StageProgress(entry.name, entry.use, self.display, rows, self.stop)
-        with self.store.lock(key, lambda: progress.log("waiting for another run to make it")):
-            record = None if force else self._sound(key, kind, progress)
-            status = "cached" if record else "done"
-            if record is None:
-                self.display.started(entry.name, entry.use)
-                runs.save(self.store, run)  # with the key, so that `gc` keeps the scratch
-                begin = time.monotonic()
-                try:
-                    record = self._make(entry, action, made, progress)
-                finally:
-                    state.seconds = round(time.monotonic() - begin, 3)
-            artifact = self.store.artifact(record.digest, kind)
+
+        def make() -> Record:
+            self.display.started(entry.name, entry.use)
+            runs.save(self.store, run)  # with the key, so that `gc` keeps the scratch
+            begin = time.monotonic()
+            try:
+                return self._make(entry, action, made, progress, run)
+            finally:
+                state.seconds = round(time.monotonic() - begin, 3)
+
+        record, status = self._obtain(action, kind, progress, make, force)
+        artifact = self.store.artifact(record.digest, kind)
         state.status, state.digest, state.path = status, record.digest, str(artifact.path)
         state.metrics = record.metrics
         self.display.ended(entry.name, entry.use, status, state.seconds, brief(record.metrics))
         return artifact
+
+    def _obtain(
+        self,
+        action: Action,
+        kind: type[Artifact],
+        progress: StageProgress,
+        make: Callable[[], Record],
+        force: bool = False,
+    ) -> tuple[Record, Literal["cached", "done"]]:
+        """What the store has of an action, else what `make` records, with the key's lock held."""
+        if action.key in self._making:  # It would wait for itself.
+            raise StageError(f"the stage {action.use} builds itself, with the same settings")
+        with self.store.lock(
+            action.key, lambda: progress.log("waiting for another run to make it")
+        ):
+            record = None if force else self._sound(action.key, kind, progress)
+            if record is not None:
+                return record, "cached"
+            self._making.append(action.key)
+            try:
+                return make(), "done"
+            finally:
+                self._making.pop()
 
     def _sound(self, key: str, kind: type[Artifact], progress: StageProgress) -> Record | None:
         """The record of a key if its artifact is intact; a damaged one is removed."""
@@ -240,14 +157,20 @@ class Runner:
         return record
 
     def _make(
-        self, entry: Entry, action: Action, made: Mapping[str, Artifact], progress: StageProgress
+        self,
+        entry: Entry,
+        action: Action,
+        made: Mapping[str, Artifact],
+        progress: StageProgress,
+        run: Run,
     ) -> Record:
         out = self.store.new_output(action.key)
         try:
             inputs = {field: made[name] for field, name in entry.inputs.items()}
             by_name = {name: made[name] for name in entry.inputs.values()}
             scratch = self.store.scratch(action.key)
-            ctx = Context(entry.name, inputs, out, scratch, progress, by_name)
+            build = self._builder(progress, run)
+            ctx = Context(entry.name, inputs, out, scratch, progress, by_name, build)
             begin = time.monotonic()
             with disk_errors(self.store.root), _named(entry, progress):
                 metrics = finite(entry.stage.run(ctx))
@@ -258,6 +181,30 @@ class Runner:
             )
         finally:
             files.remove_tree(out)
+
+    def _builder(self, progress: StageProgress, run: Run) -> Builder:
+        """How a stage whose progress this is builds others on its way."""
+        built = run.stages[progress.name].built
+
+        def build(name: str, use: str, stage: Stage, inputs: Mapping[str, Artifact]) -> Artifact:
+            needed = {field: str(ref) for field, ref in references(stage).items()}
+            kind = kind_made(stage, {field: type(inputs[n]) for field, n in needed.items()})
+            entry = Entry(name, use, stage, needed, kind)
+            action = action_of(entry, {field: inputs[n].digest for field, n in needed.items()})
+            inner = progress.within(name)
+
+            def make() -> Record:
+                built[action.key] = None
+                runs.save(self.store, run)
+                return self._make(entry, action, inputs, inner, run)
+
+            record, status = self._obtain(action, kind, inner, make)
+            built[action.key] = record.digest
+            runs.save(self.store, run)
+            progress.log(f"{name}: {use} {status}")
+            return self.store.artifact(record.digest, kind)
+
+        return build
 
     @contextmanager
     def _signals(self) -> Generator[None]:

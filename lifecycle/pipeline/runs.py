@@ -34,6 +34,8 @@ class StageRun:
     kind: str = ""
     inputs: dict[str, str] = field(default_factory=dict[str, str])
     """Names of the inputs by field."""
+    built: dict[str, str | None] = field(default_factory=dict[str, "str | None"])
+    """What the stage built on its way: digests by key, None while it is being made."""
     error: str | None = None
 
 

@@ -115,6 +115,14 @@ class Progress(Protocol):
         ...
 
 
+class Builder(Protocol):
+    """Takes the artifact of a stage from the store, or makes it; see `Context.build`."""
+
+    def __call__(
+        self, name: str, use: str, stage: Stage, inputs: Mapping[str, Artifact]
+    ) -> Artifact: ...
+
+
 @dataclass(frozen=True)
 class Context:
     """What a running stage is given."""
@@ -131,6 +139,8 @@ class Context:
     progress: Progress
     by_name: Mapping[str, Artifact]
     """The same artifacts by their names in the recipe."""
+    builder: Builder
+    """What `build` calls."""
 
     def input(self, ref: Ref[K]) -> K:
         """The artifact that a `Ref` field names, typed as its kind."""
@@ -140,6 +150,26 @@ class Context:
         """Put a file or a folder's files below `out` without copying where the file system
         allows; the files must not be changed afterwards."""
         link_tree(source, self.out / target, skip=source / MANIFEST)
+
+    def build(
+        self, name: str, use: str, stage: Stage, made: Mapping[str, Artifact] | None = None
+    ) -> Artifact:
+        """The artifact of another stage, from the store or made now, as if the recipe had it.
+
+        It has the key that a recipe's entry with these settings has: what is there already, from
+        another recipe or from an attempt that was interrupted, is not made again.
+
+        Args:
+            name: what the user sees of it.
+            use: the name of the stage among the plug-ins, such as `quantize`.
+            stage: its settings; its references name inputs of this stage, or keys of `made`.
+            made: artifacts that `build` gave before, under names that no recipe can have,
+                such as `the candidate`.
+
+        Raises:
+            LifecycleError: what the stage raises.
+        """
+        return self.builder(name, use, stage, {**(made or {}), **self.by_name})
 
 
 class Stage(BaseModel, ABC):
@@ -226,6 +256,12 @@ def ref_kinds(stage: type[Stage], field: str) -> tuple[type[Artifact], ...]:
                 return cast("tuple[type[Artifact], ...]", get_args(kinds))
             return (kinds,)
     return ()
+
+
+def kind_made(stage: Stage, given: Mapping[str, type[Artifact]]) -> type[Artifact]:
+    """What a stage makes of inputs of these kinds, by field."""
+    kept = given.get(stage.keeps_kind_of or "")
+    return kept if kept and issubclass(kept, stage.produces) else stage.produces
 
 
 def references(stage: Stage) -> dict[str, Ref[Any]]:

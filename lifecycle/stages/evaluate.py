@@ -5,12 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, get_args
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
 from lifecycle.errors import StageError
-from lifecycle.evaluation.gates import Measure, check_gates, judge, require_passed
+from lifecycle.evaluation.gates import (
+    BY_DEFAULT,
+    METRICS,
+    Measure,
+    check_gates,
+    judge,
+    require_passed,
+    spelled_gates,
+)
 from lifecycle.kinds import Conversations, HfModel, OnnxModel, Report, Split, Text
 from lifecycle.pipeline.artifact import Metrics
 from lifecycle.pipeline.stage import Context, Ref, Stage
@@ -32,6 +40,11 @@ class Evaluate(Stage):
     `top1_agreement`, `kl` (mean divergence from the reference, nats) and `logit_max_diff`.
     With a reference there are also `perplexity_ratio` (model / reference) and `accuracy_drop`
     (reference - model).
+
+    `speed` and `size` are measured where a gate or `metrics` asks for them: `tokens_per_second`
+    of `batch` requests that decode together and `bytes` of the weights, and beside a reference
+    `speed` (model / reference, the two taking turns) and `size` (model / reference). A report
+    with a speed is not the same bytes twice.
     """
 
     produces = Report
@@ -46,17 +59,19 @@ class Evaluate(Stage):
     split: Split = "test"
     """Which part of the data."""
     metrics: list[Measure] | None = Field(default=None, min_length=1)
-    """`perplexity`, `accuracy`, `agreement`; by default all that model, data and reference
-    allow."""
-    gates: dict[str, str] = Field(default={})
-    """Bounds by metric, such as `{perplexity_ratio: "<= 1.02", accuracy: ">= 55 %"}`. Outside
-    of one, the run stops."""
+    """`perplexity`, `accuracy`, `agreement`, `speed`, `size`; by default the first three, as far
+    as model, data and reference allow, and what the gates need."""
+    gates: Annotated[dict[str, str], BeforeValidator(spelled_gates)] = Field(default={})
+    """Bounds by metric, such as `{perplexity_ratio: "<= 1.02", accuracy: ">= 55 %", speed:
+    ">= 1.2", size: "<= 0.3"}`. Outside of one, the run stops."""
     max_samples: int | None = Field(default=200, ge=1)
     """Most conversations, or windows of text, that are scored for perplexity and agreement."""
     max_generated: int | None = Field(default=500, ge=1)
     """Most conversations that are answered for accuracy."""
     max_length: int = Field(default=1024, ge=2)
     """Tokens: longer conversations are left out and counted, longer texts cut into windows."""
+    batch: int = Field(default=1, ge=1, le=64)
+    """For `speed`: how many requests decode together."""
 
     @field_validator("metrics")
     @classmethod
@@ -70,19 +85,20 @@ class Evaluate(Stage):
     @field_validator("gates")
     @classmethod
     def _gates_are_possible(cls, gates: dict[str, str], info: ValidationInfo) -> dict[str, str]:
-        measures = info.data.get("metrics") or ("perplexity", "accuracy", "agreement")
+        measures = info.data.get("metrics") or get_args(Measure)
         check_gates(gates, measures, has_reference=info.data.get("reference") is not None)
         return gates
 
     def run(self, ctx: Context) -> Metrics:
         from lifecycle.evaluation.report import write_report
-        from lifecycle.evaluation.subject import opened
+        from lifecycle.evaluation.subject import SLOTS, opened
 
         data = ctx.input(self.data)
         wanted = self._wanted(data)
         models = [ctx.input(ref) for ref in (self.model, self.reference) if ref is not None]
         with ExitStack() as stack:
-            subjects = [stack.enter_context(opened(model)) for model in models]
+            slots = max(SLOTS, self.batch)
+            subjects = [stack.enter_context(opened(model, slots)) for model in models]
             found = self._measure(ctx, subjects, data, wanted).settled(wanted)
         verdicts = judge(found.metrics, self.gates)
         require_passed(verdicts, found.metrics)
@@ -92,7 +108,8 @@ class Evaluate(Stage):
 
     def _wanted(self, data: Conversations | Text) -> set[Measure]:
         """What to measure, as far as the inputs allow it."""
-        wanted = set(self.metrics or ("perplexity", "accuracy", "agreement"))
+        wanted: set[Measure] = {METRICS[name].measure for name in self.gates}
+        wanted.update(self.metrics or BY_DEFAULT)
         if self.reference is None:
             wanted.discard("agreement")
         if isinstance(data, Conversations):
@@ -104,9 +121,30 @@ class Evaluate(Stage):
                 f"'{refused[0]}' needs conversations, but '{self.data}' is plain text, which "
                 "asks no question: take it out, or evaluate on conversations"
             )
-        return wanted - {"accuracy"}
+        wanted.discard("accuracy")
+        return wanted
 
     def _measure(
+        self,
+        ctx: Context,
+        subjects: Sequence[Subject],
+        data: Conversations | Text,
+        wanted: set[Measure],
+    ) -> Findings:
+        from lifecycle.evaluation.findings import Findings
+        from lifecycle.evaluation.measure import time_decoding, weigh
+
+        found = Findings()
+        if wanted - {"speed", "size"}:
+            found |= self._measure_quality(ctx, subjects, data, wanted)
+        if "speed" in wanted:
+            ctx.progress.phase("timing")
+            found |= time_decoding(subjects, self.batch, ctx.progress)
+        if "size" in wanted:
+            found |= weigh(subjects)
+        return found
+
+    def _measure_quality(
         self,
         ctx: Context,
         subjects: Sequence[Subject],

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
 from lifecycle.errors import StageError
+from lifecycle.evaluation.front import Objective
+from lifecycle.evaluation.gates import spelled_gates
 from lifecycle.kinds import Arrays, Conversations, OnnxGraph, OnnxModel, Text
 from lifecycle.pipeline.artifact import Metrics
 from lifecycle.pipeline.registry import SETTINGS
 from lifecycle.pipeline.stage import Context, Ref, Stage
 from lifecycle.pipeline.suggest import did_you_mean
+from lifecycle.stages.candidates import CANDIDATES, check_search
 from lifecycle.stages.export import COMPANIONS
 
-SchemeName = Literal["int8-rowwise", "int8", "int4", "mixed", "int8-static", "fp16", "bf16", "fp32"]
+SchemeName = Literal[
+    "int8-rowwise", "int8", "int4", "mixed", "int8-static", "fp16", "bf16", "fp32", "auto"
+]
 _BLOCKS = ("int4", "int8", "mixed")
 """Schemes that store weights in blocks."""
 _PARTS = {"mixed": ("int4", "int8-rowwise")}
@@ -67,7 +73,7 @@ class Quantize(Stage):
     `calibration`. `int8-static`: weights by output channel, convolutions included, activations by tensor
     in ranges that `calibration` fixes; what networks of convolutions want. `fp16` and `bf16`: floats of
     16 bits in the file, computed with in float32. `fp32`: as they are, for a graph of which only the cache
-    changes."""
+    changes. `auto`: the best of several candidates, measured on this host, that holds `bound`."""
     budget: Budget | None = None
     """For `mixed`: `bits_per_weight`, or `kl`, the divergence of the predictions from float32 in nats per
     token. `sensitivity.json` beside the model says what was chosen for every matrix, and why."""
@@ -106,15 +112,47 @@ class Quantize(Stage):
     samples: int = Field(128, ge=1)
     """Of `calibration`: how many samples are read."""
     sample_length: int = Field(512, ge=16)
-    """Of `calibration`: most tokens of a text."""
+    """Of `calibration`, and for measuring the candidates of `auto`: most tokens of a text."""
     calibrate: Literal["minmax", "entropy", "percentile"] = "minmax"
     """For `int8-static`: what of a tensor's values 8 bits cover. `minmax`: all. `percentile`: all
     but the outermost. `entropy`: what keeps the distribution."""
     percentile: float = Field(99.99, gt=50, le=100)
     """For `calibrate: percentile`: the share of values that is covered."""
 
+    bound: Annotated[dict[str, str], BeforeValidator(spelled_gates)] = Field(default={})
+    """For `auto`: what the chosen model must hold, spelled as the gates of `evaluate` and measured
+    beside the float32 model, such as `{perplexity_ratio: "<= 1.01"}` or `{kl: "<= 0.01", size:
+    "<= 0.3"}`. At least one is about quality; the first of these is plotted, and decides between
+    candidates that are as good by the objective."""
+    objective: Objective = "latency"
+    """For `auto`: what is best among those that hold. `latency`: tokens per second of one request;
+    `throughput`: of `batch` requests that decode together; `size`: bytes of the weights."""
+    batch: int = Field(8, ge=1, le=64)
+    """For the objective `throughput`: requests that decode together."""
+    data: Ref[Conversations | Text] | None = None
+    """For `auto`: texts like those that the model will see. Candidates are measured on their test
+    split; those that need calibration read their train split, or `calibration` where it is set."""
+    candidates: tuple[str | dict[str, Any], ...] | None = None
+    """For `auto`: what is tried, each a mapping with settings of this stage or just the name of a
+    scheme; `float32` is the model as it is. Other settings of the stage hold for all of them.
+    Null tries the usual ones, as far as model and target allow them."""
+    eval_samples: int = Field(64, ge=1)
+    """For `auto`: how many texts of the test split each candidate is measured on."""
+
+    def fingerprint(self) -> Mapping[str, Any]:
+        """The usual candidates, where they are what is tried."""
+        is_usual = self.scheme == "auto" and self.candidates is None
+        return {"candidates": list(CANDIDATES)} if is_usual else {}
+
+    @model_validator(mode="after")
+    def _search_fits(self) -> Self:
+        check_search(self)
+        return self
+
     @model_validator(mode="after")
     def _settings_fit(self) -> Self:
+        if self.scheme == "auto":  # Each candidate is checked by itself.
+            return self
         for name, is_set in (
             (f"method: '{self.method}'", self.method != "rtn"),
             ("symmetric: false", not self.symmetric),
@@ -153,6 +191,10 @@ class Quantize(Stage):
 
     def run(self, ctx: Context) -> Metrics:
         """Write `model.onnx`, `model.onnx.data`, `decoder.json`; link the tokeniser files."""
+        if self.scheme == "auto":
+            from lifecycle.stages.search import search
+
+            return search(self, ctx)
         from lifecycle.engines.decoder import WEIGHTS
         from lifecycle.graph.check import check_graph
         from lifecycle.stages.quantizing import Quantizing

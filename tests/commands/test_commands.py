@@ -214,6 +214,14 @@ def test_gc_keeps_scratch_only_where_there_is_something_to_resume(workshop: Work
     assert (workshop.store.scratch(run.stages["b"].key or "") / "step").exists()
 
 
+def test_gc_keeps_what_a_stage_has_built_on_its_way(workshop: Workshop) -> None:
+    stages = "  a: {use: toy:Const}\n  b: {use: toy:Largest, number: a, plus: [2, 1]}\n"
+    workshop.run(stages, "b.fail_after=1")
+    assert main(["gc", "--store", str(workshop.store_path)]) == 0
+    assert workshop.run(stages).status == "ok"
+    assert "sum 0: " in workshop.said and workshop.said.count("Add cached") == 1
+
+
 @pytest.mark.parametrize("command", ["stages", "schema"])
 def test_a_broken_plug_in_hides_no_other(command: str, capsys, monkeypatch) -> None:
     known = registry._entries

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
+from typing import get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lifecycle.errors import GateError
-from lifecycle.evaluation.gates import METRICS, Bound, check_gates, judge, require_passed
+from lifecycle.evaluation.gates import METRICS, Bound, Measure, check_gates, judge, require_passed
 
-ALL = ("perplexity", "accuracy", "agreement")
+ALL = get_args(Measure)
 operators = st.sampled_from(["<=", "<", ">=", ">"])
 finite = st.floats(-1e50, 1e50)
 

@@ -58,7 +58,7 @@ def _norm_weights(folder: Path) -> dict[str, NDArray[Any]]:
     return {
         tensor.name: onnx.numpy_helper.to_array(tensor)
         for tensor in graph.initializer
-        if "norm" in tensor.name and tensor.name.endswith(".weight")
+        if len(tensor.dims) == 1 and tensor.name.endswith(".weight")
     }
 
 

@@ -18,8 +18,8 @@ from lifecycle.errors import (
     StoreError,
 )
 from lifecycle.pipeline import runs
+from lifecycle.pipeline.plan import action_of
 from lifecycle.pipeline.recipe import load
-from lifecycle.pipeline.runner import action_of
 from tests.workshop import Workshop, statuses
 
 CHAIN = """
@@ -340,3 +340,41 @@ def test_interrupted_is_reported_as_such(workshop: Workshop, monkeypatch) -> Non
     run = workshop.run("  a: {use: toy:Const}\n")
     assert isinstance(workshop.error, InterruptedRun)
     assert run.status == "interrupted"
+
+
+LARGEST = """
+  a: {use: toy:Const, value: 2}
+  best: {use: toy:Largest, number: a, plus: [1, 5, -9]}
+"""
+
+
+def test_a_stage_builds_others_as_a_recipe_would(workshop: Workshop) -> None:
+    run = workshop.run(LARGEST)
+    assert "[best] sum 0: " in workshop.said
+    assert [line.rpartition(" ")[2] for line in workshop.said.splitlines() if ": /" in line] == [
+        "done"
+    ] * 3
+    entries = (
+        LARGEST
+        + "  one: {use: toy:Add, left: a, plus: 1}\n  two: {use: toy:Add, left: one, plus: 5}\n"
+    )
+    again = workshop.run(entries)
+    assert statuses(again) == "a=cached best=cached one=cached two=cached"
+    # The chosen bytes are those of the entry, linked and not copied.
+    assert run.stages["best"].digest == again.stages["two"].digest
+    assert run.stages["best"].metrics == {"digest": again.stages["two"].digest}
+
+
+def test_what_a_stage_built_before_it_failed_is_not_built_again(workshop: Workshop) -> None:
+    assert statuses(workshop.run(LARGEST, "best.fail_after=2")) == "a=done best=failed"
+    records = {p: p.stat().st_mtime_ns for p in (workshop.store_path / "records").iterdir()}
+    assert len(records) == 3
+    assert statuses(workshop.run(LARGEST)) == "a=cached best=done"
+    assert {p: p.stat().st_mtime_ns for p in records} == records
+    assert workshop.said.count("Add cached") == 2
+    assert workshop.said.count("Add done") == 1
+
+
+def test_a_stage_in_a_file_may_build_only_others(workshop: Workshop) -> None:
+    workshop.run("  a: {use: toy:Endless}\n")
+    assert "builds itself" in str(workshop.error)

@@ -116,6 +116,37 @@ class Add(Stage):
         return write(ctx, total + self.plus)
 
 
+class Largest(Stage):
+    """The largest of some sums, each built as a recipe's entry `Add` would be."""
+
+    produces = Number
+    number: Ref[Number]
+    plus: list[int]
+    fail_after: Annotated[int, RUNTIME] = -1
+
+    def run(self, ctx: Context) -> Metrics:
+        sums: list[Artifact] = []
+        for i, plus in enumerate(self.plus):
+            if i == self.fail_after:
+                raise ValueError("failed on purpose")
+            made = {"the last": sums[-1]} if sums else {}
+            left = self.number if not sums else Ref("the last")
+            sums.append(ctx.build(f"sum {i}", f"{__file__}:Add", Add(left=left, plus=plus), made))
+        best = max(sums, key=lambda found: Number(found.path, found.manifest).value)
+        ctx.link(best.path)
+        return {"digest": best.digest}
+
+
+class Endless(Stage):
+    """Builds itself."""
+
+    produces = Number
+
+    def run(self, ctx: Context) -> Metrics:
+        ctx.build("again", f"{__file__}:Endless", Endless())
+        return {}
+
+
 class Bundled(Stage):
     """What could be served."""
 

@@ -17,11 +17,13 @@ from lifecycle.data.chat import ChatTokenizer
 from lifecycle.errors import DataError, GateError, StageError
 from lifecycle.kinds import Conversations, HfModel, OnnxModel, Report
 from lifecycle.stages.evaluate import Evaluate
+from lifecycle.stages.quantize import Quantize
 from tests import tiny
 from tests.conftest import RunStage, as_artifact
 
 CHECK = {"model": "model", "data": "chat"}
 COMPARE = {**CHECK, "reference": "reference"}
+QUANTIZE = {"model": "onnx", "scheme": "int8-rowwise"}
 
 
 @pytest.fixture
@@ -170,9 +172,48 @@ def test_a_model_without_numbers_is_refused(
         run_stage(gated, model=model, chat=chat)
 
 
+def test_speed_and_size_are_gates(
+    run_stage: RunStage, chat: Conversations, learnt_onnx: OnnxModel
+) -> None:
+    int8 = run_stage(Quantize.model_validate(QUANTIZE), onnx=learnt_onnx)
+    models = {"model": int8, "reference": learnt_onnx}
+    sizes = [
+        sum((m.path / name).stat().st_size for name in ("model.onnx", "model.onnx.data"))
+        for m in models.values()
+    ]
+    gates = {"size": f"<= {sizes[0] / sizes[1] + 1e-6}", "speed": ">= 1e-9"}
+    stage = Evaluate(**COMPARE, gates=gates, batch=2, max_generated=2)
+    made = run_stage(stage, **models, chat=chat)
+    assert made.metrics["bytes"] == sizes[0]
+    assert made.metrics["size"] == pytest.approx(sizes[0] / sizes[1], rel=1e-5)
+    assert made.metrics["speed"] > 0 and made.metrics["tokens_per_second"] > 0
+    report = Report(made.path, made.manifest).content
+    assert [(g["metric"], g["passed"]) for g in report["gates"]] == [
+        ("size", True),
+        ("speed", True),
+    ]
+    assert report["reference"]["metrics"]["bytes"] == sizes[1]
+    failing = Evaluate(
+        **COMPARE, metrics=["speed", "size"], gates={"speed": ">= 1e9", "size": "< 0"}
+    )
+    with pytest.raises(GateError, match=r"speed is \S+, bound >= 1e9; size is 0\.\d+, bound < 0"):
+        run_stage(failing, **models, chat=chat)
+
+
+def test_what_a_clock_decides_is_measured_only_on_demand(
+    run_stage: RunStage, chat: Conversations, learnt_onnx: OnnxModel
+) -> None:
+    plain = run_stage(Evaluate(**CHECK, max_generated=2), model=learnt_onnx, chat=chat).metrics
+    assert not plain.keys() & {"tokens_per_second", "bytes"}
+    asked = Evaluate(**CHECK, metrics=["size"])
+    assert set(run_stage(asked, model=learnt_onnx, chat=chat).metrics) == {"bytes"}
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"gates": {"speed": ">= 1"}}, "'speed' compares two models: set 'reference'"),
+        ({"gates": {"perplexity": 2}}, "'perplexity': 2 does not say.*write '<= 2' or '>= 2'"),
         ({"gates": {"perplexty": "<= 2"}}, "unknown metric 'perplexty'; did you mean 'perplexity'"),
         ({"gates": {"kl": "<= 2"}}, "'kl' compares two models: set 'reference'"),
         ({"gates": {"perplexity": "2"}}, "'perplexity': '2' is no bound"),
