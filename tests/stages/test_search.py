@@ -194,7 +194,7 @@ def test_what_cannot_be_made_is_left_out_or_named(shop: Workshop) -> None:
     made = run(shop, many, until="auto")
     assert made.stages["auto"].metrics["candidates"] == len(CANDIDATES) - 4
     left_out = made.stages["auto"].metrics["search"]["left_out"]
-    assert all("method gptq" in name for name in left_out) and len(left_out) == 3
+    assert all("method gptq" in name for name in left_out) and len(left_out) == 4
     assert all("'texts' has" in reason for reason in left_out.values())
     run(shop, many, "auto.candidates=[{scheme: int4, method: gptq}]", until="auto")
     assert isinstance(shop.error, StageError)
