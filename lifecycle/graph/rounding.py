@@ -54,7 +54,13 @@ class Grid:
 
     def round(self, weights: Floats, scales: Floats, zeros: Floats) -> Floats:
         """The nearest integers to weights, whose scales and zeros are of shapes that broadcast."""
-        return np.clip(np.rint(weights / scales) + zeros, 0, self.levels)
+        return self.centred(weights, scales, zeros) + zeros
+
+    def centred(self, weights: Floats, scales: Floats, zeros: Floats | np.float32) -> Floats:
+        """The same less their zeros."""
+        found = weights / scales
+        np.rint(found, out=found)
+        return np.clip(found, -zeros, self.levels - zeros, out=found)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +125,9 @@ def quantize(weights: Floats, grid: Grid, fit: Fit) -> Blocks:
     """Rows of weights [rows, in], each block by itself."""
     blocks = grid.split(weights)
     scales, zeros = fit(blocks, grid, None)
-    integers = grid.round(blocks, scales[:, None], zeros[:, None])
+    zero = np.float32(grid.middle) if grid.symmetric else zeros[:, None]
+    integers = grid.centred(blocks, scales[:, None], zero)
+    integers += zero
     return Blocks.of(grid, len(weights), integers, scales, zeros)
 
 
@@ -130,14 +138,12 @@ def least_squares(
 
     Blocks with zeros of their own try the middle too, which is best for some.
     """
-    if importance is None:
-        importance = np.ones((1, 1), np.float32)
     best = _Best(blocks, grid, importance)
     # Negative where the largest weight is positive: it falls on 0, the finer step is used.
     at = np.abs(blocks).argmax(axis=1)[:, None]
     widest = np.take_along_axis(blocks, at, axis=1)[:, 0] / np.float32(-grid.middle)
     for part in _SHRINK:
-        best.offer(widest * part, np.full_like(widest, grid.middle))
+        best.offer(widest * part, None)
     if not grid.symmetric:
         low, high = np.minimum(blocks.min(axis=1), 0), np.maximum(blocks.max(axis=1), 0)
         span = (high - low) / np.float32(grid.levels)
@@ -150,24 +156,27 @@ def least_squares(
 class _Best:
     """The best scale and zero of each block so far."""
 
-    def __init__(self, blocks: Floats, grid: Grid, importance: Floats) -> None:
+    def __init__(self, blocks: Floats, grid: Grid, importance: Floats | None) -> None:
         self._blocks, self._grid, self._importance = blocks, grid, importance
-        self._weighed = blocks * importance
+        self._weighed = blocks if importance is None else blocks * importance
         self._least = np.full(len(blocks), np.inf, np.float32)
         self.scales = np.ones(len(blocks), np.float32)
         self.zeros = np.full(len(blocks), grid.middle, np.float32)
 
-    def offer(self, scales: Floats, zeros: Floats) -> None:
-        """Try scales, refined for the integers that they lead to."""
+    def offer(self, scales: Floats, zeros: Floats | None) -> None:
+        """Try scales, refined for the integers that they lead to; no zeros are the middle."""
         scales = np.where(scales == 0, np.float32(1), scales)
-        centred = self._grid.round(self._blocks, scales[:, None], zeros[:, None]) - zeros[:, None]
+        middle = np.float32(self._grid.middle)
+        zero = middle if zeros is None else zeros[:, None]
+        centred = self._grid.centred(self._blocks, scales[:, None], zero)
         # For given integers the best scale is <w, q> / <q, q>, and the squared error that it
         # leaves is |w|² - <w, q>² / <q, q>.
         dot = np.einsum("ij,ij->i", self._weighed, centred)
-        norm = np.einsum("ij,ij->i", centred * self._importance, centred)
+        weighed = centred if self._importance is None else centred * self._importance
+        norm = np.einsum("ij,ij->i", weighed, centred)
         norm[norm == 0] = 1
         error = -dot * dot / norm
         better = (error < self._least) & (dot != 0)
         self._least[better] = error[better]
         self.scales[better] = (dot / norm)[better]
-        self.zeros[better] = zeros[better]
+        self.zeros[better] = middle if zeros is None else zeros[better]
