@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -98,16 +99,14 @@ def test_the_same_bytes_every_time_also_after_a_stop(
     assert hash_tree(again.path) == hash_tree(undisturbed.path)
 
     ctx = again.ctx  # type: ignore[attr-defined]
-    stopped = type(ctx)(
-        "tuned", ctx.inputs, ctx.out.parent / "other", ctx.scratch, StoppingProgress(5), ctx.by_name
-    )
+    stopped = replace(ctx, out=ctx.out.parent / "other", progress=StoppingProgress(5))
     for leftover in ctx.scratch.iterdir():
         leftover.unlink()
     stopped.out.mkdir()
     with pytest.raises(InterruptedRun):
         tuning.run(stopped)
     assert not any(stopped.out.iterdir())
-    resumed = type(ctx)("tuned", ctx.inputs, stopped.out, ctx.scratch, QuietProgress(), ctx.by_name)
+    resumed = replace(stopped, progress=QuietProgress())
     tuning.run(resumed)
     assert any("resumed at step" in line for line in resumed.progress.lines)
     assert hash_tree(resumed.out) == hash_tree(undisturbed.path)
