@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from lifecycle.graph.experts import quantize_experts
 from lifecycle.graph.rewrite import GraphRewrite, Linear, Mixture, matrix_shape
-from lifecycle.graph.rounding import Blocks, Fit, Grid, least_squares, quantize
+from lifecycle.graph.rounding import Fit, Grid, Packed, least_squares, quantize
 
 Stored = Sequence[ir.Value | None]
 """Integers [rows, blocks, bytes], scales [rows, blocks], and the packed zeros if there are any."""
@@ -75,15 +75,15 @@ class Blockwise:
 
     def _store(self, rewrite: GraphRewrite, name: str, weight: ir.Value) -> Stored:
         grid, fit = self.grid, self.fit
-        parts = rewrite.map_blocks(weight, lambda rows: quantize(rows, grid, fit))
-        return self.add(rewrite, name, Blocks.joined(parts), prod(matrix_shape(weight)))
+        parts = rewrite.map_blocks(weight, lambda rows: quantize(rows, grid, fit).pack())
+        return self.add(rewrite, name, Packed.joined(parts), prod(matrix_shape(weight)))
 
-    def add(self, rewrite: GraphRewrite, name: str, blocks: Blocks, elements: int) -> Stored:
-        """Store the blocks of a matrix of `elements` weights."""
-        zeros = blocks.packed_zeros()
+    def add(self, rewrite: GraphRewrite, name: str, packed: Packed, elements: int) -> Stored:
+        """Store a matrix of `elements` weights."""
+        zeros = packed.zeros
         return (
-            rewrite.add(f"{name}.weight.int{self.bits}", blocks.packed(), elements),
-            rewrite.add(f"{name}.weight.scales", blocks.scales),
+            rewrite.add(f"{name}.weight.int{self.bits}", packed.values, elements),
+            rewrite.add(f"{name}.weight.scales", packed.scales),
             None if zeros is None else rewrite.add(f"{name}.weight.zeros", zeros),
         )
 

@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from lifecycle.errors import StageError
 from lifecycle.graph.rewrite import GraphRewrite, Mixture
-from lifecycle.graph.rounding import Blocks, Fit, Grid, quantize
+from lifecycle.graph.rounding import Fit, Grid, Packed, quantize
 
 
 def quantize_experts(rewrite: GraphRewrite, mixture: Mixture, grid: Grid, fit: Fit) -> None:
@@ -63,9 +63,10 @@ def _store(
 ) -> list[ir.Value | None]:
     """Integers [experts, out, bytes], scales [experts, out, blocks], packed zeros if there are any."""
     shape = _shape(weight)
-    blocks = Blocks.joined(rewrite.map_blocks(weight, lambda rows: quantize(rows, grid, fit)))
-    integers, scales = (a.reshape(*shape[:2], -1) for a in (blocks.packed(), blocks.scales))
-    zeros = blocks.packed_zeros()
+    parts = rewrite.map_blocks(weight, lambda rows: quantize(rows, grid, fit).pack())
+    packed = Packed.joined(parts)
+    integers, scales = (a.reshape(*shape[:2], -1) for a in (packed.values, packed.scales))
+    zeros = packed.zeros
     return [
         rewrite.add(f"{name}.int{grid.bits}", integers, prod(shape)),
         rewrite.add(f"{name}.scales", scales),

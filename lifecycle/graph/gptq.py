@@ -31,7 +31,7 @@ class Gptq(Blockwise):
         moments = self.calibration.second_moments(linear.name)
         blocks = quantize(weights, moments, self.grid, self.fit)
         self.calibration.replace(linear.name, blocks.floats(weights.shape[1]))
-        self.product(rewrite, linear, self.add(rewrite, linear.name, blocks, weights.size))
+        self.product(rewrite, linear, self.add(rewrite, linear.name, blocks.pack(), weights.size))
 
 
 def quantize(weights: Floats, moments: Floats, grid: Grid, fit: Fit) -> Blocks:

@@ -64,6 +64,29 @@ class Grid:
 
 
 @dataclass(frozen=True, slots=True)
+class Packed:
+    """Rows of a matrix as they are stored."""
+
+    values: Integers
+    """[rows, blocks, block_size * bits / 8]."""
+    scales: Floats
+    """[rows, blocks]."""
+    zeros: Integers | None
+    """[rows, blocks * bits / 8 rounded up]; None if symmetric."""
+
+    @classmethod
+    def joined(cls, parts: Iterable[Self]) -> Self:
+        """The rows of all parts, in order."""
+        parts = list(parts)
+        zeros = [part.zeros for part in parts if part.zeros is not None]
+        return cls(
+            np.concatenate([part.values for part in parts]),
+            np.concatenate([part.scales for part in parts]),
+            np.concatenate(zeros) if zeros else None,
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class Blocks:
     """Rows of a matrix as integers: a weight is (integer - zero) * scale."""
 
@@ -82,15 +105,6 @@ class Blocks:
         shape = whole.shape[:2]
         return cls(grid, whole, scales.reshape(shape), zeros.astype(np.uint8).reshape(shape))
 
-    @classmethod
-    def joined(cls, parts: Iterable[Self]) -> Self:
-        """The rows of all parts, in order."""
-        parts = list(parts)
-        integers = np.concatenate([part.integers for part in parts])
-        scales = np.concatenate([part.scales for part in parts])
-        zeros = np.concatenate([part.zeros for part in parts])
-        return cls(parts[0].grid, integers, scales, zeros)
-
     def packed(self) -> Integers:
         """The integers as bytes, [rows, blocks, block_size * bits / 8]."""
         return _pack(self.integers, self.grid.bits)
@@ -101,6 +115,10 @@ class Blocks:
             return None
         odd = self.grid.bits == 4 and self.zeros.shape[1] % 2
         return _pack(np.pad(self.zeros, ((0, 0), (0, int(odd)))), self.grid.bits)
+
+    def pack(self) -> Packed:
+        """As they are stored."""
+        return Packed(self.packed(), self.scales, self.packed_zeros())
 
     def floats(self, width: int) -> Floats:
         """The weights that the integers stand for, [rows, width]."""
