@@ -189,9 +189,9 @@ class _Best:
         centred = self._grid.centred(self._blocks, scales[:, None], zero)
         # For given integers the best scale is <w, q> / <q, q>, and the squared error that it
         # leaves is |w|² - <w, q>² / <q, q>.
-        dot = np.einsum("ij,ij->i", self._weighed, centred)
+        dot = np.vecdot(self._weighed, centred)
         weighed = centred if self._importance is None else centred * self._importance
-        norm = np.einsum("ij,ij->i", weighed, centred)
+        norm = np.vecdot(weighed, centred)
         norm[norm == 0] = 1
         error = -dot * dot / norm
         better = (error < self._least) & (dot != 0)
