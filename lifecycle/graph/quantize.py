@@ -7,18 +7,21 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from math import prod
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import onnx_ir as ir
 
 from lifecycle.engines.decoder import FILE, GRAPH, WEIGHTS, DecoderInfo
 from lifecycle.errors import StageError
 from lifecycle.graph.adapters import save_graphs
-from lifecycle.graph.cache import QuantizedCache
-from lifecycle.graph.fold import Smoothing
 from lifecycle.graph.rewrite import Convolution, GraphRewrite, Linear, Mixture, matrix_shape
 from lifecycle.graph.weights import WeightFile
 from lifecycle.pipeline.suggest import did_you_mean
+
+if TYPE_CHECKING:
+    # They import onnx and ONNX Runtime, which storing weights does without.
+    from lifecycle.graph.cache import QuantizedCache
+    from lifecycle.graph.fold import Smoothing
 
 EMBEDDING = "embed_tokens"
 _ROUTERS = "*.router"
