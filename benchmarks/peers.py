@@ -8,7 +8,7 @@ import subprocess
 import sys
 import sysconfig
 import venv
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -22,10 +22,13 @@ def cache_dir() -> Path:
     return Path(root) / "lifecycle-toolkit" / "benchmarks"
 
 
-def environment(name: str, requirements: Sequence[str]) -> Path:
+def environment(
+    name: str, requirements: Sequence[str], build: Mapping[str, str] | None = None
+) -> Path:
     """The Python of a virtual environment with `requirements`, made on the first call.
 
-    What it does not bring itself (torch, transformers) it finds in this environment.
+    What it does not bring itself (torch, transformers) it finds in this environment. `build` are
+    variables for requirements that are compiled.
     """
     folder = cache_dir() / "environments" / name
     python = folder / "bin" / "python"
@@ -34,7 +37,8 @@ def environment(name: str, requirements: Sequence[str]) -> Path:
         return python
     venv.create(folder, clear=True, with_pip=True)
     install = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    subprocess.run([*install, *requirements], check=True, stdout=sys.stderr)
+    variables = os.environ | dict(build or {})
+    subprocess.run([*install, *requirements], check=True, stdout=sys.stderr, env=variables)
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
     packages = folder / "lib" / version / "site-packages"
     # A .pth comes after the environment's own packages, so those win.
@@ -47,8 +51,9 @@ class Worker:
     """A peer's process: one JSON object per line in, one per line out."""
 
     def __init__(self, python: Path, script: str, *arguments: str) -> None:
+        # -P: a measurement beside the script may be called as the peer's package.
         self._process = subprocess.Popen(
-            [str(python), str(HERE / script), *arguments],
+            [str(python), "-P", str(HERE / script), *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
