@@ -38,7 +38,17 @@ class Blockwise:
 
     def linear(self, rewrite: GraphRewrite, linear: Linear) -> None:
         """Replace one product."""
-        self.product(rewrite, linear, self._store(rewrite, linear.name, linear.weight))
+        blocks = self.rounded_product(rewrite, linear)
+        self.product(rewrite, linear, self.add(rewrite, linear.name, blocks, prod(linear.shape)))
+
+    def rounded_product(self, rewrite: GraphRewrite, linear: Linear) -> Blocks:
+        """The weights of a product as they will be stored."""
+        return self.rounded(rewrite, linear.weight)
+
+    def rounded(self, rewrite: GraphRewrite, weight: ir.Value) -> Blocks:
+        """Weights by themselves, whatever reads them."""
+        grid, fit = self.grid, self.fit
+        return Blocks.joined(rewrite.map_blocks(weight, lambda rows: quantize(rows, grid, fit)))
 
     def experts(self, rewrite: GraphRewrite, mixture: Mixture) -> None:
         """Replace a mixture of experts."""
@@ -49,9 +59,10 @@ class Blockwise:
         the same bytes, as [vocab, blocks, bytes] and as [vocab, blocks * bytes]."""
         table, tokens = node.inputs
         assert table is not None and node.name is not None
-        values, scales, zeros = stored = self._store(rewrite, node.name, table)
-        assert values is not None
+        blocks = self.rounded(rewrite, table)
         rows, width = matrix_shape(table)
+        values, scales, zeros = stored = self.add(rewrite, node.name, blocks, rows * width)
+        assert values is not None
         size = self.block_size
         row_bytes = -(-width // size) * size * self.bits // 8
         flat = rewrite.view(values, f"{node.name}.weight.int{self.bits}_rows", (rows, row_bytes))
@@ -72,11 +83,6 @@ class Blockwise:
         rewrite.replace(node, found)
         if head is not None:
             self.product(rewrite, head, stored)
-
-    def _store(self, rewrite: GraphRewrite, name: str, weight: ir.Value) -> Stored:
-        grid, fit = self.grid, self.fit
-        parts = rewrite.map_blocks(weight, lambda rows: quantize(rows, grid, fit))
-        return self.add(rewrite, name, Blocks.joined(parts), prod(matrix_shape(weight)))
 
     def add(self, rewrite: GraphRewrite, name: str, blocks: Blocks, elements: int) -> Stored:
         """Store the blocks of a matrix of `elements` weights."""
