@@ -46,9 +46,13 @@ class Ways:
                 for method in methods if symmetric else (*methods, "hqq"):
                     name = f"int4/{size}/{method}" + ("" if symmetric else "/zeros")
                     yield name, self._blocks(size, method, symmetric)
-        for method in ("rtn", "gptq"):
-            for bits in budgets:
-                yield f"mixed/{bits:g}/{method}", self._mixed(bits, method)
+        for size in (size for size in sizes if size < 128):
+            for symmetric in (True, False):
+                kind = "" if symmetric else "/zeros"
+                for method in ("rtn", "gptq"):
+                    for bits in (bits for bits in budgets if bits > 4 + 36 / size):
+                        name = f"mixed/{bits:g}/{size}/{method}{kind}"
+                        yield name, self._mixed(bits, size, method, symmetric)
 
     def _int8(self) -> Iterator[tuple[str, Way]]:
         for bits in (7, 8):
@@ -111,12 +115,12 @@ class Ways:
 
         return way
 
-    def _mixed(self, bits: float, method: Method) -> Way:
+    def _mixed(self, bits: float, size: int, method: Method, symmetric: bool) -> Way:
         def way(scratch: Path, out: Path) -> Quantized:
-            coarse = self.scheme(64, method)
+            coarse = self.scheme(size, method, symmetric)
             measured = mixed.measure(self.source, scratch, self.texts, coarse, FINE, {})
             names = [cost.name for cost in mixed.within_bits(measured, bits)]
-            exceptions = dict.fromkeys(names, FINE)
-            return quantize_graph(self.source, out, "measured", self.scheme(64, method), exceptions)
+            coarse = self.scheme(size, method, symmetric)
+            return quantize_graph(self.source, out, "measured", coarse, dict.fromkeys(names, FINE))
 
         return way
