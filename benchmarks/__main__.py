@@ -23,7 +23,7 @@ def main() -> int:
     print(
         "\nOn a run of the quickstart: python -m benchmarks.batch_invariance BUNDLE and "
         "python -m benchmarks.kill_resume quickstart; on a checkpoint: "
-        "python -m benchmarks.quality FOLDER"
+        "python -m benchmarks.quality FOLDER and python -m benchmarks.outlier FOLDER"
     )
     return worst
 

@@ -1,42 +1,36 @@
 """What each way to quantise costs a real model: rise of perplexity, divergence, bits per weight.
 
-    python -m benchmarks.quality CHECKPOINT [--block-size 32] [--texts 64] [--json]
+    python -m benchmarks.quality CHECKPOINT [--text CORPUS] [--only int4/64/*] [--json]
 
-The model itself tells the texts (seeded sampling at temperature 1), so no data is needed, and half of them
-calibrate, half are held out. The head is in row-wise int8 but for `mixed`, where it is measured as
-every matrix is. CHECKPOINT is a Hugging Face folder of a decoder that writes text by itself.
+CORPUS is a folder of the stage `corpus`: its train split calibrates, its test split is measured. Without
+one the model itself tells the texts (seeded sampling at temperature 1); half of them calibrate, half
+are held out. int4 has its head in row-wise int8; `mixed` measures the head as every matrix.
+CHECKPOINT is a Hugging Face folder of a decoder that writes text by itself.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.ways import Ways
 from lifecycle.engines.base import EngineOptions, Request, SamplingParams
 from lifecycle.engines.decoder import DecoderInfo
 from lifecycle.engines.ort import OnnxEngine
-from lifecycle.graph import hqq, mixed
-from lifecycle.graph.awq import scale_channels
-from lifecycle.graph.blockwise import Blockwise
-from lifecycle.graph.calibration import Calibration
+from lifecycle.evaluation.scoring import Scorer
 from lifecycle.graph.export import export_decoder
-from lifecycle.graph.gptq import Gptq
-from lifecycle.graph.int8 import Int8Rowwise
-from lifecycle.graph.pieces import LOGITS, Pieces
-from lifecycle.graph.quantize import Scheme, quantize_graph
 from lifecycle.graph.targets import Cpu
 
-Logs = NDArray[np.float32]
 Texts = list[list[int]]
-FINE = Int8Rowwise(8)
-HEAD: Mapping[str, Scheme | None] = {"lm_head": FINE}
+Logits = NDArray[np.float32]
 
 
 def tell(folder: Path, count: int, length: int, start: int) -> Texts:
@@ -53,107 +47,108 @@ def tell(folder: Path, count: int, length: int, start: int) -> Texts:
             if event.token_id is not None:
                 text.append(event.token_id)
             left -= event.finish_reason is not None
+    engine.close()
     return [found[str(seed)] for seed in range(count)]
 
 
-def log_probabilities(folder: Path, texts: Texts) -> Logs:
-    """Of every next token, [tokens, vocab]."""
-    pieces = Pieces(folder, texts)
-    for at in range(len(pieces.nodes)):
-        session = pieces.session(at, pieces.handed_on(at), {})
-        for batch in pieces.batches:
-            batch.live = pieces.step(session, at, batch, batch.live)
-    logits = np.concatenate([batch.live[LOGITS] for batch in pieces.batches])
-    shifted = logits - logits.max(axis=1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+def read(checkpoint: Path, corpus: Path, split: str, count: int, length: int) -> Texts:
+    """`count` windows of a split of a corpus, from documents in an order that their hashes give."""
+    from lifecycle.data.chat import ChatTokenizer
+    from lifecycle.evaluation.samples import windows
+    from lifecycle.pipeline.artifact import digest_of
+
+    tokenizer = ChatTokenizer.load(checkpoint)
+    lines = (corpus / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
+    found: Texts = []
+    for row in sorted((json.loads(line) for line in lines), key=digest_of):
+        # Four windows of a document at most: a few long ones would be all there is.
+        parts = [list(part.token_ids) for part in windows(tokenizer, row, length)[:4]]
+        found += [part for part in parts if len(part) > length // 4]
+        if len(found) >= count:
+            break
+    return found[:count]
 
 
-def compare(wanted: Logs, found: Logs, texts: Texts) -> dict[str, float]:
+def all_logits(folder: Path, texts: Sequence[Sequence[int]]) -> Iterator[Logits]:
+    """Those of each text, [tokens, vocab], as the engine gives them."""
+    engine = OnnxEngine.open(folder, EngineOptions(1, max(map(len, texts))))
+    for text in texts:
+        yield engine.logits(text)
+    engine.close()
+
+
+def compare(wanted: Sequence[Logits], folder: Path, texts: Texts) -> dict[str, float]:
     """The rise of perplexity in percent, and the mean divergence in nats per token."""
-    following = np.concatenate([[*text[1:], -1] for text in texts])
-    rows = np.flatnonzero(following >= 0)
-    next_tokens = following[rows]
-    rise = float(np.exp((wanted[rows, next_tokens] - found[rows, next_tokens]).mean()) - 1)
-    kl = float((np.exp(wanted) * (wanted - found)).sum(axis=1).mean())
-    return {"perplexity_rise_percent": round(100 * rise, 2), "kl": round(kl, 5)}
+    scorer = Scorer(2)
+    for reference, logits, text in zip(wanted, all_logits(folder, texts), texts, strict=True):
+        scorer.add(np.array(text[1:]), [logits[:-1], reference[:-1]])
+    ours, theirs = scorer.losses
+    rise = 100 * (float(np.exp(ours.mean - theirs.mean)) - 1)
+    found = {"perplexity_rise_percent": rise, "kl": scorer.agreement.kl}
+    return {name: round(value, 5) for name, value in found.items()}
 
 
-Way = Callable[[Path], tuple[Path, Scheme, Mapping[str, Scheme | None]]]
-"""A scratch folder -> the graph to quantise, the scheme, the exceptions."""
-
-
-def ways(source: Path, texts: Texts, size: int) -> Iterator[tuple[str, Way]]:
-    """Every way to quantise, by name."""
-
-    def awq(scratch: Path, plain: Blockwise) -> tuple[Path, Scheme, Mapping[str, Scheme | None]]:
-        scale_channels(source, scratch, Calibration(source, texts), plain, HEAD)
-        return scratch, plain, HEAD
-
-    def mix(scratch: Path, bits: float) -> tuple[Path, Scheme, Mapping[str, Scheme | None]]:
-        measured = mixed.measure(source, scratch, texts, Blockwise(64), FINE, {})
-        names = (cost.name for cost in mixed.within_bits(measured, bits))
-        scheme = Gptq(64, calibration=Calibration(source, texts))
-        return source, scheme, dict.fromkeys(names, FINE)
-
-    yield "int8-rowwise", lambda _: (source, FINE, {})
-    for symmetric in (True, False):
-        plain = Blockwise(size, 4, symmetric)
-        kind = "" if symmetric else ", zero points"
-        yield f"rtn{kind}", lambda _, plain=plain: (source, plain, HEAD)
-        yield f"awq{kind}", lambda scratch, plain=plain: awq(scratch, plain)
-        calibration = Calibration(source, texts)
-        gptq = Gptq(size, 4, symmetric, calibration=calibration)
-        yield f"gptq{kind}", lambda _, gptq=gptq: (source, gptq, HEAD)
-    yield "hqq, zero points", lambda _: (source, Blockwise(size, 4, False, hqq.fit), HEAD)
-    for bits in (5.2, 5.5, 6.0, 6.5):
-        yield f"mixed at {bits} bits, gptq", lambda scratch, bits=bits: mix(scratch, bits)
-
-
-def measure(checkpoint: Path, size: int, count: int, length: int) -> list[dict[str, Any]]:
+def measure(
+    source: Path, root: Path, calibration: Texts, held_out: Texts, args: argparse.Namespace
+) -> Iterator[dict[str, Any]]:
     """One row per way."""
-    rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as root:
-        source = Path(root, "fp32")
-        source.mkdir()
-        export_decoder(checkpoint, source, Cpu())
-        config = json.loads((checkpoint / "config.json").read_text())
-        length = min(length, DecoderInfo.load(source).max_position_embeddings)
-        texts = tell(source, count, length, config["bos_token_id"])
-        held_out, texts = texts[: count // 2], texts[count // 2 :]
-        wanted = log_probabilities(source, held_out)
-        for i, (name, way) in enumerate(ways(source, texts, size)):
-            out, scratch = Path(root, f"{i}"), Path(root, f"{i}-scratch")
-            out.mkdir()
+    wanted = list(all_logits(source, held_out))
+    ways = Ways(source, calibration).all(tuple(args.block_size), tuple(args.budget))
+    for name, way in ways:
+        if not any(fnmatchcase(name, pattern) for pattern in args.only):
+            continue
+        with TemporaryDirectory(dir=root) as folder:
+            scratch, out = Path(folder, "scratch"), Path(folder, "out")
             scratch.mkdir()
-            made = quantize_graph(*_arguments(way, scratch, out))
-            quality = compare(wanted, log_probabilities(out, held_out), held_out)
-            rows.append({"way": name, "bits_per_weight": made.bits_per_weight, **quality})
-    return rows
+            out.mkdir()
+            made = way(scratch, out)
+            quality = compare(wanted, out, held_out)
+        yield {"way": name, "bits_per_weight": made.bits_per_weight, **quality}
 
 
-def _arguments(
-    way: Way, scratch: Path, out: Path
-) -> tuple[Path, Path, str, Scheme, Mapping[str, Scheme | None]]:
-    source, scheme, exceptions = way(scratch)
-    return source, out, "measured", scheme, exceptions
+def perplexity(logits: Iterator[Logits], texts: Texts) -> float:
+    """Of every token but the first of each text."""
+    scorer = Scorer(1)
+    for part, text in zip(logits, texts, strict=True):
+        scorer.add(np.array(text[1:]), [part[:-1]])
+    return scorer.losses[0].perplexity
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("checkpoint", type=Path, help="a Hugging Face folder")
-    parser.add_argument("--block-size", type=int, default=32, choices=(16, 32, 64, 128))
-    parser.add_argument("--texts", type=int, default=64)
+    parser.add_argument("--text", type=Path, help="a folder with train.jsonl and test.jsonl")
+    parser.add_argument("--block-size", type=int, nargs="+", default=[32, 64, 128])
+    parser.add_argument("--budget", type=float, nargs="+", default=[4.8, 5.0, 5.2, 5.5])
+    parser.add_argument("--only", nargs="+", default=["*"], help="patterns of ways")
+    parser.add_argument("--texts", type=int, default=32, help="held out; as many calibrate")
+    parser.add_argument("--calibration", type=int, help="texts that calibrate, if others")
     parser.add_argument("--length", type=int, default=400, help="tokens of a text")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per way")
     args = parser.parse_args()
-    rows = measure(args.checkpoint, args.block_size, args.texts, args.length)
-    if args.json:
-        print(json.dumps({"block_size": args.block_size, "rows": rows}))
-        return
-    print(f"{'blocks of ' + str(args.block_size):28} bits  perplexity     KL")
-    for row in rows:
-        rise = row["perplexity_rise_percent"]
-        print(f"{row['way']:28} {row['bits_per_weight']:4.2f} {rise:+9.2f} %  {row['kl']:.4f}")
+    with TemporaryDirectory() as root:
+        source = Path(root, "fp32")
+        source.mkdir()
+        export_decoder(args.checkpoint, source, Cpu())
+        info = DecoderInfo.load(source)
+        count, other = args.texts, args.calibration or args.texts
+        length = min(args.length, info.max_position_embeddings)
+        if args.text is None:
+            config = json.loads((args.checkpoint / "config.json").read_text())
+            texts = tell(source, count + other, length, config["bos_token_id"])
+            held_out, calibration = texts[:count], texts[count:]
+        else:
+            held_out = read(args.checkpoint, args.text, "test", count, length)
+            calibration = read(args.checkpoint, args.text, "train", other, length)
+        if not args.json:
+            found = perplexity(all_logits(source, held_out), held_out)
+            tokens = sum(map(len, held_out))
+            print(f"perplexity in float32 {found:.2f} over {tokens} tokens held out")
+            print(f"{'':28} bits  perplexity      KL")
+        for row in measure(source, Path(root), calibration, held_out, args):
+            rise = row["perplexity_rise_percent"]
+            line = f"{row['way']:28} {row['bits_per_weight']:5.2f} {rise:+9.2f} % {row['kl']:8.5f}"
+            print(json.dumps(row) if args.json else line, flush=True)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from lifecycle.graph.experts import quantize_experts
 from lifecycle.graph.rewrite import GraphRewrite, Linear, Mixture, matrix_shape
-from lifecycle.graph.rounding import Fit, Grid, Packed, least_squares, quantize
+from lifecycle.graph.rounding import Blocks, Fit, Grid, Packed, least_squares, quantize
 
 Stored = Sequence[ir.Value | None]
 """Integers [rows, blocks, bytes], scales [rows, blocks], and the packed zeros if there are any."""
@@ -40,6 +40,15 @@ class Blockwise:
         """Replace one product."""
         self.product(rewrite, linear, self._store(rewrite, linear.name, linear.weight))
 
+    def rounded_product(self, rewrite: GraphRewrite, linear: Linear) -> Blocks:
+        """The weights of a product as they will be stored."""
+        return self.rounded(rewrite, linear.weight)
+
+    def rounded(self, rewrite: GraphRewrite, weight: ir.Value) -> Blocks:
+        """Weights by themselves, whatever reads them."""
+        grid, fit = self.grid, self.fit
+        return Blocks.joined(rewrite.map_blocks(weight, lambda rows: quantize(rows, grid, fit)))
+
     def experts(self, rewrite: GraphRewrite, mixture: Mixture) -> None:
         """Replace a mixture of experts."""
         quantize_experts(rewrite, mixture, self.grid, self.fit)
@@ -49,9 +58,9 @@ class Blockwise:
         the same bytes, as [vocab, blocks, bytes] and as [vocab, blocks * bytes]."""
         table, tokens = node.inputs
         assert table is not None and node.name is not None
+        rows, width = matrix_shape(table)
         values, scales, zeros = stored = self._store(rewrite, node.name, table)
         assert values is not None
-        rows, width = matrix_shape(table)
         size = self.block_size
         row_bytes = -(-width // size) * size * self.bits // 8
         flat = rewrite.view(values, f"{node.name}.weight.int{self.bits}_rows", (rows, row_bytes))
@@ -74,13 +83,15 @@ class Blockwise:
             self.product(rewrite, head, stored)
 
     def _store(self, rewrite: GraphRewrite, name: str, weight: ir.Value) -> Stored:
+        """Blocks are packed as they are made: unpacked, a head of 4 bits would take twice its size."""
         grid, fit = self.grid, self.fit
         parts = rewrite.map_blocks(weight, lambda rows: quantize(rows, grid, fit).pack())
-        return self.add(rewrite, name, Packed.joined(parts), prod(matrix_shape(weight)))
+        return self._add(rewrite, name, Packed.joined(parts), matrix_shape(weight))
 
-    def add(self, rewrite: GraphRewrite, name: str, packed: Packed, elements: int) -> Stored:
-        """Store a matrix of `elements` weights."""
-        zeros = packed.zeros
+    def _add(
+        self, rewrite: GraphRewrite, name: str, packed: Packed, shape: tuple[int, int]
+    ) -> Stored:
+        zeros, elements = packed.zeros, prod(shape)
         return (
             rewrite.add(f"{name}.weight.int{self.bits}", packed.values, elements),
             rewrite.add(f"{name}.weight.scales", packed.scales),

@@ -6,9 +6,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lifecycle.graph.blockwise import Blockwise
 from lifecycle.graph.calibration import Calibration
+from lifecycle.graph.descent import refine
 from lifecycle.graph.rewrite import GraphRewrite, Linear
 from lifecycle.graph.rounding import Blocks, Fit, Floats, Grid
 
@@ -27,11 +29,15 @@ class Gptq(Blockwise):
 
     def linear(self, rewrite: GraphRewrite, linear: Linear) -> None:
         """Replace one product."""
+        blocks = self.rounded_product(rewrite, linear)
+        self.calibration.replace(linear.name, blocks.floats(linear.shape[1]))
+        self.product(rewrite, linear, self._add(rewrite, linear.name, blocks.pack(), linear.shape))
+
+    def rounded_product(self, rewrite: GraphRewrite, linear: Linear) -> Blocks:
+        """The weights of a product as they will be stored; in the order of the graph."""
         weights = np.concatenate(list(rewrite.blocks(linear.weight)))
         moments = self.calibration.second_moments(linear.name)
-        blocks = quantize(weights, moments, self.grid, self.fit)
-        self.calibration.replace(linear.name, blocks.floats(weights.shape[1]))
-        self.product(rewrite, linear, self.add(rewrite, linear.name, blocks.pack(), weights.size))
+        return quantize(weights, moments, self.grid, self.fit)
 
 
 def quantize(weights: Floats, moments: Floats, grid: Grid, fit: Fit) -> Blocks:
@@ -46,7 +52,8 @@ def quantize(weights: Floats, moments: Floats, grid: Grid, fit: Fit) -> Blocks:
     scales, zeros = found
     order = np.argsort(-np.diag(moments), kind="stable")
     left = weights[:, order].copy()
-    upper = _inverse_factor(moments[np.ix_(order, order)])
+    damped = _damped(moments)
+    upper = _inverse_factor(damped[np.ix_(order, order)])
     rounded = np.repeat(zeros, grid.block_size, axis=1)
     for start in range(0, width, _COLUMNS):
         stop = min(start + _COLUMNS, width)
@@ -60,16 +67,22 @@ def quantize(weights: Floats, moments: Floats, grid: Grid, fit: Fit) -> Blocks:
             left[:, column:stop] -= error[:, None] * upper[column, column:stop]
             errors[:, column - start] = error
         left[:, stop:] -= errors @ upper[start:stop, stop:]
-    return Blocks.of(grid, rows, rounded, scales, zeros)
+    blocks = Blocks.of(grid, rows, rounded, scales, zeros)
+    return refine(weights, blocks, damped.astype(np.float32))
 
 
-def _inverse_factor(moments: Floats) -> Floats:
-    """The upper factor U of the damped inverse, UᵀU = (moments + damping)⁻¹."""
+def _damped(moments: Floats) -> NDArray[np.float64]:
+    """Moments that can be inverted."""
     damped = moments.astype(np.float64)
     diagonal = np.diag(damped).copy()
     mean = diagonal.mean() or 1.0
     # What is never read may be rounded at will.
     diagonal[diagonal == 0] = mean
     np.fill_diagonal(damped, diagonal + _DAMPING * mean)
+    return damped
+
+
+def _inverse_factor(damped: NDArray[np.float64]) -> Floats:
+    """The upper factor U of the inverse, UᵀU = damped⁻¹."""
     inverse = np.linalg.inv(damped)
     return np.linalg.cholesky((inverse + inverse.T) / 2).T.astype(np.float32)

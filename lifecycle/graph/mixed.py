@@ -9,7 +9,6 @@ from functools import partial
 from math import prod
 from pathlib import Path
 
-import numpy as np
 import onnx_ir as ir
 
 from lifecycle.errors import StageError
@@ -18,7 +17,7 @@ from lifecycle.graph.experts import experts_bytes
 from lifecycle.graph.int8 import Int8Rowwise
 from lifecycle.graph.quantize import EMBEDDING, Scheme, choose, decoder_names
 from lifecycle.graph.rewrite import GraphRewrite, matrix_shape
-from lifecycle.graph.rounding import Floats, quantize
+from lifecycle.graph.rounding import Floats
 from lifecycle.graph.sensitivity import divergences
 from lifecycle.graph.weights import WeightFile
 
@@ -60,7 +59,7 @@ def measure(
     """Round every matrix of a float32 graph as `coarse` does, alone, and see what becomes of the
     predictions on the first of `texts`.
 
-    Mixtures stay coarse; `scratch` is a folder for what is not kept; `exceptions` are as `quantize_graph` takes them.
+    A walk through the layers that `coarse` has must be fresh, and is used up. Mixtures stay coarse; `scratch` is a folder for what is not kept; `exceptions` are as `quantize_graph` takes them.
 
     Raises:
         StageError: there are no texts, one is too long, or a pattern matches nothing.
@@ -69,10 +68,7 @@ def measure(
         rewrite = GraphRewrite(source, weights)
         chosen = choose(decoder_names(rewrite), coarse, exceptions)
         matrices = _matrices(rewrite, chosen, coarse)
-        constants = {
-            str(weight.name): partial(_rounded, rewrite, weight, coarse)
-            for weight in matrices.values()
-        }
+        constants = {str(w.name): partial(_rounded, rewrite, w, coarse) for w in matrices.values()}
         vocab, _ = matrix_shape(_table(rewrite))
         found = divergences(source, _first(texts), vocab, constants, on_done)
         costs: list[Cost] = []
@@ -175,8 +171,10 @@ def _table(rewrite: GraphRewrite) -> ir.Value:
 
 def _rounded(rewrite: GraphRewrite, weight: ir.Value, scheme: Blockwise) -> Floats:
     _, width = matrix_shape(weight)
-    parts = rewrite.map_blocks(weight, lambda rows: quantize(rows, scheme.grid, scheme.fit))
-    return np.concatenate([part.floats(width) for part in parts])
+    if weight is _table(rewrite):
+        return scheme.rounded(rewrite, weight).floats(width)
+    linear = next(linear for linear in rewrite.linears() if linear.weight is weight)
+    return scheme.rounded_product(rewrite, linear).floats(width)
 
 
 def _first(texts: Sequence[Sequence[int]]) -> list[Sequence[int]]:

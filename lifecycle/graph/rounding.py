@@ -105,6 +105,15 @@ class Blocks:
         shape = whole.shape[:2]
         return cls(grid, whole, scales.reshape(shape), zeros.astype(np.uint8).reshape(shape))
 
+    @classmethod
+    def joined(cls, parts: Iterable[Self]) -> Self:
+        """The rows of all parts, in order."""
+        parts = list(parts)
+        integers = np.concatenate([part.integers for part in parts])
+        scales = np.concatenate([part.scales for part in parts])
+        zeros = np.concatenate([part.zeros for part in parts])
+        return cls(parts[0].grid, integers, scales, zeros)
+
     def packed(self) -> Integers:
         """The integers as bytes, [rows, blocks, block_size * bits / 8]."""
         return _pack(self.integers, self.grid.bits)

@@ -46,7 +46,7 @@ class Budget(BaseModel):
     """Most bits of a weight, over all quantised matrices, scales included."""
     kl: float | None = Field(None, gt=0)
     """Most that the predictions may diverge from those in float32, in nats per token, added up over what
-    each matrix costs by itself with plain rounding."""
+    each matrix costs by itself, rounded by `method` (for `awq` as by `rtn`)."""
 
     @model_validator(mode="after")
     def _is_one(self) -> Self:

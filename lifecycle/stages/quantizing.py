@@ -51,9 +51,9 @@ class Quantizing:
                 case "int8-static":
                     scheme = self._static()
                 case "int4" | "int8" | "mixed":
-                    scheme = blockwise = self._blockwise()
                     if stage.scheme == "mixed":
-                        exceptions |= self._mixed(scratch, blockwise, int8, exceptions)
+                        exceptions |= self._mixed(scratch, self._blockwise(), int8, exceptions)
+                    scheme = blockwise = self._blockwise()
                     if stage.method == "awq":
                         self._scale_channels(scratch, blockwise, exceptions)
                         # Also what the cache is measured on: values are scaled too.

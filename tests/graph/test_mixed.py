@@ -10,11 +10,15 @@ import torch
 
 from lifecycle.errors import StageError
 from lifecycle.graph.blockwise import Blockwise
+from lifecycle.graph.calibration import Calibration
 from lifecycle.graph.export import export_decoder
+from lifecycle.graph.gptq import Gptq
 from lifecycle.graph.int8 import Int8Rowwise
 from lifecycle.graph.mixed import Cost, Measured, measure, within_bits, within_kl
 from lifecycle.graph.quantize import quantize_graph
+from lifecycle.graph.rewrite import GraphRewrite
 from lifecycle.graph.rounding import Grid, least_squares, quantize
+from lifecycle.graph.sensitivity import divergences
 from lifecycle.graph.targets import Cpu
 from tests.graph.models import VOCAB, save_model
 
@@ -64,6 +68,30 @@ def test_costs_are_those_of_pytorch(
         weight.copy_(torch.from_numpy(rounded))
     wanted = (before.exp() * (before - predictions())).sum(-1).mean()
     np.testing.assert_allclose(found[matrix], float(wanted), rtol=1e-2)
+
+
+def test_costs_are_those_of_the_rounding_that_is_used(tmp_path: Path) -> None:
+    source = exported("llama", tmp_path)
+    scratches = [tmp_path / "scratch", tmp_path / "scratch2"]
+    for scratch in scratches:
+        scratch.mkdir()
+
+    def fresh() -> Gptq:
+        return Gptq(16, calibration=Calibration(source, TEXTS))
+
+    measured = measure(source, scratches[0], TEXTS, fresh(), FINE, {})
+    plain = measure(source, scratches[1], TEXTS, Blockwise(16), FINE, {})
+    name = "layers.1.mlp.down_proj"
+    rewrite, scheme = GraphRewrite(source), fresh()
+    linear = next(linear for linear in rewrite.linears() if linear.name == name)
+    rounded = scheme.rounded_product(rewrite, linear).floats(linear.shape[1])
+    weight = str(linear.weight.name)
+    wanted = divergences(source, TEXTS, VOCAB, {weight: lambda: rounded})[weight]
+    kl, by_itself = ({cost.name: cost.kl for cost in m.costs} for m in (measured, plain))
+    assert kl[name] == pytest.approx(wanted, rel=1e-4)
+    assert kl[name] < by_itself[name]
+    # Tokens that are looked up have no moments.
+    assert kl["embed_tokens"] == by_itself["embed_tokens"]
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
