@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -313,7 +314,7 @@ def test_a_pattern_that_could_be_tried_for_ever_is_refused(
         AdapterBank(_layout(model)).load(folder)
 
 
-@pytest.mark.parametrize("alpha", [10**400, 1e300, True])
+@pytest.mark.parametrize("alpha", [10**400, 1e300, True], ids=["int", "float", "bool"])
 def test_an_alpha_beyond_all_bounds_is_refused(
     alpha: float, model: Path, folders: list[Path], tmp_path: Path
 ) -> None:
@@ -344,3 +345,14 @@ def test_a_layout_that_no_memory_holds_is_refused(
     (tmp_path / "adapters.json").write_text(json.dumps(content))
     with pytest.raises(EngineError, match="damaged|no memory for"):
         AdapterBank(_layout(tmp_path)).load(folders[0])
+
+
+def test_a_header_larger_than_the_format_allows_is_not_read(
+    model: Path, folders: list[Path], tmp_path: Path
+) -> None:
+    folder = _changed(folders[0], tmp_path / "a", lambda c: None)
+    with (folder / "adapter_model.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", 100_000_001))
+        file.truncate(200_000_000)
+    with pytest.raises(EngineError, match="its header has 100000001 bytes"):
+        AdapterBank(_layout(model)).load(folder)
