@@ -20,6 +20,8 @@ BLOCK = 1 << 18
 """Elements per block: 1 MB of float32, which is read, checked and written from a core's cache.
 Blocks of 16 MB take twice the time."""
 
+_LARGEST_HEADER = 100_000_000
+"""Bytes; no reader of the format takes more."""
 _STORED = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
 
 
@@ -91,6 +93,8 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
             (length,) = struct.unpack("<Q", stream.read(8))
             if length > size - 8:
                 raise ValueError("its header is cut off")
+            if length > _LARGEST_HEADER:
+                raise ValueError(f"its header has {length} bytes")
             header: Any = json.loads(stream.read(length))
             if not isinstance(header, dict):
                 raise ValueError("its header is no JSON object")

@@ -13,10 +13,12 @@ from lifecycle.bundle.manifest import MANIFEST, verify_bundle
 from lifecycle.data.chat import ChatTokenizer
 from lifecycle.engines import decoder
 from lifecycle.engines.base import Engine, EngineOptions, Request, SamplingParams
+from lifecycle.engines.peft import CONFIG as ADAPTER_CONFIG
 from lifecycle.engines.peft import WEIGHTS as ADAPTER_WEIGHTS
 from lifecycle.errors import DataError, EngineError
 from lifecycle.pipeline import registry
 from lifecycle.pipeline.artifact import hash_file
+from lifecycle.pipeline.files import sha256
 from serving import errors
 from serving.generation import Generation
 from serving.sampling import Defaults
@@ -197,8 +199,12 @@ def open_service(
     tokenizer = ChatTokenizer.load(path)
     defaults = Defaults.load(path)
     opened = registry.load(registry.ENGINES, engine, Engine).open(path, options)
-    cards = [_load_adapter(opened, card, *pair) for pair in (adapters or {}).items()]
-    _warm_up(opened)
+    try:
+        cards = [_load_adapter(opened, card, *pair) for pair in (adapters or {}).items()]
+        _warm_up(opened)
+    except BaseException:
+        opened.close()
+        raise
     waiting = QUEUE_PER_SLOT * opened.max_num_seqs if max_queue is None else max_queue
     return Service(card, opened, tokenizer, defaults, waiting, cards)
 
@@ -217,9 +223,12 @@ def _load_adapter(engine: Engine, base: ModelCard, name: str, folder: Path) -> M
     if name == base.name:
         raise EngineError(f"adapter '{name}' has the name of the model; give it another")
     engine.load_adapter(name, folder)
-    weights = hash_file(folder / ADAPTER_WEIGHTS)
+    # Both files: another lora_alpha is another model.
+    hashes = "".join(hash_file(folder / file) for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS))
+    print_of = None
+    if base.fingerprint is not None:
+        print_of = f"{base.fingerprint}_{sha256(hashes.encode())[:12]}"
     # What gates have passed is the model without it.
-    print_of = None if base.fingerprint is None else f"{base.fingerprint}_{weights[:12]}"
     return ModelCard(name, False, print_of, base.created, base.name)
 
 

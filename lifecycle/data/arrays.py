@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import tokenize
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lifecycle.data.read import READERS, read_rows
+from lifecycle.engines.limits import available_memory
 from lifecycle.errors import DataError
 from lifecycle.pipeline.suggest import did_you_mean
 
@@ -19,6 +22,12 @@ Sample = dict[str, NDArray[Any]]
 """An array for each input of a graph."""
 
 _ARRAYS = (".npz", ".npy")
+_DAMAGE = (
+    *(OSError, ValueError, EOFError, MemoryError, OverflowError),
+    *(zipfile.BadZipFile, zlib.error, tokenize.TokenError),
+    RuntimeError,  # An encrypted archive, or one of a kind that zipfile does not know.
+)
+"""What numpy and zipfile raise for files that are none of theirs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,16 +73,39 @@ def read_samples(path: Path, inputs: Sequence[Input]) -> Iterator[Sample]:
 def _load(file: Path, inputs: Sequence[Input]) -> Sample:
     """The arrays of a file by name; nothing is unpickled."""
     try:
-        found = np.load(file, allow_pickle=False)
-        if isinstance(found, np.ndarray):
-            if len(inputs) != 1:
-                names = ", ".join(port.name for port in inputs)
-                raise DataError(f"{file} holds one array, but the graph takes {names}: use .npz")
-            return {inputs[0].name: found}
-        with found:
-            return {name: found[name] for name in found.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        # Opened here: numpy leaves a file open that turns out to be damaged.
+        with file.open("rb") as stream:
+            return _arrays(np.load(stream, allow_pickle=False), inputs, file)
+    except _DAMAGE as error:
         raise DataError(f"{file} cannot be read as arrays of numbers: {error}") from error
+
+
+def _arrays(found: Any, inputs: Sequence[Input], file: Path) -> Sample:
+    if isinstance(found, np.ndarray):
+        if len(inputs) != 1:
+            names = ", ".join(port.name for port in inputs)
+            raise DataError(f"{file} holds one array, but the graph takes {names}: use .npz")
+        return {inputs[0].name: found}
+    _require_names(dict.fromkeys(found.files), inputs, str(file))
+    _require_memory(file, found.zip)
+    return {name: _array(found[name], name, file) for name in found.files}
+
+
+def _array(found: Any, name: str, file: Path) -> NDArray[Any]:
+    """A member of an archive, which numpy gives as bytes where it is no array."""
+    if not isinstance(found, np.ndarray):
+        raise DataError(f"{file}: '{name}' is no array")
+    return cast("NDArray[Any]", found)
+
+
+def _require_memory(file: Path, archive: zipfile.ZipFile) -> None:
+    """A few bytes of an archive can stand for more than a machine holds."""
+    size, free = sum(member.file_size for member in archive.infolist()), available_memory()
+    if free is not None and size > free:
+        raise DataError(
+            f"{file} unpacks to {size >> 20} MiB, and {free >> 20} MiB are free: split it into a "
+            "folder of smaller files"
+        )
 
 
 def _split(arrays: Sample, inputs: Sequence[Input], file: Path) -> Iterator[Sample]:

@@ -28,11 +28,22 @@ class AdapterBank:
     """
 
     def __init__(self, layout: AdapterLayout) -> None:
+        """Take the memory of all entries; the system gives it as they are filled.
+
+        Raises:
+            EngineError: there is not so much.
+        """
         self._layout = layout
-        self._arrays = {
-            name: np.zeros((layout.slots + 1, *shape), np.float32)
-            for name, shape in layout.shapes().items()
-        }
+        try:
+            self._arrays = {
+                name: np.zeros((layout.slots + 1, *shape), np.float32)
+                for name, shape in layout.shapes().items()
+            }
+        except (MemoryError, ValueError) as error:
+            raise EngineError(
+                f"no memory for {layout.slots} adapter slots of rank {layout.rank} ({error}): "
+                "export the model with fewer, or of a lower rank"
+            ) from error
         self._entries = dict[int, int]()
         """Slot to entry, of the loaded adapters."""
         self._wasted = 0

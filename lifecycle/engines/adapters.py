@@ -104,11 +104,20 @@ class AdapterLayout:
                     "upgrade lifecycle-toolkit or export the model again"
                 )
             products = tuple(_product(entry) for entry in values["products"])
-            return cls(int(values["slots"]), int(values["rank"]), products)
+            return cls(_positive(values, "slots"), _positive(values, "rank"), products)
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise EngineError(f"{path} is damaged ({error}); export the model again") from error
 
 
 def _product(entry: Any) -> Product:
-    modules = tuple(Module(str(module["name"]), int(module["rows"])) for module in entry["modules"])
-    return Product(str(entry["name"]), int(entry["width"]), modules, int(entry["heads"]))
+    modules = tuple(Module(str(m["name"]), _positive(m, "rows")) for m in entry["modules"])
+    heads = int(entry["heads"])
+    if not modules or heads < 0 or (heads and any(m.rows % (3 * heads) for m in modules)):
+        raise ValueError(f"{entry['name']} has modules that do not fit together")
+    return Product(str(entry["name"]), _positive(entry, "width"), modules, heads)
+
+
+def _positive(entry: Any, name: str) -> int:
+    if (value := int(entry[name])) < 1:
+        raise ValueError(f"{name} is {value}")
+    return value

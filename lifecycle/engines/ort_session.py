@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -38,6 +39,9 @@ CACHE_TYPES = {
     "int4": np.dtype(np.uint8),
 }
 """`DecoderInfo.kv_dtype` -> the type that holds the cache."""
+
+PAST = "past_key_values."
+"""What the names of the inputs that hold keys and values begin with."""
 
 _SPIN_US = "2000"
 """How long a thread without work keeps its core: long enough to be awake when the next step begins,
@@ -92,7 +96,7 @@ def check_signature(
             f"{graph} has a {info.kv_dtype} cache; this engine runs {', '.join(CACHE_TYPES)}"
         )
     cache = cache_names(info)
-    cache_type = CACHE_TYPES[info.kv_dtype].name.replace("float32", "float")
+    cache_type = type_name(CACHE_TYPES[info.kv_dtype])
     inputs = {tensor.name: (tensor.type, *tensor.shape) for tensor in session.get_inputs()}
     outputs = {tensor.name: tensor.shape for tensor in session.get_outputs()}
     more = more or {}
@@ -102,7 +106,7 @@ def check_signature(
     wrong |= {
         name
         for name in inputs.keys() & set(cache)
-        if inputs[name][::2] != (f"tensor({cache_type})", info.num_kv_heads, info.cache_width)
+        if inputs[name][::2] != (cache_type, info.num_kv_heads, info.cache_width)
     }
     wrong |= {n for n in inputs.keys() & more.keys() if inputs[n][2:] != tuple(more[n])}
     if outputs.get("logits", [info.vocab_size])[-1] != info.vocab_size:
@@ -117,9 +121,14 @@ def check_signature(
 def cache_names(info: DecoderInfo) -> list[str]:
     """The inputs that hold keys and values."""
     layers = range(info.num_layers)
-    return [f"past_key_values.{i}.{part}" for i in layers for part in ("key", "value")]
+    return [f"{PAST}{i}.{part}" for i in layers for part in ("key", "value")]
 
 
 def present_name(past: str) -> str:
     """The output that belongs to an input of the cache."""
-    return past.replace("past_key_values", "present", 1)
+    return past.replace(PAST, "present.", 1)
+
+
+def type_name(dtype: np.dtype[Any]) -> str:
+    """What ONNX Runtime calls the type of a tensor."""
+    return f"tensor({dtype.name.replace('float32', 'float')})"

@@ -22,6 +22,14 @@ from lifecycle.safetensors_file import StoredTensor, read_header
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
+_LARGEST_CONFIG = 1 << 22
+"""Bytes; PEFT writes some thousand."""
+_REPETITION = re.compile(r"(?<!\()[*+?{]")
+_REPEATED_GROUP = re.compile(r"\)[*+?{]")
+_MOST_REPETITIONS = 3
+"""In one pattern. What a backtracking match takes grows with the length of a module's name to this
+power, and exponentially where a group is repeated."""
+
 _PREFIX = "base_model.model."
 _CHANGING_BASE = ("pissa", "olora", "corda", "loftq")
 _REFUSED = {
@@ -71,7 +79,13 @@ class PeftFolder:
             raise EngineError(str(error)) from error
         if product.heads:
             b = b.reshape(product.heads, 3, -1, b.shape[1]).swapaxes(0, 1).reshape(b.shape)
-        return a.T, b.T * np.float32(self._scale(module.name, len(a)))
+        with np.errstate(over="ignore"):
+            scaled = b.T * np.float32(self._scale(module.name, len(a)))
+        if not np.isfinite(scaled).all():
+            raise EngineError(
+                f"{self._folder / CONFIG}: lora_alpha makes values of {module.name} that are not finite"
+            )
+        return a.T, scaled
 
     def _scale(self, module: str, rank: int) -> float:
         """alpha / r, or alpha / sqrt(r); as PEFT finds alpha for a module."""
@@ -96,6 +110,8 @@ class PeftFolder:
                         f"{_shown(found[0])} and lora_B {_shown(found[1])}; the model needs "
                         f"lora_A [r, {product.width}] and lora_B [{module.rows}, r]"
                     )
+                if not r:
+                    raise EngineError(f"{file}: {module.name} has rank 0, which is no adapter")
                 if r > rank:
                     raise EngineError(
                         f"{file}: {module.name} has rank {r}, the slots have {rank}: export the "
@@ -126,6 +142,8 @@ def _targets(products: Iterable[Product]) -> str:
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     try:
+        if path.stat().st_size > _LARGEST_CONFIG:
+            raise EngineError(f"{path} is too large for a configuration")
         found: object = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise EngineError(f"{folder} is no PEFT adapter: it has no {CONFIG}") from None
@@ -157,6 +175,11 @@ def _read_alphas(path: Path, config: dict[str, Any]) -> tuple[float, dict[re.Pat
         raise EngineError(f"{path}: alpha_pattern is {patterns!r}, expected an object")
     alphas: dict[re.Pattern[str], float] = {}
     for pattern, value in cast("dict[str, object]", patterns).items():
+        if _REPEATED_GROUP.search(pattern) or len(_REPETITION.findall(pattern)) > _MOST_REPETITIONS:
+            raise EngineError(
+                f"{path}: alpha_pattern has '{pattern}', which could be tried for hours: spell it "
+                "with fewer repetitions, and none of a group"
+            )
         try:
             ending = re.compile(rf"(.*\.)?({pattern})")
         except re.error as error:
@@ -166,9 +189,12 @@ def _read_alphas(path: Path, config: dict[str, Any]) -> tuple[float, dict[re.Pat
 
 
 def _number(path: Path, name: str, value: object) -> float:
-    if not isinstance(value, int | float) or not math.isfinite(value):
-        raise EngineError(f"{path}: {name} is {value!r}, expected a number")
-    return float(value)
+    try:
+        if isinstance(value, int | float) and type(value) is not bool and math.isfinite(value):
+            return float(value)
+    except OverflowError:
+        raise EngineError(f"{path}: {name} is larger than any float") from None
+    raise EngineError(f"{path}: {name} is {value!r}, expected a number")
 
 
 def _read_tensors(folder: Path) -> dict[str, StoredTensor]:

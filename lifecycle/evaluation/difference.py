@@ -6,10 +6,11 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,13 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from lifecycle.engines.decoder import GRAPH, WEIGHTS
+from lifecycle.engines.decoder import GRAPH
 from lifecycle.engines.ort_session import open_session
 from lifecycle.errors import StageError
 from lifecycle.graph.activations import Sample, run
 from lifecycle.pipeline.stage import Progress
 
-TIME = "time_ratio"
+SPEED = "speed"
 
 
 @dataclass(slots=True)
@@ -37,29 +38,39 @@ class Difference:
     equal: int = 0
     rows: int = 0
     """Rows of the first output along its last axis, and those whose largest entry is the same."""
-    outputs: set[str] = field(default_factory=set[str])
+    _is_empty: bool = True
 
     def add(self, name: str, got: NDArray[Any], wanted: NDArray[Any]) -> None:
-        """Compare an output of one sample.
+        """Compare an output of one sample. What is not finite counts only where both have the same;
+        elsewhere all measures become NaN, which no bound holds.
 
         Raises:
-            StageError: the two are of different shapes.
+            StageError: the two are of different shapes, or the graph gives no arrays.
         """
+        if not (isinstance(got, np.ndarray) and isinstance(wanted, np.ndarray)):
+            raise StageError(f"the output '{name}' is no array: only arrays compare")
         if got.shape != wanted.shape:
             raise StageError(
                 f"the output '{name}' has shape {list(got.shape)}, that of the reference "
                 f"{list(wanted.shape)}: they do not compare"
             )
-        if not wanted.size or wanted.dtype.kind not in "fiu":
+        if not wanted.size or wanted.dtype.kind not in "fiub":
             return
-        self.outputs.add(name)
+        self._is_empty = False
         a, b = got.astype(np.float64).ravel(), wanted.astype(np.float64).ravel()
-        largest = np.abs(b).max() or 1.0
-        self.max_relative_error = max(self.max_relative_error, np.abs(a - b).max() / largest)
+        counts = np.isfinite(b) | (a != b)
+        a, b = a[counts], b[counts]
+        if not np.isfinite([a, b]).all():
+            self.max_relative_error = self.cosine = math.nan
+            return
+        largest = np.abs(b).max(initial=0.0) or 1.0
+        error = np.abs(a - b).max(initial=0.0) / largest
         lengths = np.linalg.norm(a) * np.linalg.norm(b)
         # An output of zeros has no direction: it is right if the other is zeros as well.
         cosine = a @ b / lengths if lengths else float(np.array_equal(a, b))
-        self.cosine = min(self.cosine, float(cosine))
+        # Python's own max and min would forget a NaN.
+        self.max_relative_error = float(np.maximum(self.max_relative_error, error))
+        self.cosine = float(np.minimum(self.cosine, cosine))
 
     def count(self, got: NDArray[Any], wanted: NDArray[Any]) -> None:
         """Compare what two classifiers prefer."""
@@ -70,7 +81,13 @@ class Difference:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """By name, with six significant digits: what lies beyond is the noise of a machine."""
+        """By name, with six significant digits: what lies beyond is the noise of a machine.
+
+        Raises:
+            StageError: nothing was compared.
+        """
+        if self._is_empty:
+            raise StageError("the graphs do not compare: they have no output of numbers")
         found = {"max_relative_error": self.max_relative_error, "cosine": self.cosine}
         if self.rows:
             found["top1_agreement"] = self.equal / self.rows
@@ -108,10 +125,8 @@ class Pair:
             progress.update(number, len(samples))
         return found
 
-    def time_ratios(
-        self, samples: Sequence[Sample], turns: int, progress: Progress
-    ) -> dict[str, float]:
-        """The model's time as a part of the reference's: median, lowest and highest of `turns`.
+    def speeds(self, samples: Sequence[Sample], turns: int, progress: Progress) -> dict[str, float]:
+        """The model's speed over the reference's: median, lowest and highest of `turns`.
         In a turn both run over all samples, the one right behind the other; the first turn, in
         which memory is allocated, does not count."""
         ratios: list[float] = []
@@ -123,22 +138,13 @@ class Pair:
                     run(session, sample, number, self._names)
                     seconds[place] += time.perf_counter() - begin
             if turn:
-                ratios.append(seconds[0] / seconds[1])
+                ratios.append(seconds[1] / seconds[0])
             progress.update(turn, turns)
         found = {"": statistics.median(ratios), "_low": min(ratios), "_high": max(ratios)}
-        return {f"{TIME}{name}": round(value, 3) for name, value in found.items()}
+        return {f"{SPEED}{name}": round(value, 3) for name, value in found.items()}
 
     def _both(self, sample: Sample, number: int) -> list[list[NDArray[Any]]]:
         return [run(session, sample, number, self._names) for session in self._sessions]
-
-
-def size_ratio(model: Path, reference: Path) -> float:
-    """The bytes of a graph with its weights, as a part of its reference's."""
-    sizes = [
-        sum((folder / name).stat().st_size for name in (GRAPH, WEIGHTS))
-        for folder in (model, reference)
-    ]
-    return round(sizes[0] / sizes[1], 4)
 
 
 def _ports(session: ort.InferenceSession) -> tuple[list[str], list[str]]:

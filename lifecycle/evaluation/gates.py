@@ -42,8 +42,8 @@ METRICS: Mapping[str, Metric] = {
     "size": Metric("size", needs_reference=True),
 }
 
-DIFFERENCES = ("max_relative_error", "cosine", "top1_agreement", "size_ratio", "time_ratio")
-"""What a comparison of two graphs measures; the time only where it is asked for."""
+DIFFERENCES = ("max_relative_error", "cosine", "top1_agreement", "size", "speed")
+"""What a comparison of two graphs measures; the speed only where it is asked for."""
 
 _OPERATORS: Mapping[str, Callable[[float, float], bool]] = {
     "<=": operator.le,

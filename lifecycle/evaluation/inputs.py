@@ -36,8 +36,8 @@ def read_texts(
     found = select(rows, [ChatTokenizer.load(folder)], build, context, count)
     if count is not None and len(found.items) < count:
         raise StageError(
-            f"calibration: '{name}' has {len(found.items)} texts of at most {context} tokens, "
-            f"{count} are asked for; set samples to {len(found.items)}, or give more "
+            f"'{name}' has {len(found.items)} texts of at most {context} tokens in its {split} "
+            f"split, {count} are asked for; set samples to {len(found.items)}, or give more "
             "data or a larger sample_length"
         )
     return [sample.token_ids for (sample,) in found.items]
@@ -71,4 +71,4 @@ def read_inputs(
             f"arrays for its inputs: {{use: arrays, model: …, path: …}}"
         )
     texts = read_texts(model.path, data, name, split=split, count=count, length=length)
-    return list(decoder_samples(DecoderInfo.load(model.path), texts))
+    return list(decoder_samples(texts))

@@ -13,6 +13,7 @@ from lifecycle.evaluation.samples import OTHER_TOKENS, Question, Sample, Selecti
 from lifecycle.evaluation.scoring import Scorer
 from lifecycle.evaluation.speed import decode_speeds
 from lifecycle.evaluation.subject import Subject, weight_bytes
+from lifecycle.kinds import HfModel, OnnxGraph
 from lifecycle.pipeline.stage import Progress
 
 
@@ -87,13 +88,13 @@ def time_decoding(subjects: Sequence[Subject], batch: int, progress: Progress) -
     return found
 
 
-def weigh(subjects: Sequence[Subject]) -> Findings:
-    """Size of the first subject and, if there is a second, as a part of that one's."""
-    size, *reference = (weight_bytes(subject.artifact) for subject in subjects)
+def weigh(models: Sequence[HfModel | OnnxGraph]) -> Findings:
+    """Size of the first model and, if there is a second, as a part of that one's."""
+    size, *reference = map(weight_bytes, models)
     found = Findings(metrics={"bytes": size})
     if reference:
         found.reference_metrics["bytes"] = reference[0]
-        found.metrics["size"] = size / reference[0]
+        found.metrics["size"] = float(f"{size / reference[0]:.6g}")
     return found
 
 

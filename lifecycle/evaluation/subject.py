@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from lifecycle.data.chat import ChatTokenizer
 from lifecycle.engines.base import Engine, EngineOptions
-from lifecycle.kinds import HfModel, OnnxModel
+from lifecycle.kinds import HfModel, OnnxGraph, OnnxModel
 from lifecycle.pipeline import registry
 
 SLOTS = 16
@@ -25,7 +25,7 @@ class Subject:
     tokenizer: ChatTokenizer
 
 
-def weight_bytes(artifact: HfModel | OnnxModel) -> int:
+def weight_bytes(artifact: HfModel | OnnxGraph) -> int:
     """Bytes of the files with the weights of a model, its graph included."""
     return sum(file.size for file in artifact.files if file.path.endswith(_WEIGHTS))
 

@@ -16,16 +16,19 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from lifecycle.engines.backend import Row
-from lifecycle.engines.decoder import GRAPH, DecoderInfo
+from lifecycle.engines.decoder import GRAPH
 from lifecycle.engines.layout import MIN_WIDTH, pack
 from lifecycle.engines.limits import usable_cores
-from lifecycle.engines.ort_session import cache_names
+from lifecycle.engines.ort_session import CACHE_TYPES, PAST, type_name
 from lifecycle.errors import StageError
 from lifecycle.graph.ranges import Histogram
 
 Sample = Mapping[str, NDArray[Any]]
 """An array for each input of a graph."""
 
+_TOKENS = "input_ids"
+_CACHE_TYPES = {type_name(dtype): dtype for dtype in CACHE_TYPES.values()}
+"""The types of a cache as ONNX Runtime calls them."""
 _TENSORS = 16
 """Tensors that are kept of a run. The graph runs once for so many, over all samples."""
 
@@ -61,26 +64,36 @@ def run(
     outputs: Sequence[str] | None = None,
 ) -> list[NDArray[Any]]:
     """Outputs of a session, all or some, for a sample, the `number`th, which may have arrays that
-    this session does not take.
+    this session does not take; a decoder begins with an empty cache of its own type.
 
     Raises:
         StageError: it cannot be computed.
     """
-    names = [value.name for value in session.get_inputs()]
+    ports = session.get_inputs()
+    feeds = {port.name: sample[port.name] for port in ports if port.name in sample}
+    for port in ports:
+        if port.name.startswith(PAST) and port.name not in sample and _TOKENS in sample:
+            feeds[port.name] = _empty_cache(port, max(MIN_WIDTH, len(sample[_TOKENS])))
     try:
-        found: Any = session.run(outputs, {name: sample[name] for name in names if name in sample})
+        found: Any = session.run(outputs, feeds)
     except Exception as error:
         raise StageError(f"sample {number} cannot be computed: {error}") from error
     return found
 
 
-def decoder_samples(info: DecoderInfo, texts: Iterable[Sequence[int]]) -> Iterator[Sample]:
-    """The inputs of a decoder that reads each text, token ids, from its beginning."""
+def _empty_cache(port: ort.NodeArg, capacity: int) -> NDArray[Any]:
+    """Room for the keys or values of one text, of the type that the decoder stores."""
+    _, heads, _, width = port.shape
+    dtype = _CACHE_TYPES.get(port.type, np.dtype(np.float32))
+    return np.zeros((1, heads, capacity, width), dtype)
+
+
+def decoder_samples(texts: Iterable[Sequence[int]]) -> Iterator[Sample]:
+    """The inputs of a decoder that reads each text, token ids, from its beginning; whatever its
+    cache is, which `run` adds."""
     for text in texts:
         width = max(MIN_WIDTH, len(text))
-        shape = (1, info.num_kv_heads, width, info.head_size)
-        cache = dict.fromkeys(cache_names(info), np.zeros(shape, np.float32))
-        yield pack([Row(0, 0, list(text), num_logits=len(text))], width) | cache
+        yield pack([Row(0, 0, list(text), num_logits=len(text))], width)
 
 
 def _tapped(folder: Path, names: Sequence[str]) -> ort.InferenceSession:

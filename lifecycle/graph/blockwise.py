@@ -101,10 +101,11 @@ class Blockwise:
     def product(self, rewrite: GraphRewrite, linear: Linear, stored: Stored) -> None:
         """Put the operator for stored weights in the place of a product."""
         out, width = linear.shape
-        y = rewrite.before(linear.node).node(
+        g = rewrite.before(linear.node)
+        y = g.node(
             "MatMulNBits",
             f"{linear.name}.product",
-            *(linear.x, *stored, None, linear.bias),
+            *(linear.x, *stored, None, linear.bias if linear.has_vector_bias else None),
             K=width,
             N=out,
             bits=self.bits,
@@ -112,4 +113,6 @@ class Blockwise:
             # Activations in int8 by row and block: the only fast path on CPUs.
             accuracy_level=4,
         )
+        if linear.bias is not None and not linear.has_vector_bias:
+            y = g.node("Add", f"{linear.name}.biased", y, linear.bias)
         rewrite.replace(linear.node, y)

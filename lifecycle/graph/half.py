@@ -66,8 +66,13 @@ class Half:
     def _store(self, rewrite: GraphRewrite, weight: ir.Value) -> ir.Value:
         assert weight.name is not None and weight.shape is not None
         shape = tuple(weight.shape.numpy())
+        # Two products may read the same weights, and one of them the other way round.
+        turned = "" if weight.is_initializer() else ".transposed"
+        name = f"{weight.name}.{self._form}{turned}"
+        if (known := rewrite.graph.initializers.get(name)) is not None:
+            return known
         blocks = rewrite.map_blocks(weight, self._rounding(weight.name))
-        return rewrite.stream(f"{weight.name}.{self._form}", self._stored, shape, blocks)
+        return rewrite.stream(name, self._stored, shape, blocks)
 
     def _rounding(self, name: str) -> Callable[[NDArray[np.float32]], NDArray[np.uint16]]:
         def round_block(block: NDArray[np.float32]) -> NDArray[np.uint16]:

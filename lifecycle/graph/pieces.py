@@ -26,6 +26,7 @@ from lifecycle.engines.backend import Row
 from lifecycle.engines.decoder import GRAPH, DecoderInfo
 from lifecycle.engines.layout import MIN_WIDTH, pack
 from lifecycle.engines.limits import usable_cores
+from lifecycle.engines.ort_session import PAST
 from lifecycle.errors import StageError
 
 Floats = NDArray[np.float32]
@@ -34,7 +35,6 @@ Values = dict[str, NDArray[Any]]
 LOGITS = "logits"
 _BATCH_TOKENS = 4096
 """Tokens that run together, with all that a layer makes of them in memory."""
-_CACHE = "past_key_values."
 
 
 @dataclass
@@ -139,7 +139,7 @@ class Pieces:
         shape = (batch.num_rows, info.num_kv_heads, batch.width, info.head_size)
         feeds = {
             name: np.zeros(shape, np.float32)
-            if name.startswith(_CACHE)
+            if name.startswith(PAST)
             else batch.inputs[name]
             if name in batch.inputs
             else live[name]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from math import prod
 from pathlib import Path
 
 import onnx
@@ -18,6 +20,8 @@ from lifecycle.graph.weights import WeightFile, move_weights
 
 _DOMAINS = ("", "ai.onnx", "ai.onnx.ml", MICROSOFT)
 """Operators that ONNX Runtime brings itself."""
+_MOST_NODES = 1_000_000
+"""With all functions inlined."""
 _OPSET = 18
 """The oldest in which the nodes of all schemes can be written; older graphs are converted to it."""
 
@@ -67,6 +71,7 @@ def import_graph(file: Path, out: Path) -> ir.Model:
     """
     model = read_model(file)
     _require_known_operators(file, model)
+    _require_few_nodes(file, model)
     opset = model.opset_imports.get("", _OPSET)
     if opset < _OPSET:
         model = _convert(file, opset)
@@ -79,8 +84,12 @@ def import_graph(file: Path, out: Path) -> ir.Model:
         passes.NameFixPass(),
     ):
         change(model)
-    with WeightFile(out / WEIGHTS) as weights:
-        move_weights(model.graph, weights)
+    _require_whole(file, model.graph)
+    try:
+        with WeightFile(out / WEIGHTS) as weights:
+            move_weights(model.graph, weights)
+    except ValueError as error:
+        raise StageError(f"{file} has a damaged constant: {error}") from error
     save_model(model.graph, out / GRAPH, model.ir_version)
     return model
 
@@ -93,6 +102,53 @@ def _require_known_operators(file: Path, model: ir.Model) -> None:
                 f"{file}: node '{node.name}' is {node.domain}.{node.op_type}, which ONNX Runtime "
                 "does not have; libraries with operators are not loaded, so export the model "
                 "with standard operators"
+            )
+
+
+def _require_few_nodes(file: Path, model: ir.Model) -> None:
+    """Functions that call functions can stand for more nodes than any machine holds."""
+    functions = {(f.domain, f.name): f for f in model.functions.values()}
+    sizes: dict[tuple[str, str], int] = {}
+    open_ones: set[tuple[str, str]] = set()
+
+    def size(nodes: Iterable[ir.Node]) -> int:
+        return sum(size_of(node.domain, node.op_type) for node in nodes)
+
+    def size_of(*name: str) -> int:
+        key = (name[0], name[1])
+        if key not in functions:
+            return 1
+        if key in open_ones:
+            raise StageError(f"{file}: the function {'.'.join(name)} calls itself")
+        if key not in sizes:
+            open_ones.add(key)
+            sizes[key] = size(functions[key].all_nodes())
+            open_ones.remove(key)
+        return sizes[key]
+
+    try:
+        count = size(model.graph.all_nodes())
+    except RecursionError:
+        raise StageError(f"{file}: its functions call each other too deeply") from None
+    if count > _MOST_NODES:
+        raise StageError(
+            f"{file}: its functions stand for {count} nodes, of which {_MOST_NODES} are read at most"
+        )
+
+
+def _require_whole(file: Path, graph: ir.Graph) -> None:
+    """The bytes of constants in other files must be there, so that copying them has an end."""
+    for name, value in graph.initializers.items():
+        tensor = value.const_value
+        if not isinstance(tensor, ir.ExternalTensor):
+            continue
+        shape, start = tensor.shape.numpy(), tensor.offset or 0
+        end = start + -(-prod(shape) * tensor.dtype.bitwidth // 8)
+        size = Path(tensor.path).stat().st_size
+        if min((*shape, start)) < 0 or end > size:
+            raise StageError(
+                f"{file}: the constant '{name}' of shape {list(shape)} ends at byte {end} of its "
+                f"file, which has {size}; save the model again"
             )
 
 

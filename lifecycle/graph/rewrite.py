@@ -39,6 +39,15 @@ class Linear:
     """[out, in] of the weights."""
 
     @property
+    def has_vector_bias(self) -> bool:
+        """Whether the bias is one constant for each output, [out], and nothing else that `Gemm`
+        would spread over its result."""
+        bias = self.bias
+        if bias is None or bias.shape is None or not is_constant(bias):
+            return False
+        return tuple(bias.shape.numpy()) == self.shape[:1]
+
+    @property
     def x(self) -> ir.Value:
         """What it reads now: another value than at first where its producer was replaced."""
         found = self.node.inputs[0]
@@ -268,7 +277,10 @@ class GraphRewrite:
         return {
             value
             for value in self.graph.initializers.values()
-            if value.dtype == ir.DataType.FLOAT and len(value.shape or ()) == 2
+            if value.dtype == ir.DataType.FLOAT
+            and value.shape is not None
+            and len(value.shape) == 2
+            and all(value.shape.numpy())
         }
 
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from lifecycle.graph.int8 import Int8Rowwise
 from lifecycle.graph.ranges import Range
-from lifecycle.graph.rewrite import Convolution, GraphRewrite, Linear, is_constant
+from lifecycle.graph.rewrite import Convolution, GraphRewrite, Linear
 
 _ACTIVATIONS = ("Relu", "Clip")
 """What ONNX Runtime takes into the quantisation of a convolution's output."""
@@ -79,7 +79,7 @@ class Int8Static(Int8Rowwise):
         bias = linear.bias
         if bias is None:
             y = g.node("MatMul", f"{name}.product", x, floats)
-        elif is_constant(bias) and scale.const_value is not None:
+        elif linear.has_vector_bias and scale.const_value is not None:
             steps = scale.const_value.numpy() * _step(x)
             integers = _bias(rewrite, linear.node, bias, np.broadcast_to(steps, linear.shape[:1]))
             y = g.node("Gemm", f"{name}.product", x, floats, integers)

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Self
+from typing import Annotated, ClassVar, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from lifecycle.evaluation.gates import DIFFERENCES, check_bounds, judge, require_passed
+from lifecycle.evaluation.gates import (
+    DIFFERENCES,
+    check_bounds,
+    judge,
+    require_passed,
+    spelled_gates,
+)
 from lifecycle.kinds import Arrays, Conversations, OnnxGraph, OnnxModel, Report, Split, Text
 from lifecycle.pipeline.artifact import Metrics
 from lifecycle.pipeline.stage import Context, Ref, Stage
@@ -18,9 +24,9 @@ class Compare(Stage):
     `max_relative_error` is the largest difference of an output, as a part of the largest value of
     that output for that sample. `cosine` is the lowest of all samples. `top1_agreement` is the
     share of rows of the first output, along its last axis, with the same largest entry.
-    `size_ratio` is the bytes of graph and weights beside the reference's. `time_ratio` is the
-    median of several turns in which both run one behind the other in one process. What is compared
-    of a decoder are its logits.
+    `size` and `speed` are those of `evaluate`: the bytes of graph and weights as a part of the
+    reference's, and how many times as fast the graph is, the median of several turns in which both
+    run one behind the other in one process. What is compared of a decoder are its logits.
     """
 
     produces = Report
@@ -39,10 +45,10 @@ class Compare(Stage):
     sample_length: int = Field(512, ge=2)
     """Of texts: most tokens."""
     turns: int = Field(0, ge=0)
-    """Turns in which the time is measured; 0 measures none. A report with times is never the same
-    twice."""
-    gates: dict[str, str] = Field(default={})
-    """Bounds by metric, such as `{cosine: ">= 0.99", size_ratio: "<= 30 %"}`. Outside of one, the
+    """Turns in which the speed is measured; 0 measures none. A report with a speed is not the same
+    bytes twice."""
+    gates: Annotated[dict[str, str], BeforeValidator(spelled_gates)] = Field(default={})
+    """Bounds by metric, such as `{cosine: ">= 0.99", size: "<= 30 %"}`. Outside of one, the
     run stops."""
 
     @field_validator("gates")
@@ -52,16 +58,17 @@ class Compare(Stage):
         return gates
 
     @model_validator(mode="after")
-    def _time_is_measured(self) -> Self:
-        if "time_ratio" in self.gates and not self.turns:
-            raise ValueError("gates: 'time_ratio' is not measured: set turns, for example to 10")
+    def _speed_is_measured(self) -> Self:
+        if "speed" in self.gates and not self.turns:
+            raise ValueError("gates: 'speed' is not measured: set turns, for example to 10")
         return self
 
     def run(self, ctx: Context) -> Metrics:
         from lifecycle.errors import StageError
-        from lifecycle.evaluation.difference import Pair, size_ratio
+        from lifecycle.evaluation.difference import Pair
         from lifecycle.evaluation.findings import Findings
         from lifecycle.evaluation.inputs import read_inputs
+        from lifecycle.evaluation.measure import weigh
         from lifecycle.evaluation.report import write_report
 
         data = ctx.input(self.data)
@@ -80,10 +87,10 @@ class Compare(Stage):
         pair = Pair(model.path, reference.path, outputs)
         ctx.progress.phase("samples")
         found = Findings(pair.difference(samples, ctx.progress).metrics)
-        found.metrics["size_ratio"] = size_ratio(model.path, reference.path)
+        found |= weigh([model, reference])
         if self.turns:
             ctx.progress.phase("turns of timing")
-            found.metrics.update(pair.time_ratios(samples, self.turns, ctx.progress))
+            found.metrics.update(pair.speeds(samples, self.turns, ctx.progress))
         found.counts["samples"] = len(samples)
         if missing := [name for name in self.gates if name not in found.metrics]:
             raise StageError(

@@ -141,7 +141,7 @@ class Evaluate(Stage):
             ctx.progress.phase("timing")
             found |= time_decoding(subjects, self.batch, ctx.progress)
         if "size" in wanted:
-            found |= weigh(subjects)
+            found |= weigh([subject.artifact for subject in subjects])
         return found
 
     def _measure_quality(

@@ -145,15 +145,12 @@ def _quality(
 
 
 def _cost(artifact: OnnxModel, model: OnnxModel, speed: Speed) -> dict[str, float]:
-    from lifecycle.evaluation.subject import weight_bytes
+    from lifecycle.evaluation.measure import weigh
 
-    size = weight_bytes(artifact)
-    return {
+    return weigh([artifact, model]).metrics | {
         "tokens_per_second": float(f"{speed.tokens_per_second:.3g}"),
         "speed": float(f"{speed.ratio:.3g}"),
         "error": float(f"{speed.error:.2g}"),
-        "bytes": size,
-        "size": float(f"{size / weight_bytes(model):.6g}"),
     }
 
 

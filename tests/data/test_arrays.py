@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -99,3 +101,60 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="has no file that ends in"):
         list(read_samples(tmp_path / "empty", [IMAGE]))
+
+
+def _npy(header: str, data: bytes = b"") -> bytes:
+    text = header.encode()
+    text += b" " * (63 - (len(text) + 10) % 64) + b"\n"
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + data
+
+
+HUGE = _npy(f"{{'descr': '<f4', 'fortran_order': False, 'shape': ({'9' * 12}, 3)}}")
+
+
+@pytest.mark.parametrize(
+    ("member", "content", "message"),
+    [
+        ("image", b"no array", "'image' is no array"),
+        ("image.npy", HUGE, "cannot be read as arrays of numbers: Unable to allocate"),
+        ("image.npy", HUGE.replace(b"9" * 12, b"9" * 30), "cannot be read as arrays"),
+        ("image.npy", _npy("{'descr': '<f4'"), "cannot be read as arrays of numbers"),
+    ],
+)
+def test_a_hostile_archive_is_refused(
+    member: str, content: bytes, message: str, tmp_path: Path
+) -> None:
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+        archive.writestr(member, content)
+    with pytest.raises(DataError, match=message):
+        list(read_samples(tmp_path / "a.npz", [IMAGE]))
+
+
+def test_what_the_graph_does_not_take_is_not_unpacked(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+        archive.writestr("image.npy", HUGE)
+        archive.writestr("other.npy", HUGE)
+    with pytest.raises(DataError, match="no input 'other'"):
+        list(read_samples(tmp_path / "a.npz", [IMAGE]))
+
+
+def test_an_archive_larger_than_the_memory_is_not_unpacked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lifecycle.data.arrays.available_memory", lambda: 1 << 20)
+    np.savez_compressed(tmp_path / "a.npz", image=np.zeros((1 << 17, 3, 4), np.float32))
+    with pytest.raises(DataError, match="unpacks to 6 MiB, and 1 MiB are free"):
+        list(read_samples(tmp_path / "a.npz", [IMAGE]))
+
+
+def test_no_damage_goes_through_as_another_error(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    np.savez_compressed(tmp_path / "a.npz", image=random.standard_normal((2, 3, 4)))
+    whole = (tmp_path / "a.npz").read_bytes()
+    for _ in range(500):
+        damaged = bytearray(whole)
+        for at in random.integers(0, len(whole), 2):
+            damaged[at] = random.integers(0, 256)
+        (tmp_path / "b.npz").write_bytes(damaged)
+        with contextlib.suppress(DataError):
+            list(read_samples(tmp_path / "b.npz", [IMAGE]))

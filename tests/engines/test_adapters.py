@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -290,3 +291,68 @@ def test_a_damaged_layout_is_named(model: Path, tmp_path: Path) -> None:
         (tmp_path / "adapters.json").write_text(text)
         with pytest.raises(EngineError, match=said):
             AdapterLayout.load(tmp_path)
+
+
+def _changed(source: Path, target: Path, change: Callable[[dict[str, Any]], None]) -> Path:
+    """A copy of an adapter with another configuration."""
+    target.mkdir()
+    config = json.loads((source / "adapter_config.json").read_text())
+    change(config)
+    (target / "adapter_config.json").write_text(json.dumps(config))
+    (target / "adapter_model.safetensors").write_bytes(
+        (source / "adapter_model.safetensors").read_bytes()
+    )
+    return target
+
+
+@pytest.mark.parametrize("pattern", ["([a-z._0-9]+)+!", "(.*)*x", ".*.*.*.*.*.*.*!", "(?:a|aa){9}"])
+def test_a_pattern_that_could_be_tried_for_ever_is_refused(
+    pattern: str, model: Path, folders: list[Path], tmp_path: Path
+) -> None:
+    folder = _changed(folders[0], tmp_path / "a", lambda c: c.update(alpha_pattern={pattern: 4}))
+    with pytest.raises(EngineError, match="alpha_pattern has .*spell it with fewer repetitions"):
+        AdapterBank(_layout(model)).load(folder)
+
+
+@pytest.mark.parametrize("alpha", [10**400, 1e300, True], ids=["int", "float", "bool"])
+def test_an_alpha_beyond_all_bounds_is_refused(
+    alpha: float, model: Path, folders: list[Path], tmp_path: Path
+) -> None:
+    folder = _changed(folders[0], tmp_path / "a", lambda c: c.update(lora_alpha=alpha))
+    with pytest.raises(EngineError, match="lora_alpha is|not finite"):
+        AdapterBank(_layout(model)).load(folder)
+
+
+def test_an_adapter_of_rank_nothing_is_refused(
+    model: Path, folders: list[Path], tmp_path: Path
+) -> None:
+    folder = _changed(folders[0], tmp_path / "a", lambda c: None)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    for name, tensor in tensors.items():
+        tensors[name] = tensor[:0] if "lora_A" in name else tensor[:, :0].copy()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    with pytest.raises(EngineError, match="has rank 0"):
+        AdapterBank(_layout(model)).load(folder)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("slots", 0), ("slots", 10**12), ("rank", -1), ("rank", 10**12)]
+)
+def test_a_layout_that_no_memory_holds_is_refused(
+    field: str, value: int, model: Path, folders: list[Path], tmp_path: Path
+) -> None:
+    content = json.loads((model / "adapters.json").read_text()) | {field: value}
+    (tmp_path / "adapters.json").write_text(json.dumps(content))
+    with pytest.raises(EngineError, match="damaged|no memory for"):
+        AdapterBank(_layout(tmp_path)).load(folders[0])
+
+
+def test_a_header_larger_than_the_format_allows_is_not_read(
+    model: Path, folders: list[Path], tmp_path: Path
+) -> None:
+    folder = _changed(folders[0], tmp_path / "a", lambda c: None)
+    with (folder / "adapter_model.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", 100_000_001))
+        file.truncate(200_000_000)
+    with pytest.raises(EngineError, match="its header has 100000001 bytes"):
+        AdapterBank(_layout(model)).load(folder)

@@ -13,10 +13,13 @@ from onnx import helper
 
 from lifecycle.errors import EngineError, StageError
 from lifecycle.graph.blockwise import Blockwise
+from lifecycle.graph.half import Half
 from lifecycle.graph.int8 import Int8Rowwise
 from lifecycle.graph.quantize import Scheme, quantize_graph
+from lifecycle.graph.ranges import Range
 from lifecycle.graph.reading import find_graph, import_graph
 from lifecycle.graph.rounding import Grid, least_squares, quantize
+from lifecycle.graph.static import Int8Static
 from lifecycle.pipeline.artifact import hash_tree
 from tests.graph import graphs
 
@@ -162,3 +165,90 @@ def test_what_is_no_graph_is_said(tmp_path: Path) -> None:
     path.write_bytes(b"no graph")
     with pytest.raises((StageError, EngineError), match=r"m\.onnx is .*no ONNX graph"):
         import_graph(path, tmp_path)
+
+
+def _import(tmp_path: Path, model: onnx.ModelProto) -> Path:
+    (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
+    out = tmp_path / "imported"
+    out.mkdir()
+    import_graph(tmp_path / "m.onnx", out)
+    return out
+
+
+def _square(nodes: list[onnx.NodeProto], constants: list[onnx.TensorProto]) -> onnx.ModelProto:
+    """A graph from x to y, [batch, 8] both."""
+    x, y = (
+        helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["batch", 8]) for name in "xy"
+    )
+    graph = helper.make_graph(nodes, "g", [x], [y], constants)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
+
+
+SCHEMES = {
+    "fp16": Half("fp16"),
+    "int8": Int8Rowwise(8),
+    "blocks": Blockwise(16, 8),
+}
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_matrix_that_is_read_both_ways_round(scheme: str, tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    weights = random.standard_normal((8, 8)).astype(np.float32)
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["h"], "encode"),
+        helper.make_node("Gemm", ["h", "w"], ["y"], "decode", transB=1),
+    ]
+    model = _import(tmp_path, _square(nodes, [onnx.numpy_helper.from_array(weights, "w")]))
+    x = random.standard_normal((5, 8)).astype(np.float32)
+    wanted = x @ weights @ weights.T
+    found = run(quantized(model, SCHEMES[scheme]), x=x)
+    assert np.abs(found - wanted).max() < 0.05 * np.abs(wanted).max()
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 8), (8, 1), (8, 8)])
+@pytest.mark.parametrize("scheme", [*SCHEMES, "static"])
+def test_a_bias_of_any_form(scheme: str, shape: tuple[int, ...], tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    constants = {"w": (8, 8), "b": shape}
+    weights = {k: np.float32(random.standard_normal(s)) for k, s in constants.items()}
+    stored = [onnx.numpy_helper.from_array(np.asarray(v), k) for k, v in weights.items()]
+    nodes = [helper.make_node("Gemm", ["x", "w", "b"], ["y"], "product")]
+    model = _import(tmp_path, _square(nodes, stored))
+    x = random.standard_normal((8, 8)).astype(np.float32)
+    wanted = x @ weights["w"] + weights["b"]
+    static = Int8Static(8, {"x": Range.covering(float(x.min()), float(x.max()))})
+    found = run(quantized(model, SCHEMES.get(scheme, static)), x=x)
+    assert np.abs(found - wanted).max() < 0.05 * np.abs(wanted).max()
+
+
+@pytest.mark.parametrize(
+    ("dims", "offset"), [((2**40, 2**20), 0), ((8, 8), 0), ((8, 8), 10**30), ((-8, 8), 0)]
+)
+def test_weights_that_are_not_there_are_refused(
+    dims: tuple[int, ...], offset: int, tmp_path: Path
+) -> None:
+    (tmp_path / "w.bin").write_bytes(bytes(64))
+    weight = onnx.TensorProto(
+        name="w", data_type=1, dims=dims, data_location=onnx.TensorProto.EXTERNAL
+    )
+    for key, value in (("location", "w.bin"), ("offset", str(offset))):
+        entry = weight.external_data.add()
+        entry.key, entry.value = key, value
+    model = _square([helper.make_node("MatMul", ["x", "w"], ["y"], "m")], [weight])
+    with pytest.raises(StageError, match="'w' of shape .* ends at byte"):
+        _import(tmp_path, model)
+
+
+@pytest.mark.parametrize(("depth", "message"), [(40, "stand for"), (0, "calls itself")])
+def test_functions_that_never_end_are_refused(depth: int, message: str, tmp_path: Path) -> None:
+    """Each calls the next one twice; or one calls itself."""
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid("u", 1)]
+    model = _square([helper.make_node("f0", ["x"], ["y"], domain="u")], [])
+    model.opset_import.append(opsets[1])
+    for i in range(max(depth, 1)):
+        name, domain = ("Relu", "") if i == depth - 1 else (f"f{i + 1 if depth else 0}", "u")
+        nodes = [helper.make_node(name, [a], [b], domain=domain) for a, b in ("xt", "ty")]
+        model.functions.append(helper.make_function("u", f"f{i}", ["x"], ["y"], nodes, opsets))
+    with pytest.raises(StageError, match=message):
+        _import(tmp_path, model)

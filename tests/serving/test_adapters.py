@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from lifecycle.engines.ort import OnnxEngine
 from lifecycle.evaluation.random_adapter import write_random_adapter
 from lifecycle.graph.export import export_decoder
 from lifecycle.graph.targets import Cpu
+from serving.service import ModelCard, _load_adapter
 from tests.serving.conftest import COMPANIONS
 from tests.serving.test_cli import failure, serving, url_of
 
@@ -112,3 +114,16 @@ def test_a_model_without_slots_says_so(stories_bundle: Path, folder: Path) -> No
     code, message = failure(stories_bundle, "--adapter", f"a={folder / 'one'}")
     assert code == 1
     assert "no adapter slots" in message
+
+
+def test_another_alpha_is_another_model(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    for file in (folder / "one").iterdir():
+        (tmp_path / "one" / file.name).write_bytes(file.read_bytes())
+    config = json.loads((tmp_path / "one" / "adapter_config.json").read_text())
+    config["lora_alpha"] *= 2
+    (tmp_path / "one" / "adapter_config.json").write_text(json.dumps(config))
+    engine, base = OnnxEngine.open(folder / "base"), ModelCard("base", True, "fp_0", 0)
+    first = _load_adapter(engine, base, "first", folder / "one")
+    second = _load_adapter(engine, base, "second", tmp_path / "one")
+    assert first.fingerprint != second.fingerprint
