@@ -84,7 +84,7 @@ def test_the_same_texts_give_the_same_bytes(tmp_path: Path) -> None:
 
 
 def test_real_weights_lose_less(stories: Path, tmp_path: Path) -> None:
-    texts, calibration = np.split(sample_texts(stories, slots=40, count=200), [24])
+    texts, calibration = np.split(sample_texts(stories, slots=112, count=200), [96])
     before = mean_loss(stories, texts)
     head, scheme = {"lm_head": Int8Rowwise(8)}, Blockwise(32)
     plain = quantized(stories, tmp_path / "rtn", scheme, head)
