@@ -198,7 +198,7 @@ def test_what_cannot_be_made_is_left_out_or_named(shop: Workshop) -> None:
     assert all("'texts' has" in reason for reason in left_out.values())
     run(shop, many, "auto.candidates=[{scheme: int4, method: gptq}]", until="auto")
     assert isinstance(shop.error, StageError)
-    assert "candidate int4, method gptq: calibration: 'texts' has" in str(shop.error)
+    assert "candidate int4, method gptq: 'texts' has" in str(shop.error)
 
 
 def test_throughput_is_measured_in_batches(shop: Workshop) -> None:
