@@ -50,10 +50,10 @@ _FIGURE = """<figure class="front"><svg viewBox="0 0 {{ width }} {{ height }}" w
 <text x="{{ p.x + 11 }}" y="{{ p.y - 7 }}">{{ p.label }}</text></g>
 {%- endfor %}
 </svg><figcaption>{{ caption }}</figcaption></figure>
-<table><thead><tr>{% for cell in headings %}<th>{{ cell }}{% endfor %}</tr></thead>
+<div><table><thead><tr>{% for cell in headings %}<th>{{ cell }}{% endfor %}</tr></thead>
 {% for row in rows %}<tr{% if row[0].startswith("→") %} class="chosen"{% endif %}>
 {%- for cell in row %}<td>{{ cell }}{% endfor %}</tr>
-{% endfor %}</table>
+{% endfor %}</table></div>
 {%- for name, reason in left_out.items() %}<p>{{ name }} is left out: {{ reason }}</p>{% endfor %}
 """
 

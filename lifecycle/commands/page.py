@@ -20,24 +20,25 @@ WIDTH, HEIGHT = 560, 160
 MOST_POINTS = 400
 
 _PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{{ run.recipe }} {{ run.run }}</title>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width"><title>{{ run.recipe }} {{ run.run }}</title>
 <style>
 :root { color-scheme: light dark; --page: #fff; --text: #222; --dim: #555; --line: #ddd; --red: #b00020; --green: #1b7f3b; --blue: #2457a6 }
 @media (prefers-color-scheme: dark) {
 :root { --page: #16181c; --text: #e6e6e6; --dim: #a8a8a8; --line: #3a3d44; --red: #ff7b86; --green: #63d18a; --blue: #86b4ff } }
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 70em; color: var(--text); background: var(--page) }
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; padding: 0 1em; max-width: 70em; color: var(--text); background: var(--page) }
 table { border-collapse: collapse; width: 100% }
 th, td { text-align: left; padding: .3em .8em .3em 0; border-bottom: 1px solid var(--line); vertical-align: top }
 td { font-variant-numeric: tabular-nums } td.metrics { color: var(--dim) }
 code { font-size: .85em; color: var(--dim) } a { color: var(--blue) }
 .failed { color: var(--red); white-space: pre-wrap } .done { color: var(--green) } .cached { color: var(--blue) }
 figure { display: inline-block; margin: 1em 1.5em 1em 0 } figcaption { color: var(--dim) }
-svg { max-width: 100% } polyline { fill: none; stroke: var(--blue); stroke-width: 1.5 } text { font-size: 11px; fill: var(--dim) }
+div { overflow-x: auto } svg { max-width: 100%; height: auto } polyline { fill: none; stroke: var(--blue); stroke-width: 1.5 } text { font-size: 11px; fill: var(--dim) }
 {{ front_style }}</style></head><body>
 <h1>{{ run.recipe }}</h1>
 <p>Run <code>{{ run.run }}</code>: <b class="{{ run.status }}">{{ run.status }}</b>
 {%- if run.overrides %}, with <code>{{ run.overrides | join(" ") }}</code>{% endif %}</p>
-<table><thead><tr><th>stage<th>made by<th>from<th>status<th>seconds<th>artifact<th>metrics</tr></thead>
+<div><table><thead><tr><th>stage<th>made by<th>from<th>status<th>seconds<th>artifact<th>metrics</tr></thead>
 {% for name, stage in run.stages.items() %}
 <tr id="{{ name }}"><td><b>{{ name }}</b><td>{{ stage.use }}
 <td>{% for source in stage.inputs.values() %}<a href="#{{ source }}">{{ source }}</a> {% endfor %}
@@ -45,12 +46,12 @@ svg { max-width: 100% } polyline { fill: none; stroke: var(--blue); stroke-width
 <td><code>{{ (stage.digest or "")[:12] }}</code>
 <td class="metrics">{% for key, value in metrics(stage) %}{{ key }} <b>{{ value }}</b><br>{% endfor %}
 {% if stage.error %}<span class="failed">{{ stage.error }}</span>{% endif %}</tr>
-{% endfor %}</table>
+{% endfor %}</table></div>
 {% for name, front in fronts %}<h2>{{ name }}</h2>
 {{ front }}
 {% endfor %}
 {% for curve in curves %}
-<figure><svg width="{{ width }}" height="{{ height }}" role="img"
+<figure><svg viewBox="0 0 {{ width }} {{ height }}" width="{{ width }}" height="{{ height }}" role="img"
  aria-label="{{ curve.stage }} {{ curve.metric }}">
 <polyline points="{{ curve.points }}"/>
 <text x="0" y="11">{{ curve.high }}</text><text x="0" y="{{ height - 3 }}">{{ curve.low }}</text>

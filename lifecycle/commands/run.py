@@ -7,9 +7,11 @@ import shlex
 import sys
 from argparse import Namespace
 from dataclasses import asdict
+from pathlib import Path
 
 from lifecycle.commands.front import show as show_searches
 from lifecycle.commands.output import Parser, emit, say, table
+from lifecycle.engines.decoder import FILE as DECODER
 from lifecycle.errors import InterruptedRun, LifecycleError
 from lifecycle.pipeline.plan import plan as plan_recipe
 from lifecycle.pipeline.progress import Display, LiveDisplay, PlainDisplay, brief
@@ -96,7 +98,8 @@ def _summary(run: Run, store: Store, args: Namespace) -> None:
     took = (run.ended or run.started) - run.started
     say(f"run {run.run} of '{run.recipe}': {run.status} in {took:.1f} s; store {store.root}")
     bundles = [s.path for s in run.stages.values() if s.kind == "bundle" and s.path]
-    if run.status == "ok" and bundles:
+    # It is the last one that is served.
+    if run.status == "ok" and bundles and (Path(bundles[-1]) / DECODER).is_file():
         place = ["--store", str(args.store)] if args.store else []
         say(f"serve it with: {shlex.join(['lifecycle', 'serve', run.recipe, *place])}")
 

@@ -145,8 +145,12 @@ def _read_config(folder: Path) -> dict[str, Any]:
         if path.stat().st_size > _LARGEST_CONFIG:
             raise EngineError(f"{path} is too large for a configuration")
         found: object = json.loads(path.read_text(encoding="utf-8"))
+    except NotADirectoryError:
+        raise EngineError(f"{folder} is a file; name the folder that it lies in") from None
     except FileNotFoundError:
-        raise EngineError(f"{folder} is no PEFT adapter: it has no {CONFIG}") from None
+        inner = folder / "adapter"
+        hint = f"; {inner} is one" if (inner / CONFIG).is_file() else ""
+        raise EngineError(f"{folder} is no PEFT adapter: it has no {CONFIG}{hint}") from None
     except (OSError, ValueError, RecursionError) as error:
         raise EngineError(f"{path} cannot be read: {error}") from error
     if not isinstance(found, dict):

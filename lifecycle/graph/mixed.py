@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -55,33 +55,40 @@ def measure(
     fine: Int8Rowwise,
     exceptions: Mapping[str, Scheme | None],
     on_done: Callable[[int, int], None] | None = None,
+    *,
+    bits: float | None = None,
 ) -> Measured:
     """Round every matrix of a float32 graph as `coarse` does, alone, and see what becomes of the
     predictions on the first of `texts`.
 
-    A walk through the layers that `coarse` has must be fresh, and is used up. Mixtures stay coarse; `scratch` is a folder for what is not kept; `exceptions` are as `quantize_graph` takes them.
+    A walk through the layers that `coarse` has must be fresh, and is used up. Mixtures stay coarse;
+    `scratch` is a folder for what is not kept; `exceptions` are as `quantize_graph` takes them.
+    `bits` per weight that nothing can hold are refused before anything is measured.
 
     Raises:
-        StageError: there are no texts, one is too long, or a pattern matches nothing.
+        StageError: there are no texts, one is too long, a pattern matches nothing, or `bits` are
+            too few.
     """
     with WeightFile(scratch / "unused") as weights:
         rewrite = GraphRewrite(source, weights)
         chosen = choose(decoder_names(rewrite), coarse, exceptions)
         matrices = _matrices(rewrite, chosen, coarse)
         constants = {str(w.name): partial(_rounded, rewrite, w, coarse) for w in matrices.values()}
-        vocab, _ = matrix_shape(_table(rewrite))
-        found = divergences(source, _first(texts), vocab, constants, on_done)
-        costs: list[Cost] = []
+        saved: dict[str, int] = {}
         elements = least = 0
         for name, weight in matrices.items():
             shape = matrix_shape(weight)
             elements, least = elements + prod(shape), least + coarse.bytes(shape)
-            saved = fine.bytes(shape) - coarse.bytes(shape)
-            costs.append(Cost(name, found[str(weight.name)], saved))
+            saved[name] = fine.bytes(shape) - coarse.bytes(shape)
         for mixture in rewrite.mixtures():
             if chosen[mixture.name] is coarse:
                 count, size = experts_bytes(mixture, coarse.grid)
                 elements, least = elements + count, least + size
+        if bits is not None:
+            _spare(bits, least, elements, saved.values())
+        vocab, _ = matrix_shape(_table(rewrite))
+        found = divergences(source, _first(texts), vocab, constants, on_done)
+    costs = (Cost(name, found[str(w.name)], saved[name]) for name, w in matrices.items())
     return Measured(tuple(costs), elements, least)
 
 
@@ -92,15 +99,8 @@ def within_bits(measured: Measured, bits: float) -> list[Cost]:
     Raises:
         StageError: all in the coarse form takes more.
     """
-    # Narrow matrices, whose last block is mostly filling, take less in the fine form.
-    least = measured.least + sum(min(cost.saved, 0) for cost in measured.costs)
-    spare = bits * measured.elements / 8 - least
-    if spare < 0:
-        least = 8 * least / measured.elements
-        raise StageError(
-            f"budget: {bits:g} bits per weight are fewer than the {least:.3f} that this "
-            "model takes at least; raise bits_per_weight, or block_size"
-        )
+    saved = (cost.saved for cost in measured.costs)
+    spare = _spare(bits, measured.least, measured.elements, saved)
     chosen: list[Cost] = []
     for cost in _ranked(measured.costs):
         if cost.saved <= spare:
@@ -136,6 +136,23 @@ def save(measured: Measured, fine: Sequence[Cost], path: Path) -> None:
     expected = sum(cost.kl for cost in measured.costs if cost.name not in kept)
     content = {"expected_kl": float(f"{expected:.6g}"), "matrices": rows}
     path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _spare(bits: float, coarse: int, elements: int, saved: Iterable[int]) -> float:
+    """The bytes that a budget leaves over the least that the model takes.
+
+    Raises:
+        StageError: it is less than that.
+    """
+    # Narrow matrices, whose last block is mostly filling, take less in the fine form.
+    least = coarse + sum(min(size, 0) for size in saved)
+    spare = bits * elements / 8 - least
+    if spare < 0:
+        raise StageError(
+            f"budget: {bits:g} bits per weight are fewer than the {8 * least / elements:.3f} that "
+            "this model takes at least; raise bits_per_weight, or block_size"
+        )
+    return spare
 
 
 def _ranked(costs: Sequence[Cost]) -> list[Cost]:

@@ -58,6 +58,8 @@ def explain(
             yield where, f"{_shown(item['input'])} is none of {expected}{hint}"
         elif kind == "value_error":
             yield where, str(item["ctx"]["error"]) if "ctx" in item else item["msg"]
+        elif kind in ("model_type", "dict_type"):
+            yield where, f"expected a mapping, not {_shown(item['input'])}"
         else:
             message = item["msg"][:1].lower() + item["msg"][1:]
             yield where, f"{message}, not {_shown(item['input'])}"

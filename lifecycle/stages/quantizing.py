@@ -120,11 +120,12 @@ class Quantizing:
         assert budget is not None
         texts = self._read_texts()
         ctx.progress.phase("sensitivity")
+        bits, update = budget.bits_per_weight, ctx.progress.update
         measured = measure(
-            self._source, scratch, texts, coarse, fine, exceptions, ctx.progress.update
+            self._source, scratch, texts, coarse, fine, exceptions, update, bits=bits
         )
-        if budget.bits_per_weight is not None:
-            chosen = within_bits(measured, budget.bits_per_weight)
+        if bits is not None:
+            chosen = within_bits(measured, bits)
         else:
             chosen = within_kl(measured, budget.kl or 0)
         save(measured, chosen, ctx.out / SENSITIVITY)

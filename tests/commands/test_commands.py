@@ -142,6 +142,8 @@ def test_a_run_as_a_page(workshop: Workshop, toy: str, tmp_path: Path, monkeypat
     text = page.read_text()
     assert "<h1>&lt;b&gt;bold&lt;/b&gt;</h1>" in text
     assert text.count("<polyline") == 1
+    assert '<meta name="viewport"' in text
+    assert text.count("<table") == text.count("<div><table") > 0  # wide ones scroll by themselves
     assert 'href="#a"' in text
     assert main(["runs", "show", "<b>bold</b>", "--html", str(tmp_path / "no" / "x.html")]) == 2
 
@@ -290,3 +292,11 @@ def test_the_hint_after_a_run_names_the_store(workshop: Workshop, tmp_path: Path
     place = str(tmp_path / "my store")
     assert main(["run", str(path), "--store", place]) == 0
     assert f"serve it with: lifecycle serve toy --store '{place}'" in capsys.readouterr().out
+
+
+def test_only_what_can_be_served_is_offered_for_serving(workshop: Workshop, capsys) -> None:
+    path = workshop.write("  a: {use: toy:Bundled, decoder: false}\n")
+    assert main(["run", str(path), "--store", str(workshop.store_path)]) == 0
+    out = capsys.readouterr().out
+    assert "ok in" in out
+    assert "serve it" not in out

@@ -356,3 +356,14 @@ def test_a_header_larger_than_the_format_allows_is_not_read(
         file.truncate(200_000_000)
     with pytest.raises(EngineError, match="its header has 100000001 bytes"):
         AdapterBank(_layout(model)).load(folder)
+
+
+def test_a_place_beside_the_adapter_is_led_to_it(model: Path, tmp_path: Path) -> None:
+    """What `finetune` makes has the adapter in a folder of its own."""
+    folder = tmp_path / "adapter"
+    write_random_adapter(folder, _layout(model), seed=0)
+    bank = AdapterBank(_layout(model))
+    with pytest.raises(EngineError, match=r"no PEFT adapter.*adapter is one$"):
+        bank.load(tmp_path)
+    with pytest.raises(EngineError, match=r"safetensors is a file; name the folder"):
+        bank.load(folder / "adapter_model.safetensors")

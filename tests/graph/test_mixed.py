@@ -129,3 +129,12 @@ def test_what_gains_most_per_byte_comes_first() -> None:
     assert names(within_kl(measured, 1)) == "e"
     with pytest.raises(StageError, match=r"3\.9 bits per weight are fewer than the 4\.000"):
         within_bits(measured, 3.9)
+
+
+def test_a_budget_that_nothing_holds_is_refused_before_the_measuring(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = exported("llama", tmp_path)
+    monkeypatch.setattr("lifecycle.graph.mixed.divergences", lambda *_: pytest.fail("measured"))
+    with pytest.raises(StageError, match=r"2 bits per weight are fewer than the"):
+        measure(source, tmp_path, TEXTS, Blockwise(16), FINE, {}, bits=2)

@@ -59,6 +59,7 @@ def test_until_takes_what_is_needed(workshop: Workshop) -> None:
         ("  a:\n    use: toy:Shaped\n    shape:\n      use: toy:Square\n      sid: 2\n", 7,
          "unknown key 'sid'; did you mean 'side'? (known: use, side)"),
         ("  a:\n    use: toy:Shaped\n    corner:\n      hight: 2\n", 6, "did you mean 'height'?"),
+        ("  a: {use: toy:Shaped, corner: 8}\n", 3, "expected a mapping, not 8"),
         ("  a:\n    use: toy:Shaped\n    size: [1]\n", 5, "is missing"),
         ("  a: {use: toy:FromFile, path: ~no-such-user/x}\n", 3, "cannot be looked for"),
         ("  a: {use: toy:FromFile, path: " + "x" * 5000 + "}\n", 3, "File name too long"),

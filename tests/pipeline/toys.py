@@ -152,10 +152,13 @@ class Bundled(Stage):
 
     produces = Bundle
     fail: bool = False
+    decoder: bool = True
 
     def run(self, ctx: Context) -> Metrics:
         if self.fail:
             raise ValueError("failed on purpose")
+        if self.decoder:
+            (ctx.out / "decoder.json").write_text("{}")
         return write(ctx, 0)
 
 

@@ -271,6 +271,12 @@ def test_equal_candidates_are_tried_once() -> None:
     assert [c.name for c in candidates_of(stage)] == ["int4", "float32"]
 
 
+def test_names_of_candidates_spell_values_as_recipes_do() -> None:
+    listed = [{"scheme": "int4", "method": "hqq", "symmetric": False, "skip": ["lm_head"]}]
+    (found,) = candidates_of(Quantize.model_validate({**SEARCH, "candidates": listed}))
+    assert found.name == "int4, method hqq, symmetric false, skip [lm_head]"
+
+
 def test_a_quantised_model_is_refused(shop: Workshop) -> None:
     text = RECIPE.replace("model: onnx", "model: small", 1)
     (shop.root / "recipe.yaml").write_text(
