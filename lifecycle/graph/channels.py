@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from lifecycle.graph.rewrite import GraphRewrite, Linear
 
-_NORMS = {
+NORMS = {
     "RMSNormalization": slice(1, 3),
     "LayerNormalization": slice(1, 3),
     "SkipSimplifiedLayerNormalization": slice(2, 3),
@@ -74,8 +74,8 @@ def _trace(value: ir.Value | None, start: int, count: int) -> Source | None:
         return None
     if value is not node.outputs[0] and node.op_type != "Split":
         return None
-    if node.op_type in _NORMS or node.op_type == "Gemm":
-        constants = node.inputs[_NORMS.get(node.op_type, slice(1, 3))]
+    if node.op_type in NORMS or node.op_type == "Gemm":
+        constants = node.inputs[NORMS.get(node.op_type, slice(1, 3))]
         return Source(tuple(c for c in constants if c is not None), start, np.arange(count))
     match node.op_type:
         case "Relu" | "Gather" | "GatherND":

@@ -10,17 +10,11 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from lifecycle.graph.calibration import Calibration
+from lifecycle.graph.channels import NORMS
 from lifecycle.graph.rewrite import GraphRewrite, Linear
 
 _Floats = NDArray[np.float32]
 
-_NORM_WEIGHTS = {
-    "RMSNormalization": (1,),
-    "LayerNormalization": (1, 2),
-    "SkipSimplifiedLayerNormalization": (2,),
-    "SkipLayerNormalization": (2, 3),
-}
-"""Norms -> the inputs where their weights and biases stand."""
 _BOUNDS = (1e-5, 1e5)
 """Of factors: channels that are all but silent must not make others overflow."""
 
@@ -55,7 +49,7 @@ def normed_products(rewrite: GraphRewrite) -> Iterator[tuple[ir.Node, list[Linea
     the graph."""
     by_node = {linear.node: linear for linear in rewrite.linears()}
     for node in rewrite.graph:
-        if node.op_type not in _NORM_WEIGHTS:
+        if node.op_type not in NORMS:
             continue
         readers = [use.node for use in node.outputs[0].uses()]
         products = [by_node[reader] for reader in readers if reader in by_node]
@@ -69,8 +63,7 @@ def fold(
 ) -> None:
     """Divide what a norm gives by `factors` [hidden], and let the weights of all `products` that read it
     make up for that."""
-    for place in _NORM_WEIGHTS[norm.op_type]:
-        weight = norm.inputs[place] if place < len(norm.inputs) else None
+    for weight in norm.inputs[NORMS[norm.op_type]]:
         if weight is not None:
             rewrite.scale(weight, rows=(1 / factors).astype(np.float32))
     for product in products:
