@@ -1,20 +1,39 @@
 """What the products and the cache of a decoder get, layer by layer, when it runs over calibration texts.
 
-A layer whose matrices were replaced hands its successor what it gives with the new ones, so that
-each layer is quantised for the inputs that it will get.
+What follows a product that was replaced gets what the new weights give, so that each product is
+quantised for the inputs that it will get; what it would have got is known beside.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from lifecycle.graph.pieces import Floats, Pieces
+from lifecycle.graph.pieces import Floats, Pieces, Values
 from lifecycle.graph.rotation import Rotation
+
+_ADDING = ("Add", "SkipSimplifiedLayerNormalization", "SkipLayerNormalization")
+"""Operators that add their first two inputs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What a product reads, x, beside what it would read had nothing been replaced, x + d. Means over
+    tokens."""
+
+    moments: Floats
+    """Xᵀ·X, [in, in]."""
+    missed: Floats
+    """Dᵀ·X, [in, in]."""
+    missed_beside: Floats | None
+    """The same of what is added to the product's output, which has its errors too, [out, in]; None if
+    nothing is."""
 
 
 class Calibration:
@@ -33,16 +52,43 @@ class Calibration:
         self._at = -1
         self._measured: dict[tuple[str, str], Floats] = {}
         self._replaced: dict[str, Floats] = {}
+        self._exact: list[Values] | None = None
+        """What would be live before the current piece had nothing been replaced; None if nothing
+        was before it."""
 
     def second_moments(self, product: str) -> Floats:
         """Xᵀ·X, [in, in], over all that a product reads, as a mean over tokens. Products must be
         asked for in the order of the graph, layer after layer."""
-        total = sum(len(batch.inputs["input_ids"]) for batch in self._pieces.batches)
 
         def moments(rows: Floats) -> Floats:
-            return (rows.T @ rows / total).astype(np.float32)
+            return rows.T @ rows / np.float32(self._tokens)
 
         return self._measure(product, "moments", moments, np.add)
+
+    def inputs(self, product: str) -> Inputs | None:
+        """What a product reads now that those before it, also of its own layer, are replaced; None if
+        none is. Products must be asked for in the order of the graph."""
+        pieces = self._pieces
+        self._go_to(pieces.holding[product])
+        if self._exact is None and not self._replaced:
+            return None
+        x, beside = self._reads[product], self._added_to(product)
+        names = [x] if beside is None else [x, beside]
+        now = self._values(names, self._replaced, [batch.live for batch in pieces.batches])
+        exact = self._values(names, {}, self._exact or [batch.live for batch in pieces.batches])
+        sums: dict[str, Floats] = {}
+
+        def add(name: str, left: Floats, right: Floats) -> None:
+            sums[name] = sums.get(name, np.float32(0)) + left.T @ right
+
+        for found, wanted in zip(now, exact, strict=True):
+            rows = _rows(found[x])
+            add("moments", rows, rows)
+            add("missed", _rows(wanted[x]) - rows, rows)
+            if beside is not None:
+                add("beside", _rows(wanted[beside]) - _rows(found[beside]), rows)
+        means = {name: value / np.float32(self._tokens) for name, value in sums.items()}
+        return Inputs(means["moments"], means["missed"], means.get("beside"))
 
     def largest(self, product: str) -> Floats:
         """The largest absolute value of each input of a product, [in]; in the order of the graph."""
@@ -116,25 +162,67 @@ class Calibration:
         """Run the piece as it is, and measure what its products read."""
         pieces, at = self._pieces, self._at
         wanted = list(dict.fromkeys(node.input[0] for node in pieces.products(at)))
-        known = [name for name in wanted if name in pieces.outside(at)]
-        made = [name for name in wanted if name not in known]
-        session = pieces.session(at, made, {}) if made else None
-        for batch in pieces.batches:
-            found = {name: batch.live[name] for name in known}
-            if session is not None:
-                found |= pieces.run(session, batch, made, batch.live)
+        for found in self._values(wanted, {}, [batch.live for batch in pieces.batches]):
             for name, x in found.items():
-                value = measure(x.reshape(-1, x.shape[-1]))
+                value = measure(_rows(x))
                 before = self._measured.get((kind, name))
                 self._measured[kind, name] = value if before is None else combine(before, value)
 
+    def _values(
+        self, names: Sequence[str], changed: dict[str, Floats], states: Sequence[Values]
+    ) -> Iterator[Values]:
+        """What the current piece reads or makes under `names`, of each batch, from what is live before
+        it."""
+        pieces, at = self._pieces, self._at
+        made = [name for name in names if name not in states[0]]
+        session = pieces.session(at, made, changed) if made else None
+        for batch, live in zip(pieces.batches, states, strict=True):
+            found = {name: live[name] for name in names if name in live}
+            if session is not None:
+                found |= pieces.run(session, batch, made, live)
+            yield found
+
+    def _added_to(self, product: str) -> str | None:
+        """What the output of a product is added to, as long as it is there before the product."""
+        pieces = self._pieces
+        nodes = pieces.nodes[self._at]
+        at = next(i for i, node in enumerate(nodes) if node.name == product)
+        there = {name for node in nodes[:at] for name in node.output}
+        there |= pieces.batches[0].live.keys()
+        output = nodes[at].output[0]
+        adders = (n for part in pieces.nodes[self._at :] for n in part if output in n.input)
+        operands = [n.input[:2] for n in adders if n.op_type in _ADDING]
+        others = [name for pair in operands for name in pair if name != output and name in there]
+        return others[0] if len(operands) == 1 and others else None
+
+    @property
+    def _tokens(self) -> int:
+        return sum(len(batch.inputs["input_ids"]) for batch in self._pieces.batches)
+
     def _leave(self) -> None:
-        """Run the current piece as it has become, for what later pieces read of it."""
+        """Run the current piece as it has become, for what later pieces read of it, and as it was."""
         if self._at < 0:
             return
-        pieces, at = self._pieces, self._at
-        session = pieces.session(at, pieces.handed_on(at), self._replaced)
-        for batch in pieces.batches:
-            batch.live = pieces.step(session, at, batch, batch.live)
+        pieces = self._pieces
+        if self._exact is None and self._replaced:
+            self._exact = [batch.live for batch in pieces.batches]
+        if self._exact is not None:
+            self._exact = self._stepped({}, self._exact)
+        after = self._stepped(self._replaced, [batch.live for batch in pieces.batches])
+        for batch, live in zip(pieces.batches, after, strict=True):
+            batch.live = live
         self._replaced.clear()
         self._measured.clear()
+
+    def _stepped(self, changed: dict[str, Floats], states: Sequence[Values]) -> list[Values]:
+        """What is live behind the current piece."""
+        pieces, at = self._pieces, self._at
+        session = pieces.session(at, pieces.handed_on(at), changed)
+        return [
+            pieces.step(session, at, batch, live)
+            for batch, live in zip(pieces.batches, states, strict=True)
+        ]
+
+
+def _rows(values: NDArray[Any]) -> Floats:
+    return values.reshape(-1, values.shape[-1])

@@ -1,5 +1,6 @@
 """GPTQ (arXiv 2210.17323): each column's rounding error is spread over the columns that are yet to be
-rounded, so that the product's output on calibration texts changes least."""
+rounded, so that the product's output on calibration texts changes least. What is rounded makes up
+for the errors of the products before it, too (QEP, arXiv 2504.09629; GPTAQ, arXiv 2504.02692)."""
 
 from __future__ import annotations
 
@@ -9,13 +10,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lifecycle.graph.blockwise import Blockwise
-from lifecycle.graph.calibration import Calibration
+from lifecycle.graph.calibration import Calibration, Inputs
 from lifecycle.graph.descent import refine
 from lifecycle.graph.rewrite import GraphRewrite, Linear
 from lifecycle.graph.rounding import Blocks, Fit, Floats, Grid
 
 _DAMPING = 0.01
 """Part of the mean of the diagonal that is added to it, so that it can be inverted."""
+_COMPENSATED = 0.5
+"""Part of earlier errors that is made up for: all would fit the calibration texts too closely."""
 _COLUMNS = 128
 """Columns whose errors are collected before those behind them are changed."""
 
@@ -36,8 +39,22 @@ class Gptq(Blockwise):
     def rounded_product(self, rewrite: GraphRewrite, linear: Linear) -> Blocks:
         """The weights of a product as they will be stored; in the order of the graph."""
         weights = np.concatenate(list(rewrite.blocks(linear.weight)))
-        moments = self.calibration.second_moments(linear.name)
+        inputs = self.calibration.inputs(linear.name)
+        if inputs is None:
+            moments = self.calibration.second_moments(linear.name)
+        else:
+            weights, moments = compensating(weights, inputs), inputs.moments
         return quantize(weights, moments, self.grid, self.fit)
+
+
+def compensating(weights: Floats, inputs: Inputs) -> Floats:
+    """Weights [out, in] that give, from inputs with errors, more of what `weights` give from those without,
+    and of what is missing in what their output is added to."""
+    missed = weights @ inputs.missed
+    if inputs.missed_beside is not None:
+        missed += inputs.missed_beside
+    wanted = np.linalg.solve(_damped(inputs.moments), missed.T).T
+    return (weights + _COMPENSATED * wanted).astype(np.float32)
 
 
 def quantize(weights: Floats, moments: Floats, grid: Grid, fit: Fit) -> Blocks:

@@ -1,6 +1,7 @@
-"""A float32 decoder cut at its layers, each of which runs over texts as a model of its own.
+"""A float32 decoder cut at its layers and in their middle; each piece runs over texts as a model of
+its own.
 
-Only one layer's weights and the activations between two layers are in memory.
+Only one piece's weights and the activations between two pieces are in memory.
 """
 
 # onnxruntime ships no type information; what comes from it is unknown to the type checker.
@@ -49,8 +50,8 @@ class Batch:
 
 
 class Pieces:
-    """The nodes before the layers of an exported decoder, of each layer, and behind the last one, and
-    texts to run them over."""
+    """The nodes before the layers of an exported decoder, of each layer's attention and feed-forward
+    part, and behind the last one, and texts to run them over."""
 
     def __init__(
         self, folder: Path, texts: Sequence[Sequence[int]], scored: int | None = None
@@ -198,14 +199,15 @@ def _batches(texts: Sequence[Sequence[int]]) -> list[list[Sequence[int]]]:
 
 
 def _split(nodes: Iterable[NodeProto]) -> list[list[NodeProto]]:
-    """The nodes before the layers, of each layer, and behind the last one."""
+    """The nodes before the layers, of each layer's attention and feed-forward part, and behind the last
+    one."""
     pieces: list[list[NodeProto]] = [[]]
-    layer = ""
+    part = ""
     for node in nodes:
-        found = re.match(r"layers\.\d+\.", node.name)
+        found = re.match(r"layers\.\d+\.(mlp\.)?", node.name)
         name = found[0] if found else ""
-        if name != layer:
+        if name != part:
             pieces.append([])
-            layer = name
+            part = name
         pieces[-1].append(node)
     return pieces

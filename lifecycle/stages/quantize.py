@@ -61,7 +61,7 @@ class Quantize(Stage):
 
     produces = OnnxGraph
     keeps_kind_of: ClassVar[str | None] = "model"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
 
     model: Ref[OnnxGraph]
     """A graph in float32: an exported decoder, or any that `onnx` brought in."""
@@ -97,8 +97,9 @@ class Quantize(Stage):
     method: Literal["rtn", "hqq", "awq", "gptq"] = "rtn"
     """For `int4`, `int8` and `mixed`: how weights are rounded. `rtn`: each block by itself, to the least
     squared error. `hqq`: each block by itself, its zero by half-quadratic steps. `awq`: as `rtn`,
-    with the channels that carry much on `calibration` scaled up before. `gptq`: each layer by what
-    it reads on `calibration`, to the least change of its output; the best."""
+    with the channels that carry much on `calibration` scaled up before. `gptq`: each product by what
+    it reads on `calibration`, to the least change of its output, the errors of those before it made up
+    for; the best."""
     symmetric: bool = True
     """For `int4`, `int8` and `mixed`: whether zero is the middle of every block, or a point of each block's
     own, which is finer and takes half a byte to a byte more per block. `hqq` needs `false`."""
