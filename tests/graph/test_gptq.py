@@ -49,10 +49,14 @@ def read_in_torch(model: PreTrainedModel, module: str) -> Floats:
     return torch.cat(read).numpy()
 
 
+def mean_product(left: Floats, right: Floats) -> Floats:
+    return left.T @ right / np.float32(len(right))
+
+
 def seen_by_torch(model: PreTrainedModel, module: str) -> Floats:
     """The moments of what a module reads on `TEXTS`."""
     rows = read_in_torch(model, module)
-    return rows.T @ rows / len(rows)
+    return mean_product(rows, rows)
 
 
 def test_moments_are_those_of_pytorch(tmp_path: Path) -> None:
@@ -110,7 +114,7 @@ def test_inputs_are_known_with_and_without_what_was_replaced(tmp_path: Path) -> 
         (found.missed, missed - rows),
         (found.missed_beside, exact[stream] - now[stream]),
     ):
-        wanted = left.T @ rows / len(rows)
+        wanted = mean_product(left, rows)
         np.testing.assert_allclose(ours, wanted, rtol=1e-3, atol=1e-3 * np.abs(wanted).max())
 
 
@@ -122,9 +126,9 @@ def test_weights_make_up_for_errors_of_their_inputs() -> None:
     weights = RANDOM.standard_normal((8, 24)).astype(np.float32)
 
     found = Inputs(
-        noisy.T @ noisy / 500,
-        (inputs - noisy).T @ noisy / 500,
-        (beside - shifted).T @ noisy / 500,
+        mean_product(noisy, noisy),
+        mean_product(inputs - noisy, noisy),
+        mean_product(beside - shifted, noisy),
     )
     made = gptq.compensating(weights, found)
     wanted = inputs @ weights.T + beside
