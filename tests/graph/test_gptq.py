@@ -119,20 +119,21 @@ def test_inputs_are_known_with_and_without_what_was_replaced(tmp_path: Path) -> 
 
 
 def test_weights_make_up_for_errors_of_their_inputs() -> None:
-    inputs = RANDOM.standard_normal((500, 24)).astype(np.float32)
-    beside = RANDOM.standard_normal((500, 8)).astype(np.float32)
-    noisy = inputs * 0.9 + 0.02 * RANDOM.standard_normal((500, 24)).astype(np.float32)
-    shifted = beside - 0.2 * noisy[:, :8]
-    weights = RANDOM.standard_normal((8, 24)).astype(np.float32)
+    inputs, beside, noise, weights = (
+        RANDOM.standard_normal(shape).astype(np.float32)
+        for shape in ((500, 24), (500, 8), (500, 24), (8, 24))
+    )
+    noisy = (0.9 * inputs + 0.02 * noise).astype(np.float32)
+    lacking = (0.2 * noisy[:, :8]).astype(np.float32)
 
     found = Inputs(
         mean_product(noisy, noisy),
-        mean_product(inputs - noisy, noisy),
-        mean_product(beside - shifted, noisy),
+        mean_product((inputs - noisy).astype(np.float32), noisy),
+        mean_product(lacking, noisy),
     )
     made = gptq.compensating(weights, found)
     wanted = inputs @ weights.T + beside
-    errors = [np.linalg.norm(wanted - shifted - noisy @ w.T) for w in (made, weights)]
+    errors = [np.linalg.norm(wanted - (beside - lacking) - noisy @ w.T) for w in (made, weights)]
     assert errors[0] < 0.7 * errors[1]
 
 
