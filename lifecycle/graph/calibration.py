@@ -6,7 +6,7 @@ quantised for the inputs that it will get; what it would have got is known besid
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from lifecycle.errors import StageError
 from lifecycle.graph.pieces import Floats, Pieces, Values
 from lifecycle.graph.rotation import Rotation
 
@@ -58,7 +59,11 @@ class Calibration:
 
     def second_moments(self, product: str) -> Floats:
         """Xᵀ·X, [in, in], over all that a product reads, as a mean over tokens. Products must be
-        asked for in the order of the graph, layer after layer."""
+        asked for in the order of the graph, layer after layer.
+
+        Raises:
+            StageError: it is not finite; also of `inputs` and `largest`.
+        """
 
         def moments(rows: Floats) -> Floats:
             return rows.T @ rows / np.float32(self._tokens)
@@ -88,6 +93,7 @@ class Calibration:
             if beside is not None:
                 add("beside", _rows(wanted[beside]) - _rows(found[beside]), rows)
         means = {name: value / np.float32(self._tokens) for name, value in sums.items()}
+        _require_finite(means, f"what {product} reads")
         return Inputs(means["moments"], means["missed"], means.get("beside"))
 
     def largest(self, product: str) -> Floats:
@@ -107,7 +113,9 @@ class Calibration:
             for name, part in zip(names, rows, strict=True):
                 lengths = batch.inputs["query_seqlens"]
                 part += [row[:, :length] for row, length in zip(found[name], lengths, strict=True)]
-        return np.concatenate(rows[0], axis=1), np.concatenate(rows[1], axis=1)
+        keys, values = (np.concatenate(part, axis=1) for part in rows)
+        _require_finite(dict(zip(names, (keys, values), strict=True)), f"what layer {layer} caches")
+        return keys, values
 
     def replace(self, product: str, weights: Floats) -> None:
         """Let a product of the current layer have other weights [out, in] from here on."""
@@ -151,7 +159,9 @@ class Calibration:
         self._go_to(self._pieces.holding[product])
         if (kind, self._reads[product]) not in self._measured:
             self._read_inputs(kind, measure, combine)
-        return self._measured[kind, self._reads[product]]
+        found = self._measured[kind, self._reads[product]]
+        _require_finite({kind: found}, f"what {product} reads")
+        return found
 
     def _read_inputs(
         self,
@@ -222,6 +232,14 @@ class Calibration:
             pieces.step(session, at, batch, live)
             for batch, live in zip(pieces.batches, states, strict=True)
         ]
+
+
+def _require_finite(found: Mapping[str, Floats], what: str) -> None:
+    if not all(np.isfinite(values).all() for values in found.values()):
+        raise StageError(
+            f"{what} on the calibration texts is not finite, or too large to be squared in "
+            "float32: the weights before it are damaged"
+        )
 
 
 def _rows(values: NDArray[Any]) -> Floats:

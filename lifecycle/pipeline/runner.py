@@ -107,6 +107,7 @@ class Runner:
 
         def make() -> Record:
             self.display.started(entry.name, entry.use)
+            state.status = "running"
             runs.save(self.store, run)  # with the key, so that `gc` keeps the scratch
             begin = time.monotonic()
             try:

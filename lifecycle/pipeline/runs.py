@@ -17,7 +17,7 @@ from lifecycle.pipeline.artifact import Metrics
 from lifecycle.pipeline.store import Store
 from lifecycle.pipeline.suggest import did_you_mean
 
-Status = Literal["cached", "done", "failed", "skipped"]
+Status = Literal["cached", "done", "failed", "skipped", "running", "killed"]
 
 
 @dataclass
@@ -97,6 +97,9 @@ def _read(path: Path) -> Run | None:
         return None
     if run.status == "running" and not _alive(run.pid):
         run.status = "killed"
+        for stage in run.stages.values():
+            if stage.status == "running":
+                stage.status = "killed"
     return run
 
 

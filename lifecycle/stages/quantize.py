@@ -157,6 +157,7 @@ class Quantize(Stage):
         for name, is_set in (
             (f"method: '{self.method}'", self.method != "rtn"),
             ("symmetric: false", not self.symmetric),
+            (f"block_size: {self.block_size}", "block_size" in self.model_fields_set),
         ):
             if is_set and self.scheme not in _BLOCKS:
                 raise ValueError(

@@ -183,3 +183,16 @@ def test_texts_that_do_not_fit_are_refused(texts: list[list[int]], tmp_path: Pat
     _, out = exported("llama", tmp_path)
     with pytest.raises(StageError, match="calibration texts of up to"):
         Calibration(out, texts)
+
+
+def test_activations_that_overflow_are_refused(tmp_path: Path) -> None:
+    model = save_model("llama", tmp_path)
+    with torch.no_grad():
+        model.get_parameter("model.layers.0.mlp.up_proj.weight").mul_(1e10)
+        model.get_parameter("model.layers.0.mlp.down_proj.weight").mul_(1e38)
+    model.save_pretrained(tmp_path)
+    out = tmp_path / "onnx"
+    out.mkdir()
+    export_decoder(tmp_path, out, Cpu())
+    with pytest.raises(StageError, match="layers.1.self_attn.qkv_proj reads .* is not finite"):
+        Calibration(out, TEXTS).second_moments("layers.1.self_attn.qkv_proj")

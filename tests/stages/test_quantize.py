@@ -86,6 +86,7 @@ def test_a_target_may_not_run_a_scheme(exported: Artifact, run_stage: RunStage) 
             "gptq.*not for int8-rowwise",
         ),
         ({"scheme": "int8-rowwise", "symmetric": False}, "symmetric: false.*not for int8-rowwise"),
+        ({"scheme": "fp16", "block_size": 32}, "block_size: 32 .*not for fp16"),
         ({"scheme": "int4", "method": "hqq"}, "set symmetric: false"),
         ({"scheme": "int4", "method": "gptq"}, "gptq needs calibration"),
         ({"scheme": "int4", "method": "awq"}, "awq needs calibration"),
