@@ -31,6 +31,7 @@ MAX_ITEMS = 2048
 a body of 4 MB with a million of them would take gigabytes."""
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 256
+MAX_BIASES = 1024
 
 _INT64 = 2**63
 
@@ -64,6 +65,7 @@ def _printable(name: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_is_text)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
 def _as_list(value: object) -> object:
@@ -108,6 +110,19 @@ def _is_tokens(value: object) -> bool:
     return isinstance(value, list) and all(
         type(item) is int for item in cast("list[object]", value)
     )
+
+
+def _by_token(value: object) -> object:
+    """JSON has no keys but strings."""
+    if not isinstance(value, Mapping):
+        return value
+    found: dict[int, object] = {}
+    for key, bias in cast("Mapping[str, object]", value).items():
+        if not (key.isascii() and key.isdecimal() and len(key) < 20):
+            shown = {"key": _printable(key)}
+            raise PydanticCustomError("logit_bias", "'{key}' is no token id", shown)
+        found[int(key)] = bias
+    return found
 
 
 class _Body(BaseModel):
@@ -166,13 +181,20 @@ class GenerationBody(_Body):
     top_k: int | None = Field(default=None, ge=-1)
     """0 and -1 keep all tokens."""
     min_p: float | None = Field(default=None, ge=0, le=1)
+    typical_p: float | None = Field(default=None, ge=0, le=1)
     repetition_penalty: float | None = Field(default=None, ge=0.01, le=100)
+    frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
+    presence_penalty: float | None = Field(default=None, ge=-2, le=2)
+    dry_multiplier: float | None = Field(default=None, ge=0, le=100)
+    dry_base: float | None = Field(default=None, ge=1, le=100)
+    dry_allowed_length: int | None = Field(default=None, ge=1)
+    logit_bias: Annotated[
+        dict[int, Bias], Field(max_length=MAX_BIASES), BeforeValidator(_by_token)
+    ] = {}
+    """By token id, spelled as a string as JSON wants its keys."""
+    min_tokens: int | None = Field(default=None, ge=0)
     ignore_eos: bool = False
     stop_token_ids: list[int] = Field(default=[], max_length=64)
-
-    frequency_penalty: Annotated[Any, _only(0)] = 0
-    presence_penalty: Annotated[Any, _only(0)] = 0
-    logit_bias: Annotated[Any, _only({})] = {}
 
     user: Any = None
 

@@ -7,7 +7,7 @@ benchmarks and HTTP.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -38,12 +38,35 @@ class SamplingParams:
     top_k: int = 0
     """0 keeps all."""
     min_p: float = 0.0
+    typical_p: float = 1.0
+    """Locally typical sampling (Meister et al. 2022): the tokens whose surprise is nearest to the expected
+    one, up to this share of the chances."""
     repetition_penalty: float = 1.0
     """Over prompt and output, as in CTRL (Keskar et al. 2019)."""
+    presence_penalty: float = 0.0
+    """Taken from the logit of every token that the output holds."""
+    frequency_penalty: float = 0.0
+    """Taken once for each time that the output holds a token."""
+    dry_multiplier: float = 0.0
+    """What the shortest repetition that is not allowed costs its next token (DRY); 0 is none."""
+    dry_base: float = 1.75
+    """How many times as much each token more of the repetition costs."""
+    dry_allowed_length: int = 2
+    """Tokens of a repetition whose continuation costs dry_multiplier; shorter ones cost nothing."""
+    dry_breakers: frozenset[int] = frozenset()
+    """Tokens that no repetition reaches over."""
+    logit_bias: Mapping[int, float] = field(default_factory=dict[int, float])
+    """Added to the logits of tokens."""
+    banned_token_ids: frozenset[int] = frozenset()
+    """Tokens that never come."""
+    min_tokens: int = 0
+    """New tokens before one that ends the request may come."""
     seed: int | None = None
     """The same seed gives the same tokens whatever else is in the batch."""
     stop_token_ids: frozenset[int] = frozenset()
     """End the request besides the model's own end-of-sequence ids; not part of the output."""
+    stop_sequences: tuple[tuple[int, ...], ...] = ()
+    """End the request when the output ends with one; unlike a stop token it is part of it."""
     ignore_eos: bool = False
     logprobs: int | None = None
     """Report the chosen token's log-probability and that many alternatives."""
@@ -61,7 +84,8 @@ class Request:
 
 
 class Event(NamedTuple):
-    """One new token of a request, or its end. The last event of a request has `finish_reason`.
+    """One new token of a request, or its end. The last event of a request has `finish_reason`; with a
+    stop sequence or the last token it brings a token too.
 
     `token_id` is None on an end that brings no token (stop token, cancellation, error).
     """

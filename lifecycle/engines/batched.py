@@ -189,7 +189,11 @@ class BatchedEngine(Engine):
         request = check_request(
             request, max_model_len=self.max_model_len, vocab_size=self.vocab_size
         )
-        sampler = Sampler(request.params, request.prompt, self.vocab_size)
+        params = request.params
+        ends = params.stop_token_ids
+        if not params.ignore_eos:
+            ends |= self.eos_token_ids
+        sampler = Sampler(params, request.prompt, self.vocab_size, ends)
         tokens, count = list(request.prompt), len(request.prompt)
         try:
             slot = self.adapter_slot(request.adapter)
@@ -202,7 +206,11 @@ class BatchedEngine(Engine):
         """Give a request its next token, and end it if that is the last."""
         id, params = state.request.id, state.request.params
         if choice is None:
-            return self._end(id, FinishReason.ERROR, "the model's output is not a finite number")
+            return self._end(
+                id,
+                FinishReason.ERROR,
+                "the model's output is not a finite number, or no token may come",
+            )
         token = choice.token_id
         is_eos = token in self.eos_token_ids and not params.ignore_eos
         if is_eos or token in params.stop_token_ids:
@@ -210,13 +218,20 @@ class BatchedEngine(Engine):
         state.tokens.append(token)
         num_generated = len(state.tokens) - state.num_prompt
         is_full = num_generated >= params.max_tokens or len(state.tokens) >= self.max_model_len
-        if is_full:
+        reason: FinishReason | None
+        if any(
+            len(end) <= num_generated and tuple(state.tokens[-len(end) :]) == end
+            for end in params.stop_sequences
+        ):
+            reason = FinishReason.STOP
+        else:
+            reason = FinishReason.LENGTH if is_full else None
+        if reason is not None:
             self._scheduler.remove(id)
         elif not state.is_long and self.is_long(state.tokens):
             # All that is in the cache was rotated as in a short text.
             state.is_long = True
             state.recompute()
-        reason = FinishReason.LENGTH if is_full else None
         return Event(id, token, choice.logprob, choice.top_logprobs, reason)
 
     def _end(self, request_id: str, reason: FinishReason, error: str = "") -> Event:

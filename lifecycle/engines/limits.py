@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from numbers import Integral, Real
 from pathlib import Path
@@ -22,8 +22,16 @@ _REAL_BOUNDS: dict[str, tuple[float, float]] = {
     "temperature": (0.0, 100.0),
     "top_p": (0.0, 1.0),
     "min_p": (0.0, 1.0),
+    "typical_p": (0.0, 1.0),
     "repetition_penalty": (0.01, 100.0),
+    "presence_penalty": (-2.0, 2.0),
+    "frequency_penalty": (-2.0, 2.0),
+    "dry_multiplier": (0.0, 100.0),
+    "dry_base": (1.0, 100.0),
 }
+_MOST_BIAS = 1e4
+"""Of a token's logit; beyond it float32 would lose what the others say."""
+_MOST_SEQUENCES = 64
 
 
 def usable_cores() -> int:
@@ -98,14 +106,30 @@ def check_params(params: SamplingParams, vocab_size: int) -> SamplingParams:
         name: float(_number(name, getattr(params, name), Real, low, high))
         for name, (low, high) in _REAL_BOUNDS.items()
     }
-    integers: dict[str, tuple[int, int | None]] = {"max_tokens": (1, None), "top_k": (0, None)}
+    integers: dict[str, tuple[int, int | None]] = {
+        "max_tokens": (1, None),
+        "top_k": (0, None),
+        "min_tokens": (0, None),
+        "dry_allowed_length": (1, None),
+    }
     if params.seed is not None:
         integers["seed"] = (-(2**63), 2**64 - 1)
     if params.logprobs is not None:
         integers["logprobs"] = (0, vocab_size)
     for name, (low, high) in integers.items():
         numbers[name] = int(_number(name, getattr(params, name), Integral, low, high))
-    return replace(params, **numbers, stop_token_ids=_stop_ids(params.stop_token_ids, vocab_size))
+    sets = {
+        name: frozenset(_ids(name, getattr(params, name), vocab_size))
+        for name in ("stop_token_ids", "banned_token_ids", "dry_breakers")
+    }
+    bias = _bias(params.logit_bias, vocab_size)
+    sequences = _sequences(params.stop_sequences, vocab_size)
+    found = replace(params, **numbers, **sets, logit_bias=bias, stop_sequences=sequences)
+    if found.min_tokens > found.max_tokens:
+        raise RequestError(
+            f"min_tokens is {found.min_tokens}, more than max_tokens, {found.max_tokens}"
+        )
+    return found
 
 
 def check_request(request: Request, *, max_model_len: int, vocab_size: int) -> Request:
@@ -115,20 +139,47 @@ def check_request(request: Request, *, max_model_len: int, vocab_size: int) -> R
         RequestError: the prompt or a parameter cannot be served.
     """
     params = check_params(request.params, vocab_size)
+    if len(params.banned_token_ids | params.stop_token_ids) >= vocab_size:
+        raise RequestError("banned_token_ids and stop_token_ids leave no token that could come")
     prompt = check_tokens(request.prompt, most=max_model_len - 1, vocab_size=vocab_size)
     return replace(request, prompt=prompt, params=params)
 
 
-def _stop_ids(ids: object, vocab_size: int) -> frozenset[int]:
-    if not isinstance(ids, Iterable):
-        raise RequestError(f"stop_token_ids is {ids!r}; it must be a set of token ids")
+def _ids(name: str, ids: object, vocab_size: int) -> list[int]:
+    if not isinstance(ids, Iterable) or isinstance(ids, str | bytes):
+        raise RequestError(f"{name} is {ids!r}; it must hold token ids")
     tokens: list[int] = []
     for id in cast("Iterable[object]", ids):
         if isinstance(id, bool) or not isinstance(id, Integral):
-            raise RequestError(f"stop_token_ids has {id!r}; each must be an integer")
+            raise RequestError(f"{name} has {id!r}; each must be an integer")
         tokens.append(int(id))
-    _check_ids(tokens, "stop_token_ids", vocab_size)
-    return frozenset(tokens)
+    _check_ids(tokens, name, vocab_size)
+    return tokens
+
+
+def _bias(bias: object, vocab_size: int) -> dict[int, float]:
+    if not isinstance(bias, Mapping):
+        raise RequestError(f"logit_bias is {bias!r}; it must map token ids to numbers")
+    pairs = cast("Mapping[object, object]", bias)
+    ids = _ids("logit_bias", pairs, vocab_size)
+    numbers = (
+        float(_number(f"logit_bias of {id}", value, Real, -_MOST_BIAS, _MOST_BIAS))
+        for id, value in zip(ids, pairs.values(), strict=True)
+    )
+    return dict(zip(ids, numbers, strict=True))
+
+
+def _sequences(sequences: object, vocab_size: int) -> tuple[tuple[int, ...], ...]:
+    name = "stop_sequences"
+    if not isinstance(sequences, Sequence) or isinstance(sequences, str | bytes):
+        raise RequestError(f"{name} is {sequences!r}; it must hold sequences of token ids")
+    listed = cast("Sequence[object]", sequences)
+    if len(listed) > _MOST_SEQUENCES:
+        raise RequestError(f"{name} holds {len(listed)}; at most {_MOST_SEQUENCES} are taken")
+    found = tuple(tuple(_ids(name, each, vocab_size)) for each in listed)
+    if not all(found):
+        raise RequestError(f"{name} has an empty sequence, which every output ends with")
+    return found
 
 
 def _check_ids(ids: Sequence[int], where: str, vocab_size: int) -> None:

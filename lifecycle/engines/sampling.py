@@ -1,7 +1,7 @@
 """From logits to the next token of each request.
 
-The order is that of transformers: repetition penalty, temperature, top-k, top-p, min-p; each
-works on what the one before it left. A request draws one random number per token from its
+The order is that of transformers: penalties (see `penalties`), temperature, top-k, top-p, min-p,
+typical-p; each works on what the one before it left. A request draws one random number per token from its
 own generator, so its tokens depend on its seed alone and not on its neighbours.
 """
 
@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lifecycle.engines.base import SamplingParams
+from lifecycle.engines.penalties import Adjustments
 
 Floats = NDArray[np.float32]
 
@@ -36,36 +37,36 @@ class Choice(NamedTuple):
 class Sampler:
     """How one request chooses: its parameters, its random numbers, the tokens it has seen."""
 
-    def __init__(self, params: SamplingParams, prompt: Sequence[int], vocab_size: int) -> None:
+    def __init__(
+        self,
+        params: SamplingParams,
+        prompt: Sequence[int],
+        vocab_size: int,
+        ends: frozenset[int] = frozenset(),
+    ) -> None:
+        """`ends` are the tokens that would end the request."""
         self.params = params
         self.is_greedy = params.temperature < _GREEDY_BELOW
-        self.is_penalised = params.repetition_penalty != 1.0
-        self.is_plain = self.is_greedy and not self.is_penalised
+        is_adjusted = Adjustments.asked_for(params)
+        self._adjust = Adjustments(params, prompt, vocab_size, ends) if is_adjusted else None
+        self.is_plain = self.is_greedy and self._adjust is None
         seed = secrets.randbits(64) if params.seed is None else params.seed % 2**64
         self._random = np.random.Generator(np.random.Philox(seed))
-        self._prompt, self._vocab_size = prompt, vocab_size
-        # Made with the first token: a request that waits in line takes no memory for it.
-        self._seen: NDArray[np.bool_] | None = None
 
-    def choose(self, logits: Floats) -> int:
-        """A token for finite-topped `logits` [vocab_size], which are left as they are."""
-        seen = self._tokens_seen() if self.is_penalised else None
-        if seen is not None:
-            logits = _penalise(logits, seen, self.params.repetition_penalty)
+    def choose(self, logits: Floats) -> int | None:
+        """A token for finite-topped `logits` [vocab_size], which are left as they are; None if the
+        adjustments leave none that can come."""
+        if self._adjust is not None:
+            logits = self._adjust.apply(logits)
+            if not isfinite(logits.max()):
+                return None
         if self.is_greedy:
             token = int(logits.argmax())
         else:
             token = _draw(token_weights(logits, self.params), self._random.random())
-        if seen is not None:
-            seen[token] = True
+        if self._adjust is not None:
+            self._adjust.note(token)
         return token
-
-    def _tokens_seen(self) -> NDArray[np.bool_]:
-        """Which tokens the prompt and the output hold, [vocab_size]; written in place."""
-        if self._seen is None:
-            self._seen = np.zeros(self._vocab_size, dtype=np.bool_)
-            self._seen[np.asarray(self._prompt)] = True
-        return self._seen
 
 
 def sample(logits: Floats, samplers: Sequence[Sampler]) -> list[Choice | None]:
@@ -98,23 +99,21 @@ def token_weights(logits: Floats, params: SamplingParams) -> Floats:
     if params.min_p > 0.0:
         # The largest weight is exp(0) = 1 and no filter removes it.
         weights[weights < params.min_p] = 0.0
+    if params.typical_p < 1.0:
+        _keep_typical(weights, params.typical_p)
     return weights
 
 
-def _choose(logits: Floats, sampler: Sampler, best: int) -> Choice:
+def _choose(logits: Floats, sampler: Sampler, best: int) -> Choice | None:
     count = sampler.params.logprobs
     if sampler.is_plain and count is None:
         return Choice(best)
     # Masked logits near the lowest float may overflow to -inf, which is what they mean.
     with np.errstate(over="ignore"):
         token = best if sampler.is_plain else sampler.choose(logits)
+        if token is None:
+            return None
         return Choice(token) if count is None else _report(logits, token, count)
-
-
-def _penalise(logits: Floats, seen: NDArray[np.bool_], penalty: float) -> Floats:
-    factor = np.float32(penalty)
-    penalised = np.where(logits > 0, logits / factor, logits * factor)
-    return np.where(seen, penalised, logits)
 
 
 def _keep_largest(weights: Floats, count: int, least: np.float32) -> None:
@@ -136,6 +135,17 @@ def _keep_nucleus(weights: Floats, top_p: float) -> None:
     shares = np.cumsum(ranked, dtype=np.float64)
     last = min(int(np.searchsorted(shares, top_p * total)), len(ranked) - 1)
     _keep_largest(weights, last + 1, ranked[last])
+
+
+def _keep_typical(weights: Floats, share: float) -> None:
+    """Zero all but those nearest to the expected surprise whose share is at least `share`."""
+    left = np.flatnonzero(weights)
+    chances = weights[left].astype(np.float64)
+    chances /= chances.sum()
+    surprise = -np.log(chances)
+    ranked = np.argsort(np.abs(surprise - (chances * surprise).sum()), kind="stable")
+    last = int(np.searchsorted(np.cumsum(chances[ranked]), share))
+    weights[left[ranked[last + 1 :]]] = 0.0
 
 
 def _draw(weights: Floats, uniform: float) -> int:

