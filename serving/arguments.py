@@ -49,6 +49,14 @@ def serve_parser() -> argparse.ArgumentParser:
         help="requests that may wait; more are refused at once (four times --max-num-seqs)",
     )
     parser.add_argument(
+        "--prefix-cache",
+        type=count,
+        default=256,
+        metavar="MIB",
+        help="memory for keys and values of how prompts began, so that prompts that begin alike are "
+        "computed once; 0 turns it off (%(default)s)",
+    )
+    parser.add_argument(
         "--shutdown-timeout",
         type=quantity,
         default=30.0,
@@ -70,7 +78,9 @@ def chat_parser() -> argparse.ArgumentParser:
         "--max-tokens", type=positive_integer, metavar="N", help="longest answer, in tokens"
     )
     parser.add_argument("--seed", type=int, help="the same seed gives the same answers")
-    parser.set_defaults(adapter=[], served_model_name=None, max_num_seqs=1, max_queue=0)
+    parser.set_defaults(
+        adapter=[], served_model_name=None, max_num_seqs=1, max_queue=0, prefix_cache=64
+    )
     return parser
 
 

@@ -25,8 +25,9 @@ class ApiKeys:
     def __bool__(self) -> bool:
         return bool(self._digests)
 
-    def accept(self, authorization: str) -> bool:
-        """Whether an `Authorization` header carries one of the keys."""
+    def tenant(self, authorization: str) -> str | None:
+        """Whose key an `Authorization` header carries: a name that is the same for the same key and tells
+        nothing of it; None if it carries none of the keys."""
         scheme, _, key = authorization.partition(" ")
         # Headers are bytes, which Starlette shows as Latin-1; a key may be any UTF-8. Only ASCII
         # spaces are stripped: "à" in UTF-8 ends with what is a space in Latin-1.
@@ -34,7 +35,8 @@ class ApiKeys:
         # Hashes of one length, compared in constant time and all of them: the time taken
         # tells nothing about the keys.
         matches = [hmac.compare_digest(given, digest) for digest in self._digests]
-        return scheme.lower() == "bearer" and any(matches)
+        accepted = scheme.lower() == "bearer" and any(matches)
+        return _digest(given).hex() if accepted else None
 
 
 class RequireKey:
@@ -44,13 +46,15 @@ class RequireKey:
         self._app, self._keys = app, keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in PUBLIC or self._allowed(scope):
+        if scope["type"] != "http" or scope["path"] in PUBLIC:
             await self._app(scope, receive, send)
-        else:
+            return
+        tenant = self._keys.tenant(Headers(scope=scope).get("authorization", ""))
+        if tenant is None:
             await error_response(invalid_api_key())(scope, receive, send)
-
-    def _allowed(self, scope: Scope) -> bool:
-        return self._keys.accept(Headers(scope=scope).get("authorization", ""))
+            return
+        scope.setdefault("state", {})["tenant"] = tenant
+        await self._app(scope, receive, send)
 
 
 def _digest(key: bytes) -> bytes:

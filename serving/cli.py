@@ -68,7 +68,10 @@ def _open(args: argparse.Namespace) -> Service:
         _find_bundle(args.bundle, args.store),
         engine=args.engine,
         options=EngineOptions(
-            max_num_seqs=args.max_num_seqs, max_model_len=args.max_model_len, threads=args.threads
+            max_num_seqs=args.max_num_seqs,
+            max_model_len=args.max_model_len,
+            threads=args.threads,
+            prefix_cache_bytes=args.prefix_cache << 20,
         ),
         name=args.served_model_name,
         max_queue=args.max_queue,

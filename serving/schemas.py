@@ -196,6 +196,9 @@ class GenerationBody(_Body):
     ignore_eos: bool = False
     stop_token_ids: list[int] = Field(default=[], max_length=64)
 
+    cache_salt: Annotated[Text, Field(max_length=256)] = ""
+    """Prompts share what is cached of them only with prompts of the same salt and API key."""
+
     user: Any = None
 
     @field_validator("stream_options")

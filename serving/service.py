@@ -138,6 +138,7 @@ class Service:
         *,
         continued: bool = False,
         adapter: str | None = None,
+        salt: str = "",
     ) -> Generation:
         """Begin to answer prompts, one answer each; the result must be read or closed.
 
@@ -145,6 +146,7 @@ class Service:
             continued: the answers go on with the text of their prompts, and are no texts of
                 their own.
             adapter: the adapter to answer with.
+            salt: prompts of other salts share nothing with these (see `Request.cache_salt`).
 
         Raises:
             ApiError: the engine is busy, stopped, or refuses a prompt.
@@ -154,7 +156,7 @@ class Service:
         for index, (prompt, params) in enumerate(prompts):
             if not params.ignore_eos:
                 params = replace(params, stop_token_ids=params.stop_token_ids | own_stops)
-            requests.append(Request(f"{request_id}-{index}", prompt, params, adapter))
+            requests.append(Request(f"{request_id}-{index}", prompt, params, adapter, salt))
         # First, for a prompt may hold what is no token until the engine has taken it.
         call = await self.worker.submit(requests)
         start = self.tokenizer.continuation if continued else lambda _: self.tokenizer.stream()

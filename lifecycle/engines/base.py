@@ -81,6 +81,8 @@ class Request:
     params: SamplingParams = field(default_factory=SamplingParams)
     adapter: str | None = None
     """The name of a loaded adapter to answer with."""
+    cache_salt: str = ""
+    """Prompts share what is cached of them only with prompts of the same salt."""
 
 
 class Event(NamedTuple):
@@ -119,6 +121,9 @@ class EngineOptions:
     """Threads inside an operator; None takes one per usable core."""
     prefill_chunk: int = 128
     """Prompt tokens of one request computed in one step."""
+    prefix_cache_bytes: int = 0
+    """Memory for keys and values of how prompts began, for prompts that begin alike; 0 is none. Engines
+    that cannot copy their cache do without."""
 
 
 class Engine(ABC):

@@ -20,6 +20,7 @@ from lifecycle.engines.base import (
     SamplingParams,
 )
 from lifecycle.engines.limits import check_request, check_tokens
+from lifecycle.engines.prefix_cache import CacheCopier, PrefixCache
 from lifecycle.engines.sampling import Choice, Sampler, sample
 from lifecycle.engines.scheduler import RequestState, Scheduler
 from lifecycle.errors import EngineError, RequestError
@@ -47,6 +48,10 @@ class BatchedEngine(Engine):
         self._long_context = long_context
         self._backend = backend
         self._scheduler = Scheduler(options.max_num_seqs, options.prefill_chunk)
+        self._prefixes: PrefixCache | None = None
+        if options.prefix_cache_bytes and isinstance(backend, CacheCopier):
+            budget, chunk = options.prefix_cache_bytes, options.prefill_chunk
+            self._prefixes = PrefixCache(budget, chunk, backend)
         self._adapters: dict[str, int] = {}
         self._cancelled: list[Event] = []
         self._is_open = True
@@ -65,7 +70,8 @@ class BatchedEngine(Engine):
 
     def step(self) -> list[Event]:
         events, self._cancelled = self._cancelled, []
-        batch = self._scheduler.schedule()
+        prefixes = self._prefixes
+        batch = self._scheduler.schedule(prefixes.reuse if prefixes is not None else None)
         if not batch:
             return events
         try:
@@ -75,6 +81,8 @@ class BatchedEngine(Engine):
             return events + [self._end(id, FinishReason.ERROR, str(error)) for id in failed]
         for state, row in batch:
             state.num_computed += len(row.tokens)
+            if prefixes is not None:
+                prefixes.keep(state, row)
         ready = [state for state, row in batch if row.num_logits]
         choices = sample(logits, [state.sampler for state in ready])
         return events + [self._advance(*pair) for pair in zip(ready, choices, strict=True)]
@@ -86,6 +94,11 @@ class BatchedEngine(Engine):
     @property
     def num_waiting(self) -> int:
         return len(self._scheduler.waiting)
+
+    @property
+    def prefix_cache(self) -> PrefixCache | None:
+        """What is kept of prompts, if anything is."""
+        return self._prefixes
 
     def load_adapter(self, name: str, folder: Path) -> None:
         self._require_open()
@@ -100,6 +113,9 @@ class BatchedEngine(Engine):
             raise EngineError(f"adapter '{name}' is used by {users} requests")
         self._backend.unload_adapter(slot)
         del self._adapters[name]
+        if self._prefixes is not None:
+            # Another adapter may get this slot.
+            self._prefixes.clear()
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -163,6 +179,7 @@ class BatchedEngine(Engine):
             self._is_open = False
             self._scheduler = Scheduler(self.max_num_seqs, self._prefill_chunk)
             self._cancelled = []
+            self._prefixes = None
             self._backend.close()
 
     def _run(self, total: int, on_done: Callable[[int, int], None] | None) -> list[Generation]:

@@ -62,6 +62,10 @@ def context_length(options: EngineOptions, model_limit: int) -> int:
         value = getattr(options, name)
         if value is not None and (not _is_integer(value) or value < 1):
             raise EngineError(f"{name} is {value!r}; it must be an integer, 1 or more")
+    if not _is_integer(options.prefix_cache_bytes) or options.prefix_cache_bytes < 0:
+        raise EngineError(
+            f"prefix_cache_bytes is {options.prefix_cache_bytes!r}; it must be an integer, 0 or more"
+        )
     wanted = options.max_model_len
     if wanted is None:
         return min(model_limit, DEFAULT_MODEL_LEN)
@@ -141,6 +145,8 @@ def check_request(request: Request, *, max_model_len: int, vocab_size: int) -> R
     params = check_params(request.params, vocab_size)
     if len(params.banned_token_ids | params.stop_token_ids) >= vocab_size:
         raise RequestError("banned_token_ids and stop_token_ids leave no token that could come")
+    if not isinstance(request.cache_salt, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise RequestError(f"cache_salt is {request.cache_salt!r}; it must be a string")
     prompt = check_tokens(request.prompt, most=max_model_len - 1, vocab_size=vocab_size)
     return replace(request, prompt=prompt, params=params)
 

@@ -158,6 +158,13 @@ class OrtBackend:
         # Its slot may get other weights.
         self._step = None
 
+    def read_cache(self, slot: int, start: int, stop: int) -> NDArray[Any]:
+        return np.stack([tensor[slot, :, start:stop] for tensor in self._cache.values()])
+
+    def write_cache(self, slot: int, start: int, block: NDArray[Any]) -> None:
+        for tensor, part in zip(self._cache.values(), block, strict=True):
+            tensor[slot, :, start : start + part.shape[1]] = part
+
     def close(self) -> None:
         self._graph = self._adapted = self._bank = self._step = None
         self._cache.clear()

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import heapq
 from collections import OrderedDict
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from itertools import chain
 
 from lifecycle.engines.backend import Row
@@ -38,6 +38,8 @@ class RequestState:
     adapter: int = 0
     """The adapter slot that the request is computed with; 0 is none."""
     slot: int = -1
+    prefix_keys: list[bytes] = field(default_factory=list[bytes])
+    """What the chunks of the text are kept under, as far as it was asked for."""
 
     @property
     def is_prefilling(self) -> bool:
@@ -47,6 +49,7 @@ class RequestState:
     def recompute(self) -> None:
         """Begin again with all tokens so far."""
         self.num_computed, self.num_prefill = 0, len(self.tokens)
+        self.prefix_keys.clear()
 
     def next_row(self, prefill_chunk: int) -> Row:
         """The tokens that the next step computes."""
@@ -89,8 +92,11 @@ class Scheduler:
         else:
             self.waiting.pop(request_id, None)
 
-    def schedule(self) -> list[tuple[RequestState, Row]]:
-        """Give free slots to waiting requests, then choose the rows of the next step.
+    def schedule(
+        self, reuse: Callable[[RequestState], None] | None = None
+    ) -> list[tuple[RequestState, Row]]:
+        """Give free slots to waiting requests, then choose the rows of the next step. `reuse` may
+        take a request further in its prompt, just before a chunk of it would be computed.
 
         Prompt chunks fill one chunk size per step, oldest request first: the step stays short
         for those that decode in it, and larger products would be no faster per token.
@@ -99,6 +105,8 @@ class Scheduler:
         rows: list[tuple[RequestState, Row]] = []
         budget = self._prefill_chunk
         for state in self.running.values():
+            if reuse is not None and state.is_prefilling and budget > 0:
+                reuse(state)
             row = state.next_row(self._prefill_chunk)
             if state.is_prefilling:
                 # What does not fit ends the filling: a shorter prompt must not overtake.

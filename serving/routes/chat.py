@@ -8,7 +8,15 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from serving.formats import ChatFormat
-from serving.routes.generate import adapter_of, admit, choices, respond, sampling, service_of
+from serving.routes.generate import (
+    adapter_of,
+    admit,
+    choices,
+    respond,
+    salt_of,
+    sampling,
+    service_of,
+)
 from serving.schemas import ChatBody
 
 router = APIRouter()
@@ -27,7 +35,10 @@ async def chat_completions(body: ChatBody, request: Request) -> Response:
     params = replace(params, max_tokens=room)
     request_id: str = request.state.request_id
     prompts = choices(prompt, params, body.n)
-    generation = await service.generate(request_id, prompts, body.stop, adapter=adapter_of(card))
+    salt = salt_of(request, body)
+    generation = await service.generate(
+        request_id, prompts, body.stop, adapter=adapter_of(card), salt=salt
+    )
     form = ChatFormat(
         id=request_id.replace("req_", "chatcmpl-"),
         card=card,

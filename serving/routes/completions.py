@@ -14,6 +14,7 @@ from serving.routes.generate import (
     admit,
     choices,
     respond,
+    salt_of,
     sampling,
     service_of,
 )
@@ -38,8 +39,9 @@ async def completions(body: CompletionBody, request: Request) -> Response:
         room = service.room(prompt, body.max_tokens, DEFAULT_MAX_TOKENS, "prompt")
         prompts += choices(prompt, replace(params, max_tokens=room), body.n)
     request_id: str = request.state.request_id
+    salt, adapter = salt_of(request, body), adapter_of(card)
     generation = await service.generate(
-        request_id, prompts, body.stop, continued=True, adapter=adapter_of(card)
+        request_id, prompts, body.stop, continued=True, adapter=adapter, salt=salt
     )
     form = CompletionFormat(
         id=request_id.replace("req_", "cmpl-"),

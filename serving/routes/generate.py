@@ -21,12 +21,6 @@ from serving.sse import EventStream
 
 Prompt = tuple[Sequence[int], SamplingParams]
 
-
-def service_of(request: Request) -> Service:
-    """The service of the application that a request came to."""
-    return request.app.state.service
-
-
 _NUMBERS = {
     "temperature",
     "top_p",
@@ -42,6 +36,11 @@ _NUMBERS = {
     "min_tokens",
 }
 """Fields that the engine takes as they are."""
+
+
+def service_of(request: Request) -> Service:
+    """The service of the application that a request came to."""
+    return request.app.state.service
 
 
 def admit(service: Service, body: GenerationBody, num_prompts: int) -> ModelCard:
@@ -60,6 +59,11 @@ def admit(service: Service, body: GenerationBody, num_prompts: int) -> ModelCard
 def adapter_of(card: ModelCard) -> str | None:
     """What the engine calls the adapter of a model, if it is one."""
     return card.name if card.parent else None
+
+
+def salt_of(request: Request, body: GenerationBody) -> str:
+    """What keeps the cached prompts of one client from another's."""
+    return f"{getattr(request.state, 'tenant', '')}:{body.cache_salt}"
 
 
 def sampling(service: Service, body: GenerationBody, logprobs: int | None) -> SamplingParams:

@@ -66,6 +66,16 @@ class ToyBackend:
             logits[:] = np.nan
         return logits
 
+    def read_cache(self, slot: int, start: int, stop: int) -> NDArray[np.int64]:
+        text = self.texts[slot][start:stop]
+        assert len(text) == stop - start
+        return np.array(text)
+
+    def write_cache(self, slot: int, start: int, block: NDArray[np.int64]) -> None:
+        text = self.texts.get(slot, []) if start else []
+        assert len(text) == start
+        self.texts[slot] = text + block.tolist()
+
     def close(self) -> None:
         self.closed = True
 
@@ -76,8 +86,18 @@ class ToyEngine(BatchedEngine):
     backend: ToyBackend
 
     @classmethod
-    def make(cls, max_num_seqs: int = 3, max_model_len: int = 24, prefill_chunk: int = 4):
-        options = EngineOptions(max_num_seqs=max_num_seqs, prefill_chunk=prefill_chunk)
+    def make(
+        cls,
+        max_num_seqs: int = 3,
+        max_model_len: int = 24,
+        prefill_chunk: int = 4,
+        prefix_cache_bytes: int = 0,
+    ):
+        options = EngineOptions(
+            max_num_seqs=max_num_seqs,
+            prefill_chunk=prefill_chunk,
+            prefix_cache_bytes=prefix_cache_bytes,
+        )
         backend = ToyBackend()
         engine = cls(
             backend,

@@ -6,9 +6,12 @@ from collections.abc import Iterator
 
 import httpx2 as httpx
 import pytest
+from starlette.requests import Request
 
 from serving.app import create_app
 from serving.auth import PUBLIC, ApiKeys
+from serving.routes.generate import salt_of
+from serving.schemas import GenerationBody
 from serving.settings import ServerSettings
 from tests.serving.conftest import MakeService
 from tests.serving.running import client, running
@@ -68,6 +71,18 @@ def test_right_keys(http: httpx.Client, key: str) -> None:
 
 def test_the_body_of_a_stranger_is_not_read(http: httpx.Client) -> None:
     error_of(http.post("/v1/chat/completions", content=b"{" * 100), 401)
+
+
+def test_clients_of_different_keys_share_no_cached_prompts() -> None:
+    keys = ApiKeys(KEYS)
+    tenants = [keys.tenant(f"Bearer {key}".encode().decode("latin-1")) for key in KEYS]
+    assert len({*tenants, None}) == 4 and "first-key" not in tenants
+    body = GenerationBody(model="m", cache_salt="s")
+    salts: set[str] = set()
+    for state in ({"tenant": tenants[0]}, {"tenant": tenants[1]}, {}):
+        request = Request({"type": "http", "state": state})
+        salts |= {salt_of(request, body), salt_of(request, GenerationBody(model="m"))}
+    assert len(salts) == 6
 
 
 def test_keys_are_not_kept() -> None:

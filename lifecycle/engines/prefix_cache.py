@@ -1,0 +1,106 @@
+"""Keys and values of how prompts begin, kept for prompts that begin alike: a system prompt that many
+requests share, or a conversation that goes on.
+
+A prompt is kept in whole chunks, as the engine computes it anyway, each under a hash of all tokens up
+to its end. So what a request finds is to the last bit what it would have computed.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from hashlib import blake2b
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lifecycle.engines.backend import Row
+from lifecycle.engines.scheduler import RequestState
+
+Block = NDArray[Any]
+
+
+@runtime_checkable
+class CacheCopier(Protocol):
+    """A backend whose cache can be copied by ranges of tokens."""
+
+    def read_cache(self, slot: int, start: int, stop: int) -> Block:
+        """A copy of what a slot holds of its tokens `start` to `stop`."""
+        ...
+
+    def write_cache(self, slot: int, start: int, block: Block) -> None:
+        """Put such a copy into a slot, from its token `start` on."""
+        ...
+
+
+class PrefixCache:
+    """Blocks of one chunk each under a budget of bytes; the least recently used go first."""
+
+    def __init__(self, budget: int, chunk: int, copier: CacheCopier) -> None:
+        self._budget, self._chunk, self._copier = budget, chunk, copier
+        self._blocks: OrderedDict[bytes, Block] = OrderedDict()
+        self.num_bytes = 0
+        """Held now."""
+        self.hit_tokens = 0
+        """Tokens of prompts that did not have to be computed, so far."""
+
+    def reuse(self, state: RequestState) -> None:
+        """Fill the slot of a request with the chunks that come next in its prompt and are here. One
+        token at least is left to compute: the logits after it are needed."""
+        found: list[bytes] = []
+        chunk = self._chunk
+        while (start := state.num_computed) % chunk == 0 and start + chunk < len(state.tokens):
+            key = self._key(state, start // chunk)
+            if key not in self._blocks:
+                break
+            self._copier.write_cache(state.slot, start, self._blocks[key])
+            state.num_computed += chunk
+            self.hit_tokens += chunk
+            found.append(key)
+        # A chunk is of no use without those before it, so it has to be the first to go.
+        for key in reversed(found):
+            self._blocks.move_to_end(key)
+
+    def keep(self, state: RequestState, row: Row) -> None:
+        """Keep the chunk that a step has just computed, if it was a whole one of a prompt."""
+        start, stop = row.start, row.start + len(row.tokens)
+        if start % self._chunk or len(row.tokens) != self._chunk:
+            return
+        key = self._key(state, start // self._chunk)
+        if key in self._blocks:
+            return
+        block = self._copier.read_cache(row.slot, start, stop)
+        if block.nbytes > self._budget:
+            return
+        self._blocks[key] = block
+        self.num_bytes += block.nbytes
+        for earlier in reversed(state.prefix_keys[: start // self._chunk]):
+            if earlier in self._blocks:
+                self._blocks.move_to_end(earlier)
+        while self.num_bytes > self._budget:
+            _, block = self._blocks.popitem(last=False)
+            self.num_bytes -= block.nbytes
+
+    def clear(self) -> None:
+        """Forget all."""
+        self._blocks.clear()
+        self.num_bytes = 0
+
+    def _key(self, state: RequestState, number: int) -> bytes:
+        """Of a chunk of a request's text: of its tokens and all before them, and of all else that the
+        cache depends on."""
+        keys = state.prefix_keys
+        while len(keys) <= number:
+            before = keys[-1] if keys else _root(state)
+            start = len(keys) * self._chunk
+            tokens = np.array(state.tokens[start : start + self._chunk], np.int64)
+            keys.append(blake2b(before + tokens.tobytes(), digest_size=16).digest())
+        return keys[number]
+
+
+def _root(state: RequestState) -> bytes:
+    """Requests with other salts find nothing of each other, so that none can tell by the time what
+    another has asked."""
+    salt = state.request.cache_salt.encode(errors="surrogatepass")
+    head = f"{state.adapter} {state.is_long} {len(salt)} ".encode()
+    return blake2b(head + salt, digest_size=16).digest()

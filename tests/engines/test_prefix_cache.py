@@ -1,0 +1,140 @@
+"""Prompts that begin alike are computed once, and nothing else changes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lifecycle.engines.base import EngineOptions, Request, SamplingParams
+from lifecycle.engines.ort import OnnxEngine
+from lifecycle.errors import EngineError
+from tests.engines.conftest import Model
+from tests.engines.toy import ToyEngine, continuation
+
+CHUNK = 4
+BLOCK = 8 * CHUNK
+"""Bytes of the toy's chunk."""
+FREE = SamplingParams(max_tokens=3, ignore_eos=True)
+
+
+def toy(budget: int = 100 * BLOCK, slots: int = 3) -> ToyEngine:
+    return ToyEngine.make(slots, 40, CHUNK, prefix_cache_bytes=budget)
+
+
+def run(engine: ToyEngine, prompt: list[int], salt: str = "") -> tuple[list[int], int]:
+    """The output of one request, and how many tokens of its prompt were computed."""
+    begun = len(engine.backend.steps)
+    engine.submit(Request("r", prompt, FREE, cache_salt=salt))
+    output: list[int] = []
+    while engine.num_running or engine.num_waiting:
+        output += [e.token_id for e in engine.step() if e.token_id is not None]
+    computed = sum(len(row.tokens) for rows in engine.backend.steps[begun:] for row in rows)
+    return output, computed - len(output) + 1
+
+
+def test_a_prompt_is_computed_once_but_for_its_last_chunk() -> None:
+    engine = toy()
+    prompt = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3]
+    first, computed = run(engine, prompt)
+    assert computed == 10
+    # Another ending, the same prompt, one that is all chunks, and one that ends with a chunk.
+    for text, left in (([*prompt[:9], 7], 2), (prompt, 2), (prompt[:8], 4), (prompt[:5], 1)):
+        output, computed = run(engine, text)
+        assert computed == left
+        assert output == run(toy(0), text)[0]
+    assert run(engine, prompt)[0] == first
+    assert engine.prefix_cache is not None and engine.prefix_cache.hit_tokens == 8 + 8 + 4 + 4 + 8
+
+
+def test_what_differs_early_shares_nothing_later() -> None:
+    engine = toy()
+    run(engine, [1, 2, 3, 4, 5, 6, 7, 8, 9])
+    assert run(engine, [2, 2, 3, 4, 5, 6, 7, 8, 9])[1] == 9
+
+
+def test_salts_share_nothing() -> None:
+    engine = toy()
+    prompt = [1, 2, 3, 4, 5]
+    assert [run(engine, prompt, salt)[1] for salt in ("", "a", "", "a", "b")] == [5, 5, 1, 1, 5]
+
+
+def test_requests_of_one_moment_share_too() -> None:
+    engine = toy(slots=3)
+    prompt = [1, 2, 3, 4, 5, 6, 7, 8]
+    for n in range(3):
+        engine.submit(Request(str(n), [*prompt, n], FREE))
+    while engine.num_running or engine.num_waiting:
+        engine.step()
+    rows = [row for rows in engine.backend.steps for row in rows if row.start < len(prompt)]
+    assert sum(len(row.tokens) for row in rows) == len(prompt)
+
+
+def test_the_budget_holds_and_ends_of_prompts_go_first() -> None:
+    engine = toy(budget=3 * BLOCK)
+    cache = engine.prefix_cache
+    assert cache is not None
+    system = [1, 2, 3, 4]
+    run(engine, [*system, 5, 5, 5, 5, 9])
+    for other in (6, 7, 8):
+        # The system prompt was used last each time, so the others leave before it.
+        assert run(engine, [*system, *[other] * 4, 9])[1] == 5
+        assert cache.num_bytes <= 3 * BLOCK
+    assert run(engine, [*system, *[8] * 4, 9])[1] == 1
+    assert run(toy(budget=BLOCK - 1), [*system, 9])[1] == 5
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    prompts=st.lists(st.lists(st.integers(1, 2), min_size=1, max_size=14), min_size=1, max_size=12),
+    budget=st.integers(1, 8),
+)
+def test_every_output_is_what_the_request_gets_alone(prompts: list[list[int]], budget: int) -> None:
+    engine = toy(budget=budget * BLOCK, slots=2)
+    params = SamplingParams(max_tokens=6)
+    found = engine.generate(prompts, params)
+    assert [list(each.token_ids) for each in found] == [continuation(p, 6) for p in prompts]
+
+
+def test_an_unloaded_adapter_leaves_nothing_behind() -> None:
+    engine = toy()
+    engine.backend.load_adapter = lambda folder: 1  # type: ignore[attr-defined]
+    engine.backend.unload_adapter = lambda slot: None  # type: ignore[attr-defined]
+    engine.load_adapter("a", Path("a"))
+    run(engine, [1, 2, 3, 4, 5])
+    assert engine.prefix_cache is not None and engine.prefix_cache.num_bytes == BLOCK
+    engine.unload_adapter("a")
+    assert engine.prefix_cache.num_bytes == 0
+
+
+def test_a_negative_budget_is_refused(stories: Model) -> None:
+    with pytest.raises(EngineError, match="prefix_cache_bytes is -1"):
+        OnnxEngine.open(stories.graph, EngineOptions(prefix_cache_bytes=-1))
+
+
+def test_a_real_model_gives_the_same_bits(stories: Model) -> None:
+    """Logits of every step, with and without the cache, through slots that others have used."""
+    rng = np.random.default_rng(0)
+    shared = rng.integers(3, 512, 70).tolist()
+    prompts = [[*shared, *rng.integers(3, 512, n).tolist()] for n in (1, 9, 40, 26, 3)]
+    params = SamplingParams(max_tokens=12, ignore_eos=True, logprobs=5)
+    found: list[list[object]] = []
+    for budget in (0, 1 << 24):
+        engine = OnnxEngine.open(
+            stories.graph, EngineOptions(2, 256, 1, 32, prefix_cache_bytes=budget)
+        )
+        for n, prompt in enumerate(prompts):
+            engine.submit(Request(str(n), prompt, params))
+        events: list[object] = []
+        while engine.num_running or engine.num_waiting:
+            events += [e for e in engine.step() if e.token_id is not None]
+        found.append(sorted(events, key=lambda e: e.request_id))  # type: ignore[attr-defined]
+        if budget:
+            assert engine.prefix_cache is not None
+            # 64 of the 70 shared tokens for all but the first, and 96 of none.
+            assert engine.prefix_cache.hit_tokens == 4 * 64
+        engine.close()
+    assert found[0] == found[1]
