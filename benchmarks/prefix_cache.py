@@ -1,9 +1,9 @@
 """Time to the first token of requests that share a system prompt, with the prefix cache and without.
 
-    python -m benchmarks.prefix_cache [--turns 3] [--json]
+    python -m benchmarks.prefix_cache [--slots 32] [--turns 3] [--json]
 
 A random Llama of 135M parameters in row-wise int8; 32 requests arrive at once, each with 400 shared
-tokens, 30 of its own and 16 to generate, over 8 slots. Both engines take turns in one process. `cold`
+tokens, 30 of its own and 16 to generate. Both engines take turns in one process. `cold`
 begins with an empty cache, `warm` with one that knows the prompt, as any later moment does.
 """
 
@@ -26,7 +26,7 @@ from lifecycle.graph.int8 import Int8Rowwise
 from lifecycle.graph.quantize import quantize_graph
 from lifecycle.graph.targets import Cpu
 
-REQUESTS, SHARED, OWN, OUTPUT, SLOTS = 32, 400, 30, 16, 8
+REQUESTS, SHARED, OWN, OUTPUT = 32, 400, 30, 16
 
 
 def first_tokens(engine: OnnxEngine, seed: int) -> list[float]:
@@ -49,6 +49,7 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--slots", type=int, default=REQUESTS, help="requests that run together")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as root:
@@ -59,7 +60,7 @@ def main() -> None:
         export_decoder(Path(root, "hf"), full, Cpu())
         quantize_graph(full, int8, "int8-rowwise", Int8Rowwise(8))
         without, cached = (
-            OnnxEngine.open(int8, EngineOptions(SLOTS, 512, prefix_cache_bytes=budget))
+            OnnxEngine.open(int8, EngineOptions(args.slots, 512, prefix_cache_bytes=budget))
             for budget in (0, 256 << 20)
         )
         times: dict[str, list[float]] = {"without": [], "cold": [], "warm": []}
