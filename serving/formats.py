@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from serving.generation import Answer, Delta, Token
+from serving.generation import Answer, Delta, Generation, Token
 from serving.service import ModelCard
 from serving.text import TokenTexts
 
@@ -31,12 +31,12 @@ class Format(ABC):
     object: ClassVar[str]
     chunk_object: ClassVar[str]
 
-    def whole(self, answers: Sequence[Answer], completion_tokens: int) -> Json:
+    def whole(self, answers: Sequence[Answer], generation: Generation) -> Json:
         """The response that is no stream."""
         choices = [self.choice(answer) for answer in answers]
         return self._head(self.object) | {
             "choices": choices,
-            "usage": self._usage(completion_tokens),
+            "usage": self._usage(generation),
         }
 
     def chunk(self, choices: Sequence[Json]) -> Json:
@@ -44,9 +44,9 @@ class Format(ABC):
         chunk = self._head(self.chunk_object) | {"choices": list(choices)}
         return chunk | {"usage": None} if self.include_usage else chunk
 
-    def usage_chunk(self, completion_tokens: int) -> Json:
+    def usage_chunk(self, generation: Generation) -> Json:
         """The last chunk of a stream that counts tokens."""
-        return self.chunk([]) | {"usage": self._usage(completion_tokens)}
+        return self.chunk([]) | {"usage": self._usage(generation)}
 
     @abstractmethod
     def opening(self) -> list[Json]:
@@ -66,11 +66,12 @@ class Format(ABC):
             head["system_fingerprint"] = self.card.fingerprint
         return head
 
-    def _usage(self, completion_tokens: int) -> Json:
+    def _usage(self, generation: Generation) -> Json:
         return {
             "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": completion_tokens,
-            "total_tokens": self.prompt_tokens + completion_tokens,
+            "completion_tokens": generation.completion_tokens,
+            "total_tokens": self.prompt_tokens + generation.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": generation.cached_tokens},
         }
 
 

@@ -67,6 +67,12 @@ class Generation:
         }
         self.completion_tokens = 0
         """Tokens generated so far, over all answers."""
+        self.cached_tokens = 0
+        """Tokens of the prompts that were not computed, as far as it is known."""
+        # Answers to one prompt come one after another, and the prompt is counted once.
+        before = [None, *(request.prompt for request in requests)]
+        pairs = zip(requests, before, strict=False)
+        self._counted = {request.id for request, last in pairs if request.prompt is not last}
 
     def close(self) -> None:
         """Stop generating; needed whenever the answers are not read to their end."""
@@ -100,6 +106,8 @@ class Generation:
     def _take(self, event: Event) -> Delta | None:
         """What an event adds, if it is anything to see."""
         choice = self._choices[event.request_id]
+        if event.request_id in self._counted:
+            self.cached_tokens += event.cached_tokens
         if choice.finished:
             return None
         text, tokens = "", ()

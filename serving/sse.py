@@ -45,7 +45,7 @@ async def _events(generation: Generation, form: Format, keep_alive: float) -> As
             # One write for all that a step gave, however many answers it advanced.
             yield b"".join(_frame(form.chunk([form.delta(d)])) for d in deltas) or COMMENT
         if form.include_usage:
-            yield _frame(form.usage_chunk(generation.completion_tokens))
+            yield _frame(form.usage_chunk(generation))
         yield DONE
     except ApiError as error:
         yield _frame(error.body)

@@ -98,6 +98,8 @@ class Event(NamedTuple):
     top_logprobs: tuple[tuple[int, float], ...] = ()
     finish_reason: FinishReason | None = None
     error: str = ""
+    cached_tokens: int = 0
+    """With the first token: those of the prompt that were not computed, but found in the prefix cache."""
 
 
 @dataclass(frozen=True, slots=True)

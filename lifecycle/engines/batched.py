@@ -229,9 +229,10 @@ class BatchedEngine(Engine):
                 "the model's output is not a finite number, or no token may come",
             )
         token = choice.token_id
+        cached = state.num_cached if len(state.tokens) == state.num_prompt else 0
         is_eos = token in self.eos_token_ids and not params.ignore_eos
         if is_eos or token in params.stop_token_ids:
-            return self._end(id, FinishReason.STOP)
+            return self._end(id, FinishReason.STOP)._replace(cached_tokens=cached)
         state.tokens.append(token)
         num_generated = len(state.tokens) - state.num_prompt
         is_full = num_generated >= params.max_tokens or len(state.tokens) >= self.max_model_len
@@ -249,7 +250,7 @@ class BatchedEngine(Engine):
             # All that is in the cache was rotated as in a short text.
             state.is_long = True
             state.recompute()
-        return Event(id, token, choice.logprob, choice.top_logprobs, reason)
+        return Event(id, token, choice.logprob, choice.top_logprobs, reason, cached_tokens=cached)
 
     def _end(self, request_id: str, reason: FinishReason, error: str = "") -> Event:
         self._scheduler.remove(request_id)

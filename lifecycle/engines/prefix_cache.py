@@ -55,6 +55,7 @@ class PrefixCache:
                 break
             self._copier.write_cache(state.slot, start, self._blocks[key])
             state.num_computed += chunk
+            state.num_cached += chunk
             self.hit_tokens += chunk
             found.append(key)
         # A chunk is of no use without those before it, so it has to be the first to go.

@@ -38,6 +38,8 @@ class RequestState:
     adapter: int = 0
     """The adapter slot that the request is computed with; 0 is none."""
     slot: int = -1
+    num_cached: int = 0
+    """Tokens of the prompt that the prefix cache had."""
     prefix_keys: list[bytes] = field(default_factory=list[bytes])
     """What the chunks of the text are kept under, as far as it was asked for."""
 

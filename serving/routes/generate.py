@@ -104,4 +104,4 @@ async def respond(request: Request, generation: Generation, form: Format, stream
         answers = await unless_disconnected(request.receive, generation.collect())
     finally:
         generation.close()
-    return JSONResponse(form.whole(answers, generation.completion_tokens))
+    return JSONResponse(form.whole(answers, generation))
