@@ -14,7 +14,7 @@ from lifecycle.errors import CheckpointError, RequestError
 
 FILE = "generation_config.json"
 
-_NUMBERS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+_NUMBERS = ("temperature", "top_p", "top_k", "min_p", "typical_p", "repetition_penalty")
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +25,7 @@ class Defaults:
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
+    typical_p: float = 1.0
     repetition_penalty: float = 1.0
     max_tokens: int | None = None
     """Of a chat answer; None leaves it what is left of the context."""

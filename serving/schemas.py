@@ -23,6 +23,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from lifecycle.engines.base import LONGEST_REPEAT
 from lifecycle.pipeline.suggest import did_you_mean
 
 MAX_CHOICES = 128
@@ -116,9 +117,12 @@ def _by_token(value: object) -> object:
     """JSON has no keys but strings."""
     if not isinstance(value, Mapping):
         return value
+    pairs = cast("Mapping[str, object]", value)
+    if len(pairs) > MAX_BIASES:
+        raise PydanticCustomError("logit_bias", "has more than {most}", {"most": MAX_BIASES})
     found: dict[int, object] = {}
-    for key, bias in cast("Mapping[str, object]", value).items():
-        if not (key.isascii() and key.isdecimal() and len(key) < 20):
+    for key, bias in pairs.items():
+        if not (key.isascii() and key.isdecimal() and len(key) < 20) or str(int(key)) != key:
             shown = {"key": _printable(key)}
             raise PydanticCustomError("logit_bias", "'{key}' is no token id", shown)
         found[int(key)] = bias
@@ -187,10 +191,8 @@ class GenerationBody(_Body):
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
     dry_multiplier: float | None = Field(default=None, ge=0, le=100)
     dry_base: float | None = Field(default=None, ge=1, le=100)
-    dry_allowed_length: int | None = Field(default=None, ge=1)
-    logit_bias: Annotated[
-        dict[int, Bias], Field(max_length=MAX_BIASES), BeforeValidator(_by_token)
-    ] = {}
+    dry_allowed_length: int | None = Field(default=None, ge=1, le=LONGEST_REPEAT)
+    logit_bias: Annotated[dict[int, Bias], BeforeValidator(_by_token)] = {}
     """By token id, spelled as a string as JSON wants its keys."""
     min_tokens: int | None = Field(default=None, ge=0)
     ignore_eos: bool = False

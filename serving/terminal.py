@@ -132,6 +132,7 @@ class _Conversation:
             top_p=defaults.top_p,
             top_k=defaults.top_k,
             min_p=defaults.min_p,
+            typical_p=defaults.typical_p,
             repetition_penalty=defaults.repetition_penalty,
             seed=options.seed,
         )

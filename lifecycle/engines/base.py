@@ -16,6 +16,9 @@ from typing import NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
+LONGEST_REPEAT = 64
+"""Tokens of a repetition that DRY looks at."""
+
 
 class FinishReason(StrEnum):
     """Why a request ended."""
@@ -52,15 +55,16 @@ class SamplingParams:
     dry_base: float = 1.75
     """How many times as much each token more of the repetition costs."""
     dry_allowed_length: int = 2
-    """Tokens of a repetition whose continuation costs dry_multiplier; shorter ones cost nothing."""
+    """Tokens of a repetition whose continuation costs dry_multiplier; shorter ones cost nothing. At most
+    `LONGEST_REPEAT`."""
     dry_breakers: frozenset[int] = frozenset()
-    """Tokens that no repetition reaches over."""
-    logit_bias: Mapping[int, float] = field(default_factory=dict[int, float])
+    """Tokens that no repetition reaches over; those that end the request are among them."""
+    logit_bias: Mapping[int, float] = field(default_factory=dict[int, float], hash=False)
     """Added to the logits of tokens."""
     banned_token_ids: frozenset[int] = frozenset()
     """Tokens that never come."""
     min_tokens: int = 0
-    """New tokens before one that ends the request may come."""
+    """New tokens before the request may end: no token that ends it comes, and no stop sequence counts."""
     seed: int | None = None
     """The same seed gives the same tokens whatever else is in the batch."""
     stop_token_ids: frozenset[int] = frozenset()

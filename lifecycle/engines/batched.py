@@ -237,7 +237,7 @@ class BatchedEngine(Engine):
         num_generated = len(state.tokens) - state.num_prompt
         is_full = num_generated >= params.max_tokens or len(state.tokens) >= self.max_model_len
         reason: FinishReason | None
-        if any(
+        if num_generated >= params.min_tokens and any(
             len(end) <= num_generated and tuple(state.tokens[-len(end) :]) == end
             for end in params.stop_sequences
         ):

@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from lifecycle.engines.base import EngineOptions, Request, SamplingParams
+from lifecycle.engines.base import LONGEST_REPEAT, EngineOptions, Request, SamplingParams
 from lifecycle.errors import EngineError, RequestError
 
 DEFAULT_MODEL_LEN = 2048
@@ -114,7 +114,7 @@ def check_params(params: SamplingParams, vocab_size: int) -> SamplingParams:
         "max_tokens": (1, None),
         "top_k": (0, None),
         "min_tokens": (0, None),
-        "dry_allowed_length": (1, None),
+        "dry_allowed_length": (1, LONGEST_REPEAT),
     }
     if params.seed is not None:
         integers["seed"] = (-(2**63), 2**64 - 1)

@@ -13,13 +13,13 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from lifecycle.engines.base import SamplingParams
+from lifecycle.engines.base import LONGEST_REPEAT, SamplingParams
 
 Floats = NDArray[np.float32]
 Ids = NDArray[np.int64]
 
-_LONGEST_REPEAT = 64
-"""Tokens of a repetition that DRY looks at; its penalty is beyond all logits long before."""
+_READ = 4096
+"""Last tokens of a text that DRY looks for repetitions in."""
 _MOST = 1e30
 """Of a penalty; finite in float32 also when others are added."""
 
@@ -35,7 +35,8 @@ class Adjustments:
         self._banned, self._ends = _ids(params.banned_token_ids), _ids(ends)
         self._biased = _ids(params.logit_bias)
         self._bias = np.array([params.logit_bias[i] for i in self._biased.tolist()], np.float32)
-        self._breakers = params.dry_breakers
+        # A turn of a conversation ends as the one before did, and must.
+        self._breakers = params.dry_breakers | ends
         self._counts = Counter[int]()
         self._num_output = 0
         # Made with the first token: a request that waits in line takes no memory for them.
@@ -98,7 +99,7 @@ class Adjustments:
         if self._history is None:
             self._history = np.array(self._prompt, np.int64)
         history = self._history[: len(self._prompt) + self._num_output]
-        tokens, lengths = continuations(history, self._breakers)
+        tokens, lengths = continuations(history[-_READ:], self._breakers)
         counted = lengths >= params.dry_allowed_length
         tokens, lengths = tokens[counted], lengths[counted]
         powers = np.float64(params.dry_base) ** (lengths - params.dry_allowed_length)
@@ -114,7 +115,7 @@ def continuations(history: Ids, breakers: frozenset[int]) -> tuple[Ids, Ids]:
     and a breaker continues none."""
     none = np.empty(0, np.int64)
     last = len(history) - 1
-    recent = history[::-1][:_LONGEST_REPEAT].tolist()
+    recent = history[::-1][:LONGEST_REPEAT].tolist()
     unbroken = next((i for i, token in enumerate(recent) if token in breakers), len(recent))
     if last < 1 or unbroken == 0:
         return none, none

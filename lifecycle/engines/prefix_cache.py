@@ -65,7 +65,8 @@ class PrefixCache:
     def keep(self, state: RequestState, row: Row) -> None:
         """Keep the chunk that a step has just computed, if it was a whole one of a prompt."""
         start, stop = row.start, row.start + len(row.tokens)
-        if start % self._chunk or len(row.tokens) != self._chunk:
+        is_whole = start % self._chunk == 0 and len(row.tokens) == self._chunk
+        if not is_whole or start >= state.num_prefill:
             return
         key = self._key(state, start // self._chunk)
         if key in self._blocks:

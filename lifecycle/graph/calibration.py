@@ -33,8 +33,8 @@ class Inputs:
     missed: Floats
     """Dᵀ·X, [in, in]."""
     missed_beside: Floats | None
-    """The same of what is added to the product's output, which has its errors too, [out, in]; None if
-    nothing is."""
+    """The same of what is added to the product's output by the next operator, which has its errors too,
+    [out, in]; None if nothing is, as where a norm or a factor stands between."""
 
 
 class Calibration:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
@@ -12,6 +10,7 @@ from serving.routes.generate import (
     adapter_of,
     admit,
     choices,
+    limited,
     respond,
     salt_of,
     sampling,
@@ -32,7 +31,7 @@ async def chat_completions(body: ChatBody, request: Request) -> Response:
     params = sampling(service, body, body.top_logprobs if body.logprobs else None)
     asked = body.max_completion_tokens or body.max_tokens
     room = service.room(prompt, asked, service.defaults.max_tokens, "messages")
-    params = replace(params, max_tokens=room)
+    params = limited(params, room)
     request_id: str = request.state.request_id
     prompts = choices(prompt, params, body.n)
     salt = salt_of(request, body)

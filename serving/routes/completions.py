@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
@@ -13,6 +11,7 @@ from serving.routes.generate import (
     adapter_of,
     admit,
     choices,
+    limited,
     respond,
     salt_of,
     sampling,
@@ -36,8 +35,9 @@ async def completions(body: CompletionBody, request: Request) -> Response:
     params = sampling(service, body, body.logprobs)
     prompts: list[Prompt] = []
     for prompt in tokens:
-        room = service.room(prompt, body.max_tokens, DEFAULT_MAX_TOKENS, "prompt")
-        prompts += choices(prompt, replace(params, max_tokens=room), body.n)
+        default = max(DEFAULT_MAX_TOKENS, params.min_tokens)
+        room = service.room(prompt, body.max_tokens, default, "prompt")
+        prompts += choices(prompt, limited(params, room), body.n)
     request_id: str = request.state.request_id
     salt, adapter = salt_of(request, body), adapter_of(card)
     generation = await service.generate(

@@ -10,7 +10,7 @@ from fastapi.responses import JSONResponse
 from starlette.responses import Response
 
 from lifecycle.engines.base import SamplingParams
-from serving.errors import model_not_found
+from serving.errors import bad_request, model_not_found
 from serving.formats import Format
 from serving.generation import Generation
 from serving.http import unless_disconnected
@@ -75,6 +75,7 @@ def sampling(service: Service, body: GenerationBody, logprobs: int | None) -> Sa
         "top_p": defaults.top_p,
         "top_k": defaults.top_k,
         "min_p": defaults.min_p,
+        "typical_p": defaults.typical_p,
         "repetition_penalty": defaults.repetition_penalty,
     } | given
     values["top_k"] = max(values["top_k"], 0)
@@ -86,6 +87,20 @@ def sampling(service: Service, body: GenerationBody, logprobs: int | None) -> Sa
         ignore_eos=body.ignore_eos,
         logprobs=logprobs,
     )
+
+
+def limited(params: SamplingParams, room: int) -> SamplingParams:
+    """The parameters with room for so many tokens.
+
+    Raises:
+        ApiError: more are asked for.
+    """
+    if params.min_tokens > room:
+        raise bad_request(
+            f"min_tokens is {params.min_tokens}, but the answer may have {room} tokens at most",
+            param="min_tokens",
+        )
+    return replace(params, max_tokens=room)
 
 
 def choices(prompt: Sequence[int], params: SamplingParams, n: int) -> list[Prompt]:

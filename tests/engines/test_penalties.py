@@ -134,6 +134,19 @@ def test_a_stop_sequence_ends_the_output_that_ends_with_it() -> None:
     assert list(found.token_ids) == rest[:4] and found.finish_reason is FinishReason.LENGTH
 
 
+def test_dry_lets_a_turn_end_as_the_one_before_did() -> None:
+    found = adjusted({"dry_multiplier": 1.0}, [5, 6, 7, 9, 5, 6], [], ends=(7,))
+    np.testing.assert_array_equal(found, LOGITS)
+    assert adjusted({"dry_multiplier": 1.0}, [5, 6, 7, 9, 5, 6], [])[7] == LOGITS[7] - 1
+
+
+def test_no_stop_sequence_counts_before_min_tokens() -> None:
+    whole = next(text for p in range(1, VOCAB) if len(text := [p, *continuation([p], 20)]) > 6)
+    params = SamplingParams(max_tokens=5, min_tokens=3, stop_sequences=((whole[2],),))
+    (found,) = ToyEngine.make(max_model_len=64).generate([whole[:1]], params)
+    assert len(found.token_ids) >= 3
+
+
 @pytest.mark.parametrize("name", ["repetition_penalty", "dry_multiplier"])
 def test_a_request_that_waits_takes_no_memory_for_its_penalties(name: str) -> None:
     params: dict[str, Any] = {name: 1.1}

@@ -110,6 +110,47 @@ def test_every_output_is_what_the_request_gets_alone(prompts: list[list[int]], b
     assert [list(each.token_ids) for each in found] == [continuation(p, 6) for p in prompts]
 
 
+def test_adapters_share_nothing_with_each_other_or_with_none() -> None:
+    engine = toy()
+    slots = iter((1, 2))
+    engine.backend.load_adapter = lambda folder: next(slots)  # type: ignore[attr-defined]
+    for name in ("a", "b"):
+        engine.load_adapter(name, Path(name))
+    found: list[int] = []
+    for name in (None, "a", "b", None, "a"):
+        engine.submit(Request("r", [1, 2, 3, 4, 5], FREE, adapter=name))
+        cached = 0
+        while engine.num_running or engine.num_waiting:
+            cached += sum(event.cached_tokens for event in engine.step())
+        found.append(cached)
+    assert found == [0, 0, 0, 4, 4]
+
+
+def test_texts_beyond_the_first_context_share_nothing_with_short_ones() -> None:
+    engine = toy()
+    engine._long_context = 10  # pyright: ignore[reportPrivateUsage]
+    prompt = [1, 2, 3, 4, 5, 6, 7, 8, 9]
+    assert run(engine, prompt[:5])[1] == 5
+    # Grows past it with its second token: all of it is computed anew, as a long text.
+    engine.submit(Request("r", prompt, FREE))
+    while engine.num_running or engine.num_waiting:
+        engine.step()
+    anew = [r for rows in engine.backend.steps for r in rows if r.is_long and len(r.tokens) > 1]
+    assert sum(len(row.tokens) for row in anew) >= 8
+    begun = len(engine.backend.steps)
+    long = [*prompt, 1, 1, 1]
+    run(engine, long)
+    starts = [row.start for rows in engine.backend.steps[begun:] for row in rows]
+    assert min(starts) == 8  # What the long text before left, and nothing of the short ones.
+    assert run(engine, prompt[:6])[0] == run(toy(0), prompt[:6])[0]
+
+
+def test_what_is_generated_is_not_kept() -> None:
+    engine = ToyEngine.make(2, 40, prefill_chunk=1, prefix_cache_bytes=100 * BLOCK)
+    run(engine, [1, 2, 3])
+    assert engine.prefix_cache is not None and engine.prefix_cache.num_bytes == 3 * 8
+
+
 def test_an_unloaded_adapter_leaves_nothing_behind() -> None:
     engine = toy()
     engine.backend.load_adapter = lambda folder: 1  # type: ignore[attr-defined]
