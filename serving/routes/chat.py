@@ -6,16 +6,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from serving.formats import ChatFormat
-from serving.routes.generate import (
-    adapter_of,
-    admit,
-    choices,
-    limited,
-    respond,
-    salt_of,
-    sampling,
-    service_of,
-)
+from serving.routes.generate import admit, begin, choices, limited, respond, sampling, service_of
 from serving.schemas import ChatBody
 
 router = APIRouter()
@@ -34,10 +25,7 @@ async def chat_completions(body: ChatBody, request: Request) -> Response:
     params = limited(params, room)
     request_id: str = request.state.request_id
     prompts = choices(prompt, params, body.n)
-    salt = salt_of(request, body)
-    generation = await service.generate(
-        request_id, prompts, body.stop, adapter=adapter_of(card), salt=salt
-    )
+    generation = await begin(request, body, card, prompts)
     form = ChatFormat(
         id=request_id.replace("req_", "chatcmpl-"),
         card=card,

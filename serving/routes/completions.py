@@ -8,12 +8,11 @@ from starlette.responses import Response
 from serving.formats import CompletionFormat
 from serving.routes.generate import (
     Prompt,
-    adapter_of,
     admit,
+    begin,
     choices,
     limited,
     respond,
-    salt_of,
     sampling,
     service_of,
 )
@@ -39,10 +38,7 @@ async def completions(body: CompletionBody, request: Request) -> Response:
         room = service.room(prompt, body.max_tokens, default, "prompt")
         prompts += choices(prompt, limited(params, room), body.n)
     request_id: str = request.state.request_id
-    salt, adapter = salt_of(request, body), adapter_of(card)
-    generation = await service.generate(
-        request_id, prompts, body.stop, continued=True, adapter=adapter, salt=salt
-    )
+    generation = await begin(request, body, card, prompts, continued=True)
     form = CompletionFormat(
         id=request_id.replace("req_", "cmpl-"),
         card=card,

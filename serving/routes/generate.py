@@ -56,11 +56,6 @@ def admit(service: Service, body: GenerationBody, num_prompts: int) -> ModelCard
     return card
 
 
-def adapter_of(card: ModelCard) -> str | None:
-    """What the engine calls the adapter of a model, if it is one."""
-    return card.name if card.parent else None
-
-
 def salt_of(request: Request, body: GenerationBody) -> str:
     """What keeps the cached prompts of one client from another's."""
     return f"{getattr(request.state, 'tenant', '')}:{body.cache_salt}"
@@ -101,6 +96,26 @@ def limited(params: SamplingParams, room: int) -> SamplingParams:
             param="min_tokens",
         )
     return replace(params, max_tokens=room)
+
+
+async def begin(
+    request: Request,
+    body: GenerationBody,
+    card: ModelCard,
+    prompts: Sequence[Prompt],
+    *,
+    continued: bool = False,
+) -> Generation:
+    """Begin to answer prompts as the model that the request names, for the client that sent it; see
+    `Service.generate`."""
+    return await service_of(request).generate(
+        request.state.request_id,
+        prompts,
+        body.stop,
+        continued=continued,
+        adapter=card.name if card.parent else None,
+        salt=salt_of(request, body),
+    )
 
 
 def choices(prompt: Sequence[int], params: SamplingParams, n: int) -> list[Prompt]:
