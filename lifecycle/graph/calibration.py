@@ -79,8 +79,8 @@ class Calibration:
             return None
         x, beside = self._reads[product], self._added_to(product)
         names = [x] if beside is None else [x, beside]
-        now = self._values(names, self._replaced, [batch.live for batch in pieces.batches])
-        exact = self._values(names, {}, self._exact or [batch.live for batch in pieces.batches])
+        now = self._values(names, self._replaced, self._live)
+        exact = self._values(names, {}, self._exact or self._live)
         sums: dict[str, Floats] = {}
 
         def add(name: str, left: Floats, right: Floats) -> None:
@@ -172,7 +172,7 @@ class Calibration:
         """Run the piece as it is, and measure what its products read."""
         pieces, at = self._pieces, self._at
         wanted = list(dict.fromkeys(node.input[0] for node in pieces.products(at)))
-        for found in self._values(wanted, {}, [batch.live for batch in pieces.batches]):
+        for found in self._values(wanted, {}, self._live):
             for name, x in found.items():
                 value = measure(_rows(x))
                 before = self._measured.get((kind, name))
@@ -206,6 +206,11 @@ class Calibration:
         return others[0] if len(operands) == 1 and others else None
 
     @property
+    def _live(self) -> list[Values]:
+        """What is live before the current piece."""
+        return [batch.live for batch in self._pieces.batches]
+
+    @property
     def _tokens(self) -> int:
         return sum(len(batch.inputs["input_ids"]) for batch in self._pieces.batches)
 
@@ -215,10 +220,10 @@ class Calibration:
             return
         pieces = self._pieces
         if self._exact is None and self._replaced:
-            self._exact = [batch.live for batch in pieces.batches]
+            self._exact = self._live
         if self._exact is not None:
             self._exact = self._stepped({}, self._exact)
-        after = self._stepped(self._replaced, [batch.live for batch in pieces.batches])
+        after = self._stepped(self._replaced, self._live)
         for batch, live in zip(pieces.batches, after, strict=True):
             batch.live = live
         self._replaced.clear()
