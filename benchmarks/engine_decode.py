@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.peers import Worker, cache_dir, environment
-from benchmarks.random_llama import SMOLLM2_135M, write_llama
+from benchmarks.random_llama import SMOLLM2_135M, kept_llama
 from lifecycle.engines.base import Engine, EngineOptions, Request, SamplingParams
 from lifecycle.engines.ort import OnnxEngine
 from lifecycle.graph.blockwise import Blockwise
@@ -132,9 +132,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
     folder = cache_dir() / "llama-135m"
-    checkpoint = folder / "hf"
-    if not (checkpoint / "model.safetensors").is_file():
-        write_llama(checkpoint, SMOLLM2_135M)
+    checkpoint = kept_llama(folder, SMOLLM2_135M)
     python = environment("onnxruntime-genai", PEER)
     peer_folder = peer_model(folder, checkpoint, python, args.threads)
     options = EngineOptions(max(args.batch), threads=args.threads)

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.peers import cache_dir
-from benchmarks.random_llama import SMOLLM2_135M, write_llama
+from benchmarks.random_llama import SMOLLM2_135M, kept_llama
 from lifecycle.engines.backend import Row
 from lifecycle.engines.base import EngineOptions, SamplingParams
 from lifecycle.engines.decoder import DecoderInfo
@@ -157,8 +157,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
     folder = cache_dir() / "llama-135m"
-    if not (folder / "hf" / "model.safetensors").is_file():
-        write_llama(folder / "hf", SMOLLM2_135M)
+    kept_llama(folder, SMOLLM2_135M)
     models = make(folder / "kv_cache", folder / "hf", Int8Rowwise(7))
     steps = step_times(models, args.turns, args.threads)
     memory = {name: bytes_per_token(path) for name, path in models.items()}

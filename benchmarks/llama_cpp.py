@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from benchmarks.peers import HERE, Worker, cache_dir, environment
-from benchmarks.random_llama import SMOLLM2_135M, write_llama
+from benchmarks.random_llama import SMOLLM2_135M, kept_llama
 from lifecycle.engines.base import Engine, EngineOptions, Request, SamplingParams
 from lifecycle.engines.ort import OnnxEngine
 from lifecycle.graph.blockwise import Blockwise
@@ -151,9 +151,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
     folder = cache_dir() / "llama-135m"
-    checkpoint = folder / "hf"
-    if not (checkpoint / "model.safetensors").is_file():
-        write_llama(checkpoint, SMOLLM2_135M)
+    checkpoint = kept_llama(folder, SMOLLM2_135M)
     python = environment("llama-cpp", PEER, BUILD)
     stored = peer_models(folder / "gguf", checkpoint, python)
     options = EngineOptions(max(work.batch for work in WORK.values()), threads=args.threads)

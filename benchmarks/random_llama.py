@@ -34,6 +34,14 @@ QWEN_HALF_BILLION: dict[str, Any] = {
 }
 
 
+def kept_llama(folder: Path, shape: dict[str, Any]) -> Path:
+    """The checkpoint in `folder / "hf"`, written on the first call."""
+    checkpoint = folder / "hf"
+    if not (checkpoint / "model.safetensors").is_file():
+        write_llama(checkpoint, shape)
+    return checkpoint
+
+
 def write_llama(folder: Path, shape: dict[str, Any], dtype: DType = "F32", seed: int = 0) -> None:
     """Write `config.json` and `model.safetensors` of a Llama of `shape`, normally distributed."""
     folder.mkdir(parents=True, exist_ok=True)
