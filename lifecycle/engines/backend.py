@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
+
+Block = NDArray[Any]
+"""Keys and values of a range of tokens, as a backend keeps them."""
 
 
 class Row(NamedTuple):
@@ -54,4 +57,32 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """Free the model and its caches."""
+        ...
+
+
+@runtime_checkable
+class CacheBackend(Backend, Protocol):
+    """A backend whose cache can be copied by ranges of tokens, and that takes rows which begin before
+    the end of what their slot holds: what stands behind is forgotten."""
+
+    @property
+    def bytes_per_token(self) -> int:
+        """What keys and values of one token take."""
+        ...
+
+    def read_cache(self, slot: int, start: int, stop: int) -> Block:
+        """A copy of what a slot holds of its tokens `start` to `stop`."""
+        ...
+
+    def write_cache(self, slot: int, start: int, block: Block) -> None:
+        """Put such a copy into a slot, from its token `start` on."""
+        ...
+
+    def copy_cache(self, source: int, target: int, stop: int) -> None:
+        """Let a slot hold the first `stop` tokens that another one holds."""
+        ...
+
+    def forget(self, slot: int, before: int | None = None) -> None:
+        """Give memory back: that of all that a slot holds, or of what it holds before a token that
+        nothing looks back beyond."""
         ...

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import NamedTuple, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,8 @@ class FinishReason(StrEnum):
     STOP = "stop"
     LENGTH = "length"
     CANCELLED = "cancelled"
+    TIMEOUT = "timeout"
+    """Its time was over (`Request.timeout`)."""
     ERROR = "error"
 
 
@@ -74,6 +76,38 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None
     """Report the chosen token's log-probability and that many alternatives."""
+    prompt_logprobs: int | None = None
+    """Report the same of the prompt's tokens, from `prompt_logprobs_from` on; `max_tokens` may be 0 then."""
+    prompt_logprobs_from: int = 1
+    """Index of the first token of the prompt that is scored; the very first has nothing before it."""
+
+
+class Constraint(Protocol):
+    """What the output of one request must be: a grammar, with its place in it. It counts the tokens that
+    were chosen, so each request needs its own."""
+
+    def mask(self) -> NDArray[np.bool_]:
+        """The tokens that may come next, [vocab_size]; what ends the request is among them where
+        the output may end."""
+        ...
+
+    def accept(self, token: int) -> None:
+        """Take note of a chosen token, one that the mask allows.
+
+        Raises:
+            RequestError: the grammar has grown beyond its limits.
+        """
+        ...
+
+    def forced(self) -> Sequence[int]:
+        """The tokens that must come next; the engine does not ask the model about them, and calls
+        `accept` for each."""
+        ...
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether nothing can follow what was accepted."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +121,24 @@ class Request:
     """The name of a loaded adapter to answer with."""
     cache_salt: str = ""
     """Prompts share what is cached of them only with prompts of the same salt."""
+    priority: int = 0
+    """Lower ones go first, and take the slots of higher ones, which go on where they were."""
+    tenant: str = ""
+    """Whom the request is for: among requests of one priority that wait, those go first whose tenant
+    has had the fewest tokens."""
+    timeout: float | None = None
+    """Seconds after its submission at which the request ends."""
+    constraint: Constraint | None = field(default=None, compare=False)
+    """What the output must be; used by this request alone."""
+
+
+class PromptLogprob(NamedTuple):
+    """How likely one token of a prompt was to the model."""
+
+    logprob: float
+    rank: int
+    """1 for the most likely token of its place, 2 for the next."""
+    top_logprobs: tuple[tuple[int, float], ...] = ()
 
 
 class Event(NamedTuple):
@@ -104,6 +156,8 @@ class Event(NamedTuple):
     error: str = ""
     cached_tokens: int = 0
     """With the first token: those of the prompt that were not computed, but found in the prefix cache."""
+    prompt_logprobs: tuple[PromptLogprob, ...] = ()
+    """With the first token, where asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +167,44 @@ class Generation:
     token_ids: tuple[int, ...]
     finish_reason: FinishReason
     logprobs: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """How likely a continuation is to the model."""
+
+    logprob: float
+    """The sum over its tokens, natural logarithm."""
+    is_greedy: bool
+    """Whether each of its tokens is the most likely one of its place."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """What an engine holds now, and what it has done since it was opened."""
+
+    num_running: int
+    num_waiting: int
+    cache_tokens: int
+    """Tokens whose keys and values are held for requests."""
+    cache_bytes: int
+    """What they take; 0 where the engine cannot tell."""
+    cache_capacity_bytes: int
+    """What they may take at most."""
+    prefix_bytes: int
+    """Held by the prefix cache."""
+    prefix_hit_tokens: int
+    prefix_query_tokens: int
+    """Tokens of prompts that were looked for."""
+    steps: int
+    prompt_tokens: int
+    """Computed, not found."""
+    generated_tokens: int
+    preemptions: int
+    draft_tokens: int
+    """Guessed, and computed with the token before them."""
+    accepted_tokens: int
+    """Of those, the ones that were right."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +222,15 @@ class EngineOptions:
     prefix_cache_bytes: int = 0
     """Memory for keys and values of how prompts began, for prompts that begin alike; 0 is none. Engines
     that cannot copy their cache do without."""
+    kv_cache_bytes: int | None = None
+    """Memory for keys and values of requests; None is room for every slot's whole context. Where it is
+    full, the requests that came last give up theirs and compute it anew later."""
+    max_stall: float | None = 2.5
+    """Where requests decode, a step that computes prompts too takes at most so many times as long as one
+    that does not, as far as 16 tokens of a prompt allow; None is no bound."""
+    draft_tokens: int = 0
+    """Most tokens of a request guessed per step from what its text holds already (prompt lookup); the
+    output stays what it is without."""
 
 
 class Engine(ABC):
@@ -164,7 +265,8 @@ class Engine(ABC):
 
     @abstractmethod
     def step(self) -> list[Event]:
-        """Run the model once over all that can advance; at most one token per request."""
+        """Run the model once over all that can advance. A request gets one token, or more where
+        drafts were right or a constraint leaves no choice."""
 
     @abstractmethod
     def load_adapter(self, name: str, folder: Path) -> None:
@@ -198,6 +300,25 @@ class Engine(ABC):
     @abstractmethod
     def num_waiting(self) -> int:
         """Requests that wait for a slot."""
+
+    @property
+    @abstractmethod
+    def stats(self) -> EngineStats:
+        """Figures for monitoring; cheap."""
+
+    @abstractmethod
+    def score(
+        self,
+        pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
+        on_done: Callable[[int, int], None] | None = None,
+    ) -> list[Score]:
+        """How likely each continuation is after its context, (context, continuation), batched; contexts
+        that begin alike are computed once where there is a prefix cache. Needs an idle engine.
+
+        Raises:
+            RequestError: a context or continuation is empty, or the two exceed the context length.
+            EngineError: as `generate`.
+        """
 
     @abstractmethod
     def logits(self, token_ids: Sequence[int], adapter: str | None = None) -> NDArray[np.float32]:

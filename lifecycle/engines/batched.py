@@ -3,27 +3,40 @@ samplers choose."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import heapq
+import time
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from math import inf
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lifecycle.engines.backend import Backend, Row
+from lifecycle.engines.backend import Backend, CacheBackend, Row
 from lifecycle.engines.base import (
     Engine,
     EngineOptions,
+    EngineStats,
     Event,
     FinishReason,
     Generation,
     Request,
     SamplingParams,
+    Score,
 )
 from lifecycle.engines.limits import check_request, check_tokens
-from lifecycle.engines.prefix_cache import CacheCopier, PrefixCache
-from lifecycle.engines.sampling import Choice, Sampler, sample
-from lifecycle.engines.scheduler import RequestState, Scheduler
+from lifecycle.engines.pace import Pace
+from lifecycle.engines.prefix_cache import PrefixCache
+from lifecycle.engines.progress import Progress, failed
+from lifecycle.engines.sampling import Floats, Sampler, largest
+from lifecycle.engines.scheduler import Batch, Scheduler
+from lifecycle.engines.speculation import Speculation
+from lifecycle.engines.state import RequestState
 from lifecycle.errors import EngineError, RequestError
+
+_FORGET_EVERY = 256
+"""Tokens of a request between two times that memory behind its window is given back."""
 
 
 class BatchedEngine(Engine):
@@ -38,22 +51,34 @@ class BatchedEngine(Engine):
         max_model_len: int,
         eos_token_ids: frozenset[int],
         long_context: int | None = None,
+        sliding_window: int | None = None,
     ) -> None:
-        """Texts of more than `long_context` tokens are long (see `Row.is_long`)."""
+        """
+        Args:
+            long_context: texts of more tokens are long (see `Row.is_long`).
+            sliding_window: tokens that every layer looks back on at most; None if some layer sees all.
+        """
         self.vocab_size = vocab_size
         self.max_model_len = max_model_len
         self.max_num_seqs = options.max_num_seqs
         self.eos_token_ids = eos_token_ids
-        self._prefill_chunk = options.prefill_chunk
-        self._long_context = long_context
+        self._options = options
         self._backend = backend
-        self._scheduler = Scheduler(options.max_num_seqs, options.prefill_chunk)
+        self._cache = backend if isinstance(backend, CacheBackend) else None
+        self._window = sliding_window
+        self._progress = Progress(eos_token_ids, max_model_len, long_context)
+        self._pace = Pace()
+        most = options.draft_tokens if self._cache is not None else 0
+        self._speculation = Speculation(most, max_model_len)
         self._prefixes: PrefixCache | None = None
-        if options.prefix_cache_bytes and isinstance(backend, CacheCopier):
+        if options.prefix_cache_bytes and self._cache is not None:
             budget, chunk = options.prefix_cache_bytes, options.prefill_chunk
-            self._prefixes = PrefixCache(budget, chunk, backend)
+            self._prefixes = PrefixCache(budget, chunk, self._cache)
+        self._scheduler = self._make_scheduler()
         self._adapters: dict[str, int] = {}
         self._cancelled: list[Event] = []
+        self._deadlines: list[tuple[float, str]] = []
+        self._steps = self._prompt_tokens = self._generated_tokens = 0
         self._is_open = True
 
     def submit(self, request: Request) -> None:
@@ -62,30 +87,40 @@ class BatchedEngine(Engine):
         is_ending = any(event.request_id == request.id for event in self._cancelled)
         if is_ending or request.id in self._scheduler:
             raise RequestError(f"the request id {request.id!r} is in use")
-        self._scheduler.add(self._state(request))
+        self._add(self._state(request))
 
     def cancel(self, request_id: str) -> None:
-        if request_id in self._scheduler:
-            self._cancelled.append(self._end(request_id, FinishReason.CANCELLED))
+        if (state := self._scheduler.find(request_id)) is not None:
+            self._scheduler.remove(state)
+            self._cancelled.append(Event(request_id, finish_reason=FinishReason.CANCELLED))
 
     def step(self) -> list[Event]:
-        events, self._cancelled = self._cancelled, []
-        prefixes = self._prefixes
-        batch = self._scheduler.schedule(prefixes.reuse if prefixes is not None else None)
+        events, self._cancelled = self._cancelled + self._expired(), []
+        batch = self._schedule()
         if not batch:
             return events
+        begun = time.perf_counter()
         try:
             logits = self._backend.forward([row for _, row in batch])
-        except EngineError as error:
-            failed = [state.request.id for state, _ in batch]
-            return events + [self._end(id, FinishReason.ERROR, str(error)) for id in failed]
+        except (EngineError, MemoryError) as error:
+            for state, _ in batch:
+                self._scheduler.remove(state)
+            text = str(error) or "no memory for the step"
+            return events + [failed(state, text) for state, _ in batch]
+        self._account(batch, time.perf_counter() - begun)
+        best, tops = largest(logits)
+        start = 0
         for state, row in batch:
-            state.num_computed += len(row.tokens)
-            if prefixes is not None:
-                prefixes.keep(state, row)
-        ready = [state for state, row in batch if row.num_logits]
-        choices = sample(logits, [state.sampler for state in ready])
-        return events + [self._advance(*pair) for pair in zip(ready, choices, strict=True)]
+            end = start + row.num_logits
+            if end > start:
+                twins = self._share(state)
+                events += self._tell(state, logits[start:end], best[start:end], tops[start:end])
+                for twin in twins:
+                    events += self._tell(
+                        twin, logits[end - 1 : end], best[end - 1 : end], tops[end - 1 : end]
+                    )
+            start = end
+        return events
 
     @property
     def num_running(self) -> int:
@@ -94,6 +129,28 @@ class BatchedEngine(Engine):
     @property
     def num_waiting(self) -> int:
         return len(self._scheduler.waiting)
+
+    @property
+    def stats(self) -> EngineStats:
+        cache, prefixes, tally = self._cache, self._prefixes, self._speculation.tally
+        tokens, per_token = self._scheduler.cache_tokens, cache.bytes_per_token if cache else 0
+        most = self._max_cache_tokens()
+        return EngineStats(
+            num_running=self.num_running,
+            num_waiting=self.num_waiting,
+            cache_tokens=tokens,
+            cache_bytes=tokens * per_token,
+            cache_capacity_bytes=per_token * most,
+            prefix_bytes=prefixes.num_bytes if prefixes else 0,
+            prefix_hit_tokens=prefixes.hit_tokens if prefixes else 0,
+            prefix_query_tokens=prefixes.query_tokens if prefixes else 0,
+            steps=self._steps,
+            prompt_tokens=self._prompt_tokens,
+            generated_tokens=self._generated_tokens,
+            preemptions=self._scheduler.num_preemptions,
+            draft_tokens=tally.guessed,
+            accepted_tokens=tally.right,
+        )
 
     @property
     def prefix_cache(self) -> PrefixCache | None:
@@ -126,8 +183,8 @@ class BatchedEngine(Engine):
         slot = self.adapter_slot(adapter)
         tokens = check_tokens(token_ids, most=self.max_model_len, vocab_size=self.vocab_size)
         result = np.empty((len(tokens), self.vocab_size), dtype=np.float32)
-        for start in range(0, len(tokens), self._prefill_chunk):
-            chunk = tokens[start : start + self._prefill_chunk]
+        for start in range(0, len(tokens), self._options.prefill_chunk):
+            chunk = tokens[start : start + self._options.prefill_chunk]
             row = Row(0, start, chunk, len(chunk), self.is_long(tokens), slot)
             result[start : start + len(chunk)] = self._backend.forward([row])
         return result
@@ -140,7 +197,7 @@ class BatchedEngine(Engine):
 
     def is_long(self, tokens: Sequence[int]) -> bool:
         """What `Row.is_long` must be for the rows of a text."""
-        return self._long_context is not None and len(tokens) > self._long_context
+        return self._progress.is_long(len(tokens))
 
     def adapter_slot(self, name: str | None) -> int:
         """The slot of a loaded adapter, as in `Row.adapter`; 0 for none.
@@ -166,20 +223,46 @@ class BatchedEngine(Engine):
             params = [params] * len(prompts)
         pairs = zip(prompts, params, strict=True)
         requests = [Request(str(index), *pair) for index, pair in enumerate(pairs)]
-        for state in [self._state(request) for request in requests]:
-            self._scheduler.add(state)
-        try:
+        with self._running(requests):
             return self._run(len(prompts), on_done)
-        finally:
-            for request in requests:
-                self._scheduler.remove(request.id)
+
+    def score(
+        self,
+        pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
+        on_done: Callable[[int, int], None] | None = None,
+    ) -> list[Score]:
+        self._require_idle()
+        requests: list[Request] = []
+        for index, (context, continuation) in enumerate(pairs):
+            if not len(context) or not len(continuation):
+                empty = "continuation" if len(context) else "context"
+                raise RequestError(
+                    f"pair {index} has an empty {empty}; it needs at least one token"
+                )
+            params = SamplingParams(
+                max_tokens=0, prompt_logprobs=0, prompt_logprobs_from=len(context)
+            )
+            requests.append(Request(str(index), [*context, *continuation], params))
+        found: dict[int, Score] = {}
+        with self._running(requests):
+            while len(found) < len(requests):
+                for event in self.step():
+                    index = int(event.request_id)
+                    if event.finish_reason is FinishReason.ERROR:
+                        raise EngineError(f"pair {index}: {event.error}")
+                    parts = event.prompt_logprobs
+                    is_greedy = all(part.rank == 1 for part in parts)
+                    found[index] = Score(sum(part.logprob for part in parts), is_greedy)
+                    if on_done is not None:
+                        on_done(len(found), len(requests))
+        return [found[index] for index in range(len(requests))]
 
     def close(self) -> None:
         if self._is_open:
             self._is_open = False
-            self._scheduler = Scheduler(self.max_num_seqs, self._prefill_chunk)
             self._cancelled = []
-            self._prefixes = None
+            self._prefixes = self._cache = None
+            self._scheduler = self._make_scheduler()
             self._backend.close()
 
     def _run(self, total: int, on_done: Callable[[int, int], None] | None) -> list[Generation]:
@@ -210,51 +293,135 @@ class BatchedEngine(Engine):
         ends = params.stop_token_ids
         if not params.ignore_eos:
             ends |= self.eos_token_ids
-        sampler = Sampler(params, request.prompt, self.vocab_size, ends)
+        sampler = Sampler(params, request.prompt, self.vocab_size, ends, request.constraint)
         tokens, count = list(request.prompt), len(request.prompt)
         try:
             slot = self.adapter_slot(request.adapter)
         except EngineError as error:
             raise RequestError(str(error)) from None
         is_long = self.is_long(tokens)
-        return RequestState(request, sampler, tokens, count, count, is_long=is_long, adapter=slot)
+        state = RequestState(request, sampler, tokens, count, count, is_long=is_long, adapter=slot)
+        state.twin_key = hash(tuple(tokens))
+        return state
 
-    def _advance(self, state: RequestState, choice: Choice | None) -> Event:
-        """Give a request its next token, and end it if that is the last."""
-        id, params = state.request.id, state.request.params
-        if choice is None:
-            return self._end(
-                id,
-                FinishReason.ERROR,
-                "the model's output is not a finite number, or no token may come",
+    def _add(self, state: RequestState) -> None:
+        self._scheduler.add(state)
+        if self._prefixes is not None:
+            self._prefixes.query_tokens += state.num_prompt
+        if state.request.timeout is not None:
+            state.deadline = time.monotonic() + state.request.timeout
+            heapq.heappush(self._deadlines, (state.deadline, state.request.id))
+
+    @contextmanager
+    def _running(self, requests: Sequence[Request]) -> Generator[None]:
+        """Inside, requests run; whatever happens, none is left behind."""
+        states = [self._state(request) for request in requests]
+        for state in states:
+            self._add(state)
+        try:
+            yield
+        finally:
+            for state in states:
+                if self._scheduler.find(state.request.id) is state:
+                    self._scheduler.remove(state)
+
+    def _make_scheduler(self) -> Scheduler:
+        reuse = self._prefixes.reuse if self._prefixes is not None else None
+        return Scheduler(
+            self.max_num_seqs,
+            self._options.prefill_chunk,
+            cache=self._cache,
+            max_cache_tokens=self._max_cache_tokens() if self._options.kv_cache_bytes else inf,
+            window=self._window,
+            reuse=reuse,
+        )
+
+    def _max_cache_tokens(self) -> int:
+        """Tokens that the cache may hold for all requests together.
+
+        Raises:
+            EngineError: one context does not fit, or the backend cannot tell.
+        """
+        most = self.max_num_seqs * self.max_model_len
+        budget = self._options.kv_cache_bytes
+        if budget is None:
+            return most
+        if self._cache is None:
+            raise EngineError("this engine cannot bound its cache: leave kv_cache_bytes out")
+        per_token = self._cache.bytes_per_token
+        if budget < per_token * self.max_model_len:
+            raise EngineError(
+                f"kv_cache_bytes is {budget}; one context of {self.max_model_len} tokens takes "
+                f"{per_token * self.max_model_len}: allow more, or lower max_model_len"
             )
-        token = choice.token_id
-        cached = state.num_cached if len(state.tokens) == state.num_prompt else 0
-        is_eos = token in self.eos_token_ids and not params.ignore_eos
-        if is_eos or token in params.stop_token_ids:
-            return self._end(id, FinishReason.STOP)._replace(cached_tokens=cached)
-        state.tokens.append(token)
-        num_generated = len(state.tokens) - state.num_prompt
-        is_full = num_generated >= params.max_tokens or len(state.tokens) >= self.max_model_len
-        reason: FinishReason | None
-        if num_generated >= params.min_tokens and any(
-            len(end) <= num_generated and tuple(state.tokens[-len(end) :]) == end
-            for end in params.stop_sequences
-        ):
-            reason = FinishReason.STOP
-        else:
-            reason = FinishReason.LENGTH if is_full else None
-        if reason is not None:
-            self._scheduler.remove(id)
-        elif not state.is_long and self.is_long(state.tokens):
-            # All that is in the cache was rotated as in a short text.
-            state.is_long = True
-            state.recompute()
-        return Event(id, token, choice.logprob, choice.top_logprobs, reason, cached_tokens=cached)
+        return min(most, budget // per_token)
 
-    def _end(self, request_id: str, reason: FinishReason, error: str = "") -> Event:
-        self._scheduler.remove(request_id)
-        return Event(request_id, finish_reason=reason, error=error)
+    def _schedule(self) -> Batch:
+        running, max_stall = self._scheduler.running.values(), self._options.max_stall
+        self._speculation.draft(running, self._pace)
+        room = None
+        if max_stall is not None:
+            num_decode = sum(not state.is_prefilling for state in running)
+            room = self._pace.prompt_room(num_decode, max_stall) if num_decode else None
+        return self._scheduler.schedule(room)
+
+    def _account(self, batch: Batch, seconds: float) -> None:
+        """Take note of what a step has computed."""
+        num_decode = num_prompt = 0
+        for state, row in batch:
+            count = len(row.tokens)
+            if state.is_prefilling:
+                num_prompt += count
+            else:
+                num_decode += count
+            state.num_computed += count - len(state.draft)
+            self._scheduler.waiting.serve(state.request.tenant, count)
+            if self._prefixes is not None:
+                self._prefixes.keep(state, row)
+            self._forget_old(state, count)
+        self._steps += 1
+        self._prompt_tokens += num_prompt
+        self._pace.note(num_decode, num_prompt, seconds)
+
+    def _forget_old(self, state: RequestState, count: int) -> None:
+        """Give back the memory of what no token looks back on any more, now and then."""
+        if self._window is None or self._cache is None:
+            return
+        before = state.num_computed - self._window
+        if before > 0 and state.num_computed % _FORGET_EVERY < count:
+            self._cache.forget(state.slot, before)
+
+    def _share(self, state: RequestState) -> list[RequestState]:
+        """Take those that have the prompt which `state` has just finished to where it is."""
+        if self._cache is None or len(state.tokens) > state.num_prompt:
+            return []
+        twins = self._scheduler.twins(state)
+        for twin in twins:
+            self._cache.copy_cache(state.slot, twin.slot, state.num_computed)
+            twin.num_computed = twin.num_cached = state.num_computed
+        return twins
+
+    def _tell(
+        self, state: RequestState, logits: Floats, best: list[int], tops: list[float]
+    ) -> list[Event]:
+        events = self._progress.advance(state, logits, best, tops)
+        self._generated_tokens += sum(event.token_id is not None for event in events)
+        if events and events[-1].finish_reason is not None:
+            self._scheduler.remove(state)
+        return events
+
+    def _expired(self) -> list[Event]:
+        """End the requests whose time is over."""
+        events: list[Event] = []
+        now = time.monotonic() if self._deadlines else 0.0
+        while self._deadlines and self._deadlines[0][0] <= now:
+            deadline, id = heapq.heappop(self._deadlines)
+            state = self._scheduler.find(id)
+            # Another request may have the id by now.
+            if state is not None and state.deadline == deadline:
+                self._scheduler.remove(state)
+                events.append(Event(id, finish_reason=FinishReason.TIMEOUT))
+        return events
 
     def _require_open(self) -> None:
         if not self._is_open:

@@ -32,6 +32,8 @@ _REAL_BOUNDS: dict[str, tuple[float, float]] = {
 _MOST_BIAS = 1e4
 """Of a token's logit; beyond it float32 would lose what the others say."""
 _MOST_SEQUENCES = 64
+_LONGEST = 1e9
+"""Seconds."""
 
 
 def usable_cores() -> int:
@@ -58,14 +60,16 @@ def context_length(options: EngineOptions, model_limit: int) -> int:
     Raises:
         EngineError: an option is out of its range.
     """
-    for name in ("max_num_seqs", "prefill_chunk", "threads"):
+    for name in ("max_num_seqs", "prefill_chunk", "threads", "kv_cache_bytes"):
         value = getattr(options, name)
         if value is not None and (not _is_integer(value) or value < 1):
             raise EngineError(f"{name} is {value!r}; it must be an integer, 1 or more")
-    if not _is_integer(options.prefix_cache_bytes) or options.prefix_cache_bytes < 0:
-        raise EngineError(
-            f"prefix_cache_bytes is {options.prefix_cache_bytes!r}; it must be an integer, 0 or more"
-        )
+    for name in ("prefix_cache_bytes", "draft_tokens"):
+        value = getattr(options, name)
+        if not _is_integer(value) or value < 0:
+            raise EngineError(f"{name} is {value!r}; it must be an integer, 0 or more")
+    if options.max_stall is not None and not options.max_stall > 1:
+        raise EngineError(f"max_stall is {options.max_stall!r}; it must be a number above 1")
     wanted = options.max_model_len
     if wanted is None:
         return min(model_limit, DEFAULT_MODEL_LEN)
@@ -111,7 +115,8 @@ def check_params(params: SamplingParams, vocab_size: int) -> SamplingParams:
         for name, (low, high) in _REAL_BOUNDS.items()
     }
     integers: dict[str, tuple[int, int | None]] = {
-        "max_tokens": (1, None),
+        "max_tokens": (0 if params.prompt_logprobs is not None else 1, None),
+        "prompt_logprobs_from": (1, None),
         "top_k": (0, None),
         "min_tokens": (0, None),
         "dry_allowed_length": (1, LONGEST_REPEAT),
@@ -120,6 +125,8 @@ def check_params(params: SamplingParams, vocab_size: int) -> SamplingParams:
         integers["seed"] = (-(2**63), 2**64 - 1)
     if params.logprobs is not None:
         integers["logprobs"] = (0, vocab_size)
+    if params.prompt_logprobs is not None:
+        integers["prompt_logprobs"] = (0, vocab_size)
     for name, (low, high) in integers.items():
         numbers[name] = int(_number(name, getattr(params, name), Integral, low, high))
     sets = {
@@ -147,8 +154,16 @@ def check_request(request: Request, *, max_model_len: int, vocab_size: int) -> R
         raise RequestError("banned_token_ids and stop_token_ids leave no token that could come")
     if not isinstance(request.cache_salt, str):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise RequestError(f"cache_salt is {request.cache_salt!r}; it must be a string")
-    prompt = check_tokens(request.prompt, most=max_model_len - 1, vocab_size=vocab_size)
-    return replace(request, prompt=prompt, params=params)
+    if not isinstance(request.tenant, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise RequestError(f"tenant is {request.tenant!r}; it must be a string")
+    timeout = request.timeout
+    if timeout is not None:
+        timeout = float(_number("timeout", timeout, Real, 0.0, _LONGEST))
+    priority = int(_number("priority", request.priority, Integral, -(2**31), 2**31))
+    # A prompt that is only scored may fill the context.
+    most = max_model_len - (params.max_tokens > 0)
+    prompt = check_tokens(request.prompt, most=most, vocab_size=vocab_size)
+    return replace(request, prompt=prompt, params=params, timeout=timeout, priority=priority)
 
 
 def _ids(name: str, ids: object, vocab_size: int) -> list[int]:

@@ -6,8 +6,6 @@
 
 from __future__ import annotations
 
-import math
-import mmap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -19,7 +17,7 @@ from numpy.typing import NDArray
 from lifecycle.engines.adapter_bank import AdapterBank
 from lifecycle.engines.adapters import GRAPH as ADAPTED
 from lifecycle.engines.adapters import AdapterLayout
-from lifecycle.engines.backend import Row
+from lifecycle.engines.backend import Block, Row
 from lifecycle.engines.base import EngineOptions
 from lifecycle.engines.batched import BatchedEngine
 from lifecycle.engines.decoder import GRAPH, DecoderInfo
@@ -32,6 +30,7 @@ from lifecycle.engines.ort_session import (
     open_session,
     present_name,
 )
+from lifecycle.engines.slot_cache import SlotCache
 from lifecycle.errors import EngineError
 
 _MAX_BINDINGS = 64
@@ -68,6 +67,7 @@ class OnnxEngine(BatchedEngine):
             max_model_len=max_model_len,
             eos_token_ids=frozenset(info.eos_token_ids),
             long_context=info.long_context,
+            sliding_window=info.sliding_window,
         )
 
 
@@ -99,17 +99,14 @@ class OrtBackend:
         # The attention wants room for the whole width of a step behind every text, also behind
         # those that bring fewer tokens to it.
         capacity = max_model_len + max(options.prefill_chunk, MIN_WIDTH)
-        shape = (num_slots, info.num_kv_heads, capacity, info.cache_width)
-        dtype = CACHE_TYPES[info.kv_dtype]
-        try:
-            self._cache = {name: _lazy_zeros(shape, dtype) for name in cache_names(info)}
-        except (OSError, OverflowError) as error:
-            size = dtype.itemsize * math.prod(shape) * len(cache_names(info))
-            raise EngineError(
-                f"no memory for a cache of {size >> 20} MiB ({error}): lower max_num_seqs, "
-                f"{num_slots}, max_model_len, {max_model_len}, or prefill_chunk, "
-                f"{options.prefill_chunk}"
-            ) from error
+        self._cache = SlotCache(
+            cache_names(info),
+            slots=num_slots,
+            heads=info.num_kv_heads,
+            capacity=capacity,
+            width=info.cache_width,
+            dtype=CACHE_TYPES[info.kv_dtype],
+        )
         self._inputs: Inputs = {}
         self._step: object = None
         """What the last step was bound to: its graph, slots and adapters."""
@@ -158,12 +155,21 @@ class OrtBackend:
         # Its slot may get other weights.
         self._step = None
 
-    def read_cache(self, slot: int, start: int, stop: int) -> NDArray[Any]:
-        return np.stack([tensor[slot, :, start:stop] for tensor in self._cache.values()])
+    @property
+    def bytes_per_token(self) -> int:
+        return self._cache.bytes_per_token
 
-    def write_cache(self, slot: int, start: int, block: NDArray[Any]) -> None:
-        for tensor, part in zip(self._cache.values(), block, strict=True):
-            tensor[slot, :, start : start + part.shape[1]] = part
+    def read_cache(self, slot: int, start: int, stop: int) -> Block:
+        return self._cache.read(slot, start, stop)
+
+    def write_cache(self, slot: int, start: int, block: Block) -> None:
+        self._cache.write(slot, start, block)
+
+    def copy_cache(self, source: int, target: int, stop: int) -> None:
+        self._cache.copy(source, target, stop)
+
+    def forget(self, slot: int, before: int | None = None) -> None:
+        self._cache.forget(slot, before)
 
     def close(self) -> None:
         self._graph = self._adapted = self._bank = self._step = None
@@ -175,8 +181,7 @@ class OrtBackend:
         if key not in graph.bindings:
             if len(graph.bindings) >= _MAX_BINDINGS:
                 graph.bindings.clear()
-            cache = {name: array[:num_rows] for name, array in self._cache.items()}
-            binding = _Binding(graph.session, cache, self._vocab_size)
+            binding = _Binding(graph.session, self._cache.rows(num_rows), self._vocab_size)
             if self._bank is not None and entries is not None:
                 binding.bind(self._bank.weights(entries))
             graph.bindings[key] = binding
@@ -224,15 +229,3 @@ class _Binding:
             address = logits.ctypes.data
             self.binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, address)
         return logits
-
-
-def _lazy_zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
-    """Zeros that take memory page by page as they are written, so that a slot costs what its texts
-    have filled and not its capacity. `numpy.zeros` asks for huge pages, one of which spans several
-    heads: the first tokens of a text then took the memory of its whole slot."""
-    # Private, or a fork of the process would write into the same cache.
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-    memory = mmap.mmap(-1, dtype.itemsize * math.prod(shape), flags=flags)
-    if hasattr(mmap, "MADV_NOHUGEPAGE"):
-        memory.madvise(mmap.MADV_NOHUGEPAGE)
-    return np.frombuffer(memory, dtype).reshape(shape)

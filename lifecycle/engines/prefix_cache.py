@@ -9,51 +9,36 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from hashlib import blake2b
-from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from numpy.typing import NDArray
 
-from lifecycle.engines.backend import Row
-from lifecycle.engines.scheduler import RequestState
-
-Block = NDArray[Any]
-
-
-@runtime_checkable
-class CacheCopier(Protocol):
-    """A backend whose cache can be copied by ranges of tokens."""
-
-    def read_cache(self, slot: int, start: int, stop: int) -> Block:
-        """A copy of what a slot holds of its tokens `start` to `stop`."""
-        ...
-
-    def write_cache(self, slot: int, start: int, block: Block) -> None:
-        """Put such a copy into a slot, from its token `start` on."""
-        ...
+from lifecycle.engines.backend import Block, CacheBackend, Row
+from lifecycle.engines.state import RequestState
 
 
 class PrefixCache:
     """Blocks of one chunk each under a budget of bytes; the least recently used go first."""
 
-    def __init__(self, budget: int, chunk: int, copier: CacheCopier) -> None:
-        self._budget, self._chunk, self._copier = budget, chunk, copier
+    def __init__(self, budget: int, chunk: int, backend: CacheBackend) -> None:
+        self._budget, self._chunk, self._backend = budget, chunk, backend
         self._blocks: OrderedDict[bytes, Block] = OrderedDict()
         self.num_bytes = 0
         """Held now."""
         self.hit_tokens = 0
         """Tokens of prompts that did not have to be computed, so far."""
+        self.query_tokens = 0
+        """Tokens of the prompts that were submitted."""
 
     def reuse(self, state: RequestState) -> None:
         """Fill the slot of a request with the chunks that come next in its prompt and are here. One
         token at least is left to compute: the logits after it are needed."""
         found: list[bytes] = []
         chunk = self._chunk
-        while (start := state.num_computed) % chunk == 0 and start + chunk < len(state.tokens):
+        while (start := state.num_computed) % chunk == 0 and start + chunk <= state.first_logit:
             key = self._key(state, start // chunk)
             if key not in self._blocks:
                 break
-            self._copier.write_cache(state.slot, start, self._blocks[key])
+            self._backend.write_cache(state.slot, start, self._blocks[key])
             state.num_computed += chunk
             state.num_cached += chunk
             self.hit_tokens += chunk
@@ -63,15 +48,15 @@ class PrefixCache:
             self._blocks.move_to_end(key)
 
     def keep(self, state: RequestState, row: Row) -> None:
-        """Keep the chunk that a step has just computed, if it was a whole one of a prompt."""
-        start, stop = row.start, row.start + len(row.tokens)
-        is_whole = start % self._chunk == 0 and len(row.tokens) == self._chunk
-        if not is_whole or start >= state.num_prefill:
+        """Keep the chunk that a step has just ended, if it was one of a prompt."""
+        stop = row.start + len(row.tokens)
+        start = stop - self._chunk
+        if stop % self._chunk or stop > state.num_prefill:
             return
         key = self._key(state, start // self._chunk)
         if key in self._blocks:
             return
-        block = self._copier.read_cache(row.slot, start, stop)
+        block = self._backend.read_cache(row.slot, start, stop)
         if block.nbytes > self._budget:
             return
         self._blocks[key] = block

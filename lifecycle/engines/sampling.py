@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from lifecycle.engines.base import SamplingParams
+from lifecycle.engines.base import Constraint, SamplingParams
 from lifecycle.engines.penalties import Adjustments
 
 Floats = NDArray[np.float32]
@@ -43,13 +43,15 @@ class Sampler:
         prompt: Sequence[int],
         vocab_size: int,
         ends: frozenset[int] = frozenset(),
+        constraint: Constraint | None = None,
     ) -> None:
         """`ends` are the tokens that would end the request."""
         self.params = params
+        self._constraint = constraint
         self.is_greedy = params.temperature < _GREEDY_BELOW
         is_adjusted = Adjustments.asked_for(params)
         self._adjust = Adjustments(params, prompt, vocab_size, ends) if is_adjusted else None
-        self.is_plain = self.is_greedy and self._adjust is None
+        self.is_plain = self.is_greedy and self._adjust is None and constraint is None
         seed = secrets.randbits(64) if params.seed is None else params.seed % 2**64
         self._random = np.random.Generator(np.random.Philox(seed))
 
@@ -58,31 +60,74 @@ class Sampler:
         adjustments leave none that can come."""
         if self._adjust is not None:
             logits = self._adjust.apply(logits)
-            if not isfinite(logits.max()):
-                return None
+        if self._constraint is not None:
+            logits = np.where(self._constraint.mask(), logits, np.float32(-np.inf))
+        if not (self.is_plain or isfinite(logits.max())):
+            return None
         if self.is_greedy:
             token = int(logits.argmax())
         else:
             token = _draw(token_weights(logits, self.params), self._random.random())
-        if self._adjust is not None:
-            self._adjust.note(token)
+        if self._constraint is not None:
+            self._constraint.accept(token)
+        self._note(token)
         return token
 
+    def note(self, token: int) -> None:
+        """Take note of a token that came without being chosen."""
+        if self._constraint is not None:
+            self._constraint.accept(token)
+        self._note(token)
 
-def sample(logits: Floats, samplers: Sequence[Sampler]) -> list[Choice | None]:
-    """The next token of each row of `logits` [len(samplers), vocab_size].
+    def _note(self, token: int) -> None:
+        if self._adjust is not None:
+            self._adjust.note(token)
 
-    None stands for a row that has NaN or +inf in it, or nothing but -inf.
+
+def choose(logits: Floats, sampler: Sampler, best: int, top: float) -> Choice | None:
+    """The next token by `logits` [vocab_size], where `best` has the largest, `top` (see `largest`).
+
+    None stands for logits with NaN or +inf among them, or nothing but -inf, and for no token that may
+    come.
     """
+    if not isfinite(top):
+        return None
+    count = sampler.params.logprobs
+    if sampler.is_plain and count is None:
+        return Choice(best)
+    # Masked logits near the lowest float may overflow to -inf, which is what they mean.
+    with np.errstate(over="ignore"):
+        token = best if sampler.is_plain else sampler.choose(logits)
+        if token is None:
+            return None
+        if count is None:
+            return Choice(token)
+        # The model's own chances: before penalty, temperature and filters.
+        logprobs = log_softmax(logits)
+        return Choice(token, float(logprobs[token]), ranked(logits, logprobs, count))
+
+
+def largest(logits: Floats) -> tuple[list[int], list[float]]:
+    """The most likely token of each row of `logits` [n, vocab_size], and its logit: NaN or +inf where the
+    row has one, -inf where it has nothing else."""
     # One pass over the logits serves greedy rows and the check: argmax finds NaN first.
     best = logits.argmax(axis=1)
-    tops = logits[np.arange(len(best)), best]
-    return [
-        _choose(logits[i], sampler, token) if isfinite(top) else None
-        for i, (sampler, token, top) in enumerate(
-            zip(samplers, best.tolist(), tops.tolist(), strict=True)
-        )
-    ]
+    return best.tolist(), logits[np.arange(len(best)), best].tolist()
+
+
+def log_softmax(logits: Floats) -> Floats:
+    """Log-probabilities of all tokens, [vocab_size]."""
+    shifted = logits - logits.max()
+    return shifted - np.log(np.exp(shifted).sum(dtype=np.float64))
+
+
+def ranked(logits: Floats, logprobs: Floats, count: int) -> tuple[tuple[int, float], ...]:
+    """The `count` most likely tokens with their log-probabilities, the likeliest first."""
+    if count == 0:
+        return ()
+    top = np.flatnonzero(logits >= np.partition(logits, -count)[-count])
+    order = top[np.argsort(-logits[top], kind="stable")][:count]
+    return tuple(zip(order.tolist(), logprobs[order].tolist(), strict=True))
 
 
 def token_weights(logits: Floats, params: SamplingParams) -> Floats:
@@ -102,18 +147,6 @@ def token_weights(logits: Floats, params: SamplingParams) -> Floats:
     if params.typical_p < 1.0:
         _keep_typical(weights, params.typical_p)
     return weights
-
-
-def _choose(logits: Floats, sampler: Sampler, best: int) -> Choice | None:
-    count = sampler.params.logprobs
-    if sampler.is_plain and count is None:
-        return Choice(best)
-    # Masked logits near the lowest float may overflow to -inf, which is what they mean.
-    with np.errstate(over="ignore"):
-        token = best if sampler.is_plain else sampler.choose(logits)
-        if token is None:
-            return None
-        return Choice(token) if count is None else _report(logits, token, count)
 
 
 def _keep_largest(weights: Floats, count: int, least: np.float32) -> None:
@@ -168,15 +201,3 @@ def _first_above(shares: NDArray[np.float64], target: float) -> int:
     # Rounding may bring the target up to the very end, which nothing is above.
     below_end = float(np.nextafter(shares[-1], 0.0))
     return int(np.searchsorted(shares, min(target, below_end), side="right"))
-
-
-def _report(logits: Floats, token: int, count: int) -> Choice:
-    """`token` with the model's own log-probabilities: before penalty, temperature and filters."""
-    shifted = logits - logits.max()
-    logprobs = shifted - np.log(np.exp(shifted).sum(dtype=np.float64))
-    if count == 0:
-        return Choice(token, float(logprobs[token]))
-    top = np.flatnonzero(logits >= np.partition(logits, -count)[-count])
-    ranked = top[np.argsort(-logits[top], kind="stable")][:count]
-    pairs = zip(ranked.tolist(), logprobs[ranked].tolist(), strict=True)
-    return Choice(token, float(logprobs[token]), tuple(pairs))

@@ -1,126 +1,225 @@
 """Which tokens of which requests the next step computes.
 
-Requests wait in line for a slot and keep it until they end. Every step carries one token of
-each request that decodes, and prompt chunks beside them. A chunk ends at a multiple of the
-chunk size in its own prompt, never where the step happens to be full, so how a prompt is cut,
-and with it the last bit of every number computed from it, does not depend on the other
-requests.
+Requests wait in line for a slot. Every step carries the newest token of each request that decodes, with
+the tokens guessed behind it, and parts of prompts beside them. A prompt is cut at multiples of the chunk
+size or of 16 in itself, where the model gives the same to the last bit, so what is computed from it does not
+depend on the other requests.
+
+A request gives its slot back before its end in two cases. To one of lower priority number: then its part
+of the cache is put aside. And where the cache is full: then it is computed anew later.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from itertools import chain
+from math import inf
 
-from lifecycle.engines.backend import Row
-from lifecycle.engines.base import Request
-from lifecycle.engines.sampling import Sampler
+from lifecycle.engines.backend import CacheBackend, Row
+from lifecycle.engines.line import WaitingLine
+from lifecycle.engines.state import GRAIN, RequestState
 
-
-@dataclass(slots=True, eq=False)
-class RequestState:
-    """A request on its way from the queue to its last token."""
-
-    request: Request
-    sampler: Sampler
-    tokens: list[int]
-    """The prompt and what was generated after it."""
-    num_prompt: int
-    num_prefill: int
-    """Tokens to compute before the next one is chosen: the prompt, or more after `recompute`."""
-    num_computed: int = 0
-    """Tokens in the cache."""
-    is_long: bool = False
-    """Whether the text is beyond the model's first context (see `Row`)."""
-    adapter: int = 0
-    """The adapter slot that the request is computed with; 0 is none."""
-    slot: int = -1
-    num_cached: int = 0
-    """Tokens of the prompt that the prefix cache had."""
-    prefix_keys: list[bytes] = field(default_factory=list[bytes])
-    """What the chunks of the text are kept under, as far as it was asked for."""
-
-    @property
-    def is_prefilling(self) -> bool:
-        """Whether the next step computes more than the newest token."""
-        return self.num_computed < self.num_prefill
-
-    def recompute(self) -> None:
-        """Begin again with all tokens so far."""
-        self.num_computed, self.num_prefill = 0, len(self.tokens)
-        self.prefix_keys.clear()
-
-    def next_row(self, prefill_chunk: int) -> Row:
-        """The tokens that the next step computes."""
-        start = self.num_computed
-        if start + 1 == len(self.tokens):
-            return Row(self.slot, start, self.tokens[start:], 1, self.is_long, self.adapter)
-        boundary = (start // prefill_chunk + 1) * prefill_chunk
-        end = min(boundary, self.num_prefill) if self.is_prefilling else len(self.tokens)
-        is_last = end == len(self.tokens)
-        tokens = self.tokens[start:end]
-        return Row(self.slot, start, tokens, int(is_last), self.is_long, self.adapter)
+Batch = list[tuple[RequestState, Row]]
+Reuse = Callable[[RequestState], None]
 
 
 class Scheduler:
-    """First come, first served, over `num_slots` slots."""
+    """Gives `num_slots` slots to requests, and rows of them to steps."""
 
-    def __init__(self, num_slots: int, prefill_chunk: int) -> None:
+    def __init__(
+        self,
+        num_slots: int,
+        prefill_chunk: int,
+        *,
+        cache: CacheBackend | None = None,
+        max_cache_tokens: float = inf,
+        window: int | None = None,
+        reuse: Reuse | None = None,
+    ) -> None:
+        """
+        Args:
+            cache: what holds keys and values; None if they cannot be copied.
+            max_cache_tokens: how many tokens it may hold for all requests together, at least one
+                context.
+            window: tokens of a text that it holds at most; None is all.
+            reuse: may take a request further in its prompt, just before it would be computed.
+        """
         self._prefill_chunk = prefill_chunk
+        self._cache = cache
+        self._max_cache_tokens = max_cache_tokens
+        self._window = inf if window is None else window
+        self._reuse = reuse
         # The lowest free slot is taken first: slots in use stay together, so a runtime that
         # computes slots 0 to n - 1 has few idle ones among them.
         self._free = list(range(num_slots))
-        self.waiting: OrderedDict[str, RequestState] = OrderedDict()
+        self._num_requests = 0
+        self.waiting = WaitingLine()
         self.running: dict[str, RequestState] = {}
+        self._parked: dict[str, RequestState] = {}
+        """Those that wait with their part of the cache put aside."""
+        self.num_preemptions = 0
 
     def __contains__(self, request_id: str) -> bool:
         return request_id in self.running or request_id in self.waiting
 
     def states(self) -> Iterator[RequestState]:
         """All requests, running or waiting."""
-        return chain(self.running.values(), self.waiting.values())
+        return chain(self.running.values(), self.waiting)
+
+    @property
+    def cache_tokens(self) -> int:
+        """Tokens whose keys and values are held."""
+        holding = chain(self.running.values(), self._parked.values())
+        return int(sum(min(state.num_computed, self._window) for state in holding))
 
     def add(self, state: RequestState) -> None:
-        """Put a request at the end of the line."""
-        self.waiting[state.request.id] = state
+        """Put a request at the end of its line."""
+        state.order = self._num_requests
+        self._num_requests += 1
+        self.waiting.enter(state)
 
-    def remove(self, request_id: str) -> None:
+    def remove(self, state: RequestState) -> None:
         """Take a request out; its slot is free from the next step on."""
-        if state := self.running.pop(request_id, None):
-            heapq.heappush(self._free, state.slot)
-        else:
-            self.waiting.pop(request_id, None)
+        if self.running.pop(state.request.id, None):
+            self._release(state)
+        self._parked.pop(state.request.id, None)
+        self.waiting.leave(state)
 
-    def schedule(
-        self, reuse: Callable[[RequestState], None] | None = None
-    ) -> list[tuple[RequestState, Row]]:
-        """Give free slots to waiting requests, then choose the rows of the next step. `reuse` may
-        take a request further in its prompt, just before a chunk of it would be computed.
+    def find(self, request_id: str) -> RequestState | None:
+        """A request by its id."""
+        return self.running.get(request_id) or self.waiting.get(request_id)
 
-        Prompt chunks fill one chunk size per step, oldest request first: the step stays short
-        for those that decode in it, and larger products would be no faster per token.
+    def schedule(self, room: int | None = None) -> Batch:
+        """Give free slots to waiting requests, then choose the rows of the next step.
+
+        Prompts fill one chunk size per step, or `room` tokens where there are requests that decode, in
+        the order of their ranks. The step stays short for those that decode in it, and larger
+        products would be no faster per token.
         """
         self._admit()
-        rows: list[tuple[RequestState, Row]] = []
-        budget = self._prefill_chunk
+        batch: Batch = []
         for state in self.running.values():
-            if reuse is not None and state.is_prefilling and budget > 0:
-                reuse(state)
-            row = state.next_row(self._prefill_chunk)
-            if state.is_prefilling:
+            if not state.is_prefilling and (row := state.next_row(self._prefill_chunk)) is not None:
+                batch.append((state, row))
+        budget = self._prefill_chunk
+        if batch and room is not None:
+            budget = min(budget, max(room, GRAIN))
+        self._add_prompts(batch, budget)
+        self._fit(batch)
+        return batch
+
+    def twins(self, leader: RequestState) -> list[RequestState]:
+        """The requests in slots that have the prompt that `leader` has just finished, and can go on
+        from what was computed for it."""
+        if self._cache is None or leader.num_prefill != leader.num_prompt:
+            return []
+        return [other for other in self.running.values() if _follows(other, leader)]
+
+    def _add_prompts(self, batch: Batch, budget: int) -> None:
+        leaders: list[RequestState] = []
+        filling = (state for state in self.running.values() if state.is_prefilling)
+        for state in sorted(filling, key=lambda state: state.rank):
+            if budget <= 0:
+                return
+            if self._cache is not None and any(_follows(state, leader) for leader in leaders):
+                continue
+            leaders.append(state)
+            if self._reuse is not None:
+                self._reuse(state)
+            row = state.next_row(self._prefill_chunk, budget)
+            if row is None:
                 # What does not fit ends the filling: a shorter prompt must not overtake.
-                fits = len(row.tokens) <= budget
-                budget = budget - len(row.tokens) if fits else 0
-                if not fits:
-                    continue
-            rows.append((state, row))
-        return rows
+                return
+            budget -= len(row.tokens)
+            batch.append((state, row))
 
     def _admit(self) -> None:
-        while self.waiting and self._free:
-            _, state = self.waiting.popitem(last=False)
-            state.slot = heapq.heappop(self._free)
-            self.running[state.request.id] = state
+        while (state := self.waiting.first()) is not None:
+            if self._free and self._has_room(state):
+                self._place(state)
+                continue
+            last = self._last_running()
+            if last.request.priority <= state.request.priority:
+                return
+            self._preempt(last, park=not self._free)
+
+    def _place(self, state: RequestState) -> None:
+        self.waiting.take(state)
+        state.slot = heapq.heappop(self._free)
+        self.running[state.request.id] = state
+        if self._parked.pop(state.request.id, None) is not None:
+            assert self._cache is not None and state.parked is not None
+            self._cache.write_cache(state.slot, 0, state.parked)
+            state.parked = None
+
+    def _has_room(self, state: RequestState) -> bool:
+        """Whether `state` goes into the cache beside the prompts that are in slots, with some room to
+        grow: else it would soon have to leave again."""
+        if self._max_cache_tokens == inf or not self.running:
+            return True
+        wanted = (
+            min(max(s.num_computed, s.num_prefill), self._window)
+            for s in (state, *self.running.values())
+        )
+        return sum(wanted) + self._prefill_chunk <= self._max_cache_tokens
+
+    def _fit(self, batch: Batch) -> None:
+        """Make room in the cache for what a step adds to it: without guesses, then at the cost of what
+        came last."""
+        if self._surplus(batch) <= 0:
+            return
+        for place, (state, row) in enumerate(batch):
+            if state.draft:
+                count = len(row.tokens) - len(state.draft)
+                state.draft.clear()
+                batch[place] = state, row._replace(tokens=row.tokens[:count], num_logits=1)
+        while self._surplus(batch) > 0:
+            if self._parked:
+                _, parked = self._parked.popitem()
+                parked.recompute()
+                continue
+            last = self._last_running()
+            self._preempt(last, park=False)
+            batch[:] = [pair for pair in batch if pair[0] is not last]
+
+    def _last_running(self) -> RequestState:
+        return max(self.running.values(), key=lambda state: state.rank)
+
+    def _surplus(self, batch: Batch) -> float:
+        added = sum(len(row.tokens) for _, row in batch)
+        return self.cache_tokens + added - self._max_cache_tokens
+
+    def _preempt(self, state: RequestState, *, park: bool) -> None:
+        """Send a request back to its line."""
+        self.num_preemptions += 1
+        del self.running[state.request.id]
+        state.draft.clear()
+        if park and self._cache is not None and state.num_computed:
+            state.parked = self._cache.read_cache(state.slot, 0, state.num_computed)
+            self._parked[state.request.id] = state
+        else:
+            state.recompute()
+        self._release(state)
+        self.waiting.push(state)
+
+    def _release(self, state: RequestState) -> None:
+        if self._cache is not None:
+            self._cache.forget(state.slot)
+        heapq.heappush(self._free, state.slot)
+        state.slot = -1
+
+
+def _follows(state: RequestState, leader: RequestState) -> bool:
+    """Whether all that is computed for the prompt of `leader` is what `state` needs."""
+    return (
+        state is not leader
+        and state.is_prefilling
+        and state.twin_key == leader.twin_key
+        and state.num_prefill == state.num_prompt == leader.num_prompt
+        and state.adapter == leader.adapter
+        and state.is_long == leader.is_long
+        and state.request.params.prompt_logprobs is None
+        and state.request.cache_salt == leader.request.cache_salt
+        and state.tokens == leader.tokens[: leader.num_prompt]
+    )

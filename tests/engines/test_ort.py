@@ -116,7 +116,7 @@ def test_what_is_taken_back_from_a_quantised_cache_leaves_nothing(small_cache: P
 
 def test_a_quantised_cache_takes_its_share_of_memory(small_cache: Path, stories: Model) -> None:
     sizes = [
-        sum(array.nbytes for array in OnnxEngine.open(folder)._backend._cache.values())  # type: ignore[attr-defined]
+        OnnxEngine.open(folder).stats.cache_capacity_bytes
         for folder in (small_cache, stories.graph)
     ]
     assert sizes[1] / sizes[0] == {"int8": 4, "int4": 8}[DecoderInfo.load(small_cache).kv_dtype]
@@ -140,7 +140,7 @@ def test_what_an_earlier_text_left_in_a_slot_is_never_read(random_model: Model) 
     engine = OnnxEngine.open(random_model.graph, EngineOptions(max_num_seqs=2))
     texts = prompts(160, [30, 20])
     expected = engine.generate(texts, FREE)
-    for cache in engine._backend._cache.values():  # type: ignore[attr-defined]
+    for cache in engine._backend._cache.rows(2).values():  # type: ignore[attr-defined]
         cache[:] = np.nan
     assert engine.generate(texts, FREE) == expected
 
@@ -302,8 +302,8 @@ def test_a_system_that_knows_no_usable_cores_takes_all(
 
 def test_a_fork_has_a_cache_of_its_own() -> None:
     code = (
-        "import os; from lifecycle.engines.ort import _lazy_zeros\n"
-        "import numpy; zeros = _lazy_zeros((4,), numpy.dtype('f4'))\n"
+        "import os; from lifecycle.engines.slot_cache import lazy_memory\n"
+        "import numpy; zeros = numpy.frombuffer(lazy_memory(16), numpy.float32)\n"
         "if child := os.fork():\n"
         "    os.waitpid(child, 0); print(zeros.tolist())\n"
         "else:\n"

@@ -127,8 +127,7 @@ def test_adapters_share_nothing_with_each_other_or_with_none() -> None:
 
 
 def test_texts_beyond_the_first_context_share_nothing_with_short_ones() -> None:
-    engine = toy()
-    engine._long_context = 10  # pyright: ignore[reportPrivateUsage]
+    engine = ToyEngine.make(3, 40, CHUNK, prefix_cache_bytes=100 * BLOCK, long_context=10)
     prompt = [1, 2, 3, 4, 5, 6, 7, 8, 9]
     assert run(engine, prompt[:5])[1] == 5
     # Grows past it with its second token: all of it is computed anew, as a long text.

@@ -8,7 +8,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from lifecycle.engines.base import SamplingParams
-from lifecycle.engines.sampling import Choice, Sampler, sample, token_weights
+from lifecycle.engines.sampling import Choice, Sampler, choose, largest, token_weights
 
 VOCAB = 40
 filters = st.fixed_dictionaries(
@@ -24,6 +24,12 @@ filters = st.fixed_dictionaries(
 
 def random_logits(seed: int, rows: int = 1, vocab: int = VOCAB) -> np.ndarray:
     return np.random.default_rng(seed).normal(0, 3, (rows, vocab)).astype(np.float32)
+
+
+def sample(logits: np.ndarray, samplers: list[Sampler]) -> list[Choice | None]:
+    """One choice per row, as the engine makes them."""
+    rows = zip(logits, samplers, *largest(logits), strict=True)
+    return [choose(*row) for row in rows]
 
 
 def pick(logits: np.ndarray, params: SamplingParams, prompt: list[int] | None = None) -> Choice:

@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from lifecycle.engines.base import Event, FinishReason, Request, SamplingParams
-from tests.engines.toy import VOCAB, ToyEngine, continuation
+from lifecycle.errors import EngineError
+from tests.engines.toy import VOCAB, ToyBackend, ToyEngine, continuation
 
 CONTEXT, SLOTS, CHUNK = 24, 3, 4
+BYTES = ToyBackend.bytes_per_token
 
-prompts = st.lists(st.integers(1, VOCAB - 1), min_size=1, max_size=CONTEXT - 1)
+# Few different tokens make prompts that begin alike, and repeat themselves.
+prompts = st.lists(st.integers(1, 3), min_size=1, max_size=CONTEXT - 1) | st.lists(
+    st.integers(1, VOCAB - 1), min_size=1, max_size=CONTEXT - 1
+)
+engines = st.fixed_dictionaries(
+    {
+        "kv_cache_bytes": st.none()
+        | st.integers(CONTEXT, SLOTS * CONTEXT).map(lambda n: n * BYTES),
+        "prefix_cache_bytes": st.sampled_from([0, 3 * CHUNK * BYTES, 100 * CHUNK * BYTES]),
+        "draft_tokens": st.sampled_from([0, 1, 5]),
+        "long_context": st.none() | st.integers(4, CONTEXT),
+    }
+)
 
 
 class SchedulerMachine(RuleBasedStateMachine):
@@ -19,19 +36,33 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.engine = ToyEngine.make(SLOTS, CONTEXT, CHUNK)
         self.prompts: dict[str, list[int]] = {}
         self.limits: dict[str, int] = {}
         self.outputs: dict[str, list[int]] = {}
         self.ends: dict[str, FinishReason] = {}
         self.cancelled: set[str] = set()
 
-    @rule(prompt=prompts, max_tokens=st.integers(1, 2 * CONTEXT))
-    def submit(self, prompt: list[int], max_tokens: int) -> None:
-        id = f"request {len(self.prompts)}"
-        self.engine.submit(Request(id, prompt, SamplingParams(max_tokens=max_tokens)))
-        self.prompts[id], self.outputs[id] = prompt, []
-        self.limits[id] = min(max_tokens, CONTEXT - len(prompt))
+    @initialize(options=engines)
+    def open(self, options: dict[str, Any]) -> None:
+        self.engine = ToyEngine.make(SLOTS, CONTEXT, CHUNK, **options)
+        self.most = (options["kv_cache_bytes"] or SLOTS * CONTEXT * BYTES) // BYTES
+
+    @rule(
+        prompt=prompts,
+        max_tokens=st.integers(1, 2 * CONTEXT),
+        priority=st.integers(0, 2),
+        tenant=st.sampled_from("ab"),
+        copies=st.sampled_from([1, 1, 3]),
+    )
+    def submit(
+        self, prompt: list[int], max_tokens: int, priority: int, tenant: str, copies: int
+    ) -> None:
+        for _ in range(copies):
+            id = f"request {len(self.prompts)}"
+            params = SamplingParams(max_tokens=max_tokens)
+            self.engine.submit(Request(id, prompt, params, priority=priority, tenant=tenant))
+            self.prompts[id], self.outputs[id] = prompt, []
+            self.limits[id] = min(max_tokens, CONTEXT - len(prompt))
 
     @rule(count=st.integers(1, 5))
     def step(self, count: int) -> None:
@@ -47,8 +78,6 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.engine.cancel(id)
 
     def take(self, events: list[Event]) -> None:
-        tokens = [event.request_id for event in events if event.token_id is not None]
-        assert len(set(tokens)) == len(tokens), "more than one token of a request in a step"
         for event in events:
             assert event.request_id not in self.ends, "an event after the end"
             if event.token_id is not None:
@@ -59,6 +88,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     @invariant()
     def slots_are_few_and_used(self) -> None:
         assert self.engine.num_running <= SLOTS
+        assert self.engine.stats.cache_tokens <= self.most
         if self.engine.backend.steps:
             rows = self.engine.backend.steps[-1]
             assert all(0 <= row.slot < SLOTS for row in rows)
@@ -72,6 +102,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.take(self.engine.step())
         self.take(self.engine.step())
         assert self.ends.keys() == self.prompts.keys(), "a request never ended"
+        assert self.engine.stats.cache_tokens == 0
+        assert not self.engine.backend.texts, "a slot was not given back"
         for id, prompt in self.prompts.items():
             whole = continuation(prompt, self.limits[id])
             output, reason = self.outputs[id], self.ends[id]
@@ -84,7 +116,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 
 TestScheduler = SchedulerMachine.TestCase
-TestScheduler.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+TestScheduler.settings = settings(max_examples=100, stateful_step_count=30, deadline=None)
 
 
 def run(engine: ToyEngine) -> list[Event]:
@@ -114,7 +146,8 @@ def test_decoding_requests_get_a_token_in_every_step_beside_a_long_prompt() -> N
 def test_a_step_carries_one_chunk_of_prompts_and_short_ones_share_it() -> None:
     engine = ToyEngine.make(max_num_seqs=4, prefill_chunk=4)
     for name, length in (("a", 2), ("b", 2), ("c", 6), ("d", 1)):
-        engine.submit(Request(name, [1] * length, SamplingParams(ignore_eos=True)))
+        prompt = [ord(name) % VOCAB] * length
+        engine.submit(Request(name, prompt, SamplingParams(ignore_eos=True)))
     engine.step()
     engine.step()
     first, second = engine.backend.steps
@@ -133,3 +166,97 @@ def test_the_lowest_free_slot_is_taken_first() -> None:
     engine.submit(Request("d", [1]))
     engine.step()
     assert {row.slot for row in engine.backend.steps[-1]} == {0, 2}
+
+
+def test_a_lower_priority_number_takes_a_slot_and_the_other_goes_on_where_it_was() -> None:
+    engine = ToyEngine.make(max_num_seqs=1, max_model_len=40)
+    engine.submit(
+        Request("late", [3] * 6, SamplingParams(max_tokens=8, ignore_eos=True), priority=1)
+    )
+    for _ in range(4):
+        engine.step()
+    engine.submit(Request("soon", [5] * 6, SamplingParams(max_tokens=2, ignore_eos=True)))
+    engine.submit(
+        Request("later", [7] * 6, SamplingParams(max_tokens=2, ignore_eos=True), priority=2)
+    )
+    ends = [event.request_id for event in run(engine) if event.finish_reason]
+    assert ends == ["soon", "late", "later"]
+    assert engine.stats.preemptions == 1
+    # Its part of the cache was put aside: no token of it was computed twice.
+    computed = sum(len(row.tokens) for rows in engine.backend.steps for row in rows)
+    assert computed == 3 * 6 + 7 + 1 + 1
+
+
+def test_tenants_take_turns_however_many_requests_one_has() -> None:
+    engine = ToyEngine.make(max_num_seqs=1)
+    for n in range(6):
+        engine.submit(
+            Request(f"many {n}", [1 + n] * 4, SamplingParams(max_tokens=2), tenant="many")
+        )
+    engine.step()
+    for n in range(2):
+        engine.submit(Request(f"few {n}", [9 + n] * 4, SamplingParams(max_tokens=2), tenant="few"))
+    ends = [event.request_id for event in run(engine) if event.finish_reason]
+    assert ends[:4] == ["many 0", "few 0", "many 1", "few 1"] or ends[:3] == [
+        "many 0",
+        "few 0",
+        "few 1",
+    ]
+
+
+def test_a_full_cache_sends_back_what_came_last() -> None:
+    # Room for one context and a bit.
+    engine = ToyEngine.make(3, 24, 4, kv_cache_bytes=26 * BYTES)
+    for n in range(3):
+        params = SamplingParams(max_tokens=14, ignore_eos=True)
+        engine.submit(Request(str(n), [1 + n] * 5, params))
+    ends: list[str] = []
+    while engine.num_running or engine.num_waiting:
+        ends += [event.request_id for event in engine.step() if event.finish_reason]
+        assert engine.stats.cache_tokens <= 26
+    assert ends == ["0", "1", "2"]
+    assert engine.stats.preemptions > 0
+
+
+def test_a_cache_for_less_than_one_context_is_refused() -> None:
+    with pytest.raises(EngineError, match=r"kv_cache_bytes is 184; one context of 24 .* takes 192"):
+        ToyEngine.make(3, 24, 4, kv_cache_bytes=23 * BYTES)
+
+
+def test_a_request_ends_when_its_time_is_over() -> None:
+    engine = ToyEngine.make(max_num_seqs=1, max_model_len=200)
+    long = SamplingParams(max_tokens=100, ignore_eos=True)
+    engine.submit(Request("runs", [3], long, timeout=0.0))
+    engine.submit(Request("waits", [4], long, timeout=0.0))
+    engine.submit(Request("stays", [5], SamplingParams(max_tokens=3, ignore_eos=True), timeout=600))
+    ends = {event.request_id: event.finish_reason for event in run(engine) if event.finish_reason}
+    assert ends == {
+        "runs": FinishReason.TIMEOUT,
+        "waits": FinishReason.TIMEOUT,
+        "stays": FinishReason.LENGTH,
+    }
+
+
+def test_equal_prompts_are_computed_once() -> None:
+    engine = ToyEngine.make(max_num_seqs=3, max_model_len=40)
+    for n in range(3):
+        params = SamplingParams(max_tokens=4, ignore_eos=True, temperature=1.0, seed=n)
+        engine.submit(Request(str(n), [1, 2, 3, 4, 5, 6, 7], params))
+    cached = {event.request_id: event.cached_tokens for event in run(engine) if event.cached_tokens}
+    assert cached == {"1": 7, "2": 7}
+    assert engine.stats.prompt_tokens == 7
+
+
+def test_a_text_that_repeats_itself_takes_fewer_steps() -> None:
+    def steps(draft_tokens: int) -> tuple[list[int], int]:
+        engine = ToyEngine.make(1, 200, 16, draft_tokens=draft_tokens)
+        # One logit is raised that far that it always wins.
+        params = SamplingParams(max_tokens=60, ignore_eos=True, logit_bias={7: 100.0})
+        engine.submit(Request("r", [7, 7, 7, 7], params))
+        found = [e.token_id for e in run(engine) if e.token_id is not None]
+        return found, len(engine.backend.steps)
+
+    assert steps(0) == ([7] * 60, 60)
+    found, count = steps(5)
+    assert found == [7] * 60
+    assert count < 50

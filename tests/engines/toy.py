@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,7 +58,8 @@ class ToyBackend:
         if row.start == 0:
             self.texts[row.slot] = []
         text = self.texts[row.slot]
-        assert row.start == len(text), "the slot holds another text"
+        assert row.start <= len(text), "the slot holds another text"
+        del text[row.start :]
         assert len(row.tokens) > 0
         text += row.tokens
         logits = np.zeros((row.num_logits, VOCAB), dtype=np.float32)
@@ -76,6 +79,22 @@ class ToyBackend:
         assert len(text) == start
         self.texts[slot] = text + block.tolist()
 
+    bytes_per_token = 8
+
+    def copy_cache(self, source: int, target: int, stop: int) -> None:
+        assert len(self.texts[source]) >= stop
+        self.texts[target] = self.texts[source][:stop]
+
+    def forget(self, slot: int, before: int | None = None) -> None:
+        if before is None:
+            self.texts.pop(slot, None)
+
+    def load_adapter(self, folder: Path) -> int:
+        raise NotImplementedError
+
+    def unload_adapter(self, slot: int) -> None:
+        raise NotImplementedError
+
     def close(self) -> None:
         self.closed = True
 
@@ -91,20 +110,19 @@ class ToyEngine(BatchedEngine):
         max_num_seqs: int = 3,
         max_model_len: int = 24,
         prefill_chunk: int = 4,
-        prefix_cache_bytes: int = 0,
+        *,
+        long_context: int | None = None,
+        **options: Any,
     ):
-        options = EngineOptions(
-            max_num_seqs=max_num_seqs,
-            prefill_chunk=prefill_chunk,
-            prefix_cache_bytes=prefix_cache_bytes,
-        )
+        """`options` are those of `EngineOptions`."""
         backend = ToyBackend()
         engine = cls(
             backend,
-            options=options,
+            options=EngineOptions(max_num_seqs, prefill_chunk=prefill_chunk, **options),
             vocab_size=VOCAB,
             max_model_len=max_model_len,
             eos_token_ids=frozenset({EOS}),
+            long_context=long_context,
         )
         engine.backend = backend
         return engine

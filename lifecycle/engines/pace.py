@@ -1,0 +1,62 @@
+"""How long steps take on this machine, as seen so far: what decides how much a step may carry."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+
+_WEIGHT = 0.2
+"""Of a new measurement in the running mean."""
+_OUTLIER = 2.0
+"""A measurement counts as at most so many times the mean: a machine may be busy for a moment."""
+
+
+class Pace:
+    """Running means: of decoding steps by their number of tokens, and of what a token of a prompt adds."""
+
+    def __init__(self) -> None:
+        self._decode: dict[int, float] = {}
+        self._known: list[int] = []
+        self._prompt_token: float | None = None
+
+    def note(self, num_decode: int, num_prompt: int, seconds: float) -> None:
+        """Take note of a step with so many tokens of decoding requests, drafts among them, and of
+        prompts."""
+        if num_prompt:
+            base = self.decode_seconds(num_decode) if num_decode else 0.0
+            if base is not None and seconds > base:
+                self._prompt_token = _mean(self._prompt_token, (seconds - base) / num_prompt)
+            return
+        if num_decode not in self._decode:
+            insort(self._known, num_decode)
+        self._decode[num_decode] = _mean(self._decode.get(num_decode), seconds)
+
+    def decode_seconds(self, num_tokens: int) -> float | None:
+        """Of a step with so many decoding tokens: measured, or between the nearest measurements, or
+        beyond the last one by what a token of a prompt takes, so that it is tried. None before the
+        first."""
+        if not self._known:
+            return None
+        if num_tokens in self._decode:
+            return self._decode[num_tokens]
+        place = bisect_left(self._known, num_tokens)
+        low, high = max(place - 1, 0), min(place, len(self._known) - 1)
+        if low == high:
+            more = max(num_tokens - self._known[low], 0)
+            return self._decode[self._known[low]] + more * (self._prompt_token or 0.0)
+        left, right = self._known[low], self._known[high]
+        part = (num_tokens - left) / (right - left)
+        return self._decode[left] + part * (self._decode[right] - self._decode[left])
+
+    def prompt_room(self, num_decode: int, max_stall: float) -> int | None:
+        """Tokens of prompts beside so many decoding ones that make a step at most `max_stall` times
+        as long; None if that is not known yet."""
+        base = self.decode_seconds(num_decode)
+        if base is None or self._prompt_token is None:
+            return None
+        return int((max_stall - 1.0) * base / self._prompt_token)
+
+
+def _mean(mean: float | None, value: float) -> float:
+    if mean is None:
+        return value
+    return mean + _WEIGHT * (min(value, _OUTLIER * mean) - mean)

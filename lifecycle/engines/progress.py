@@ -1,0 +1,153 @@
+"""From the logits of one request to what is told of it: tokens, scores of its prompt, its end."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lifecycle.engines.base import Event, FinishReason, PromptLogprob
+from lifecycle.engines.sampling import Choice, Floats, choose, log_softmax, ranked
+from lifecycle.engines.state import RequestState
+from lifecycle.errors import RequestError
+
+_NOT_FINITE = "the model's output is not a finite number, or no token may come"
+
+
+class Progress:
+    """What the requests of one model have in common: what ends them."""
+
+    def __init__(
+        self, eos_token_ids: frozenset[int], max_model_len: int, long_context: int | None
+    ) -> None:
+        self._eos_token_ids = eos_token_ids
+        self._max_model_len = max_model_len
+        self._long_context = long_context
+
+    def is_long(self, num_tokens: int) -> bool:
+        """What `Row.is_long` must be for the rows of a text of so many tokens."""
+        return self._long_context is not None and num_tokens > self._long_context
+
+    def advance(
+        self, state: RequestState, logits: Floats, best: list[int], tops: list[float]
+    ) -> list[Event]:
+        """Take what a step gave a request: score its prompt, choose tokens as far as its draft was right.
+
+        Args:
+            logits: [n, vocab_size], after its last n computed tokens, its draft among them; nothing
+                of a prompt that goes on and is not scored.
+            best: the most likely token of each row.
+            tops: its logit.
+
+        Returns:
+            What there is to tell; the last event has a `finish_reason` if the request has ended.
+        """
+        scored = _score(state, logits)
+        logits, best, tops = logits[scored:], best[scored:], tops[scored:]
+        if not best:
+            return []
+        id, first = state.request.id, Event(state.request.id)
+        if len(state.tokens) == state.num_prompt:
+            prompt_logprobs = tuple(state.prompt_logprobs)
+            first = Event(id, cached_tokens=state.num_cached, prompt_logprobs=prompt_logprobs)
+        if state.request.params.max_tokens == 0:
+            return [first._replace(finish_reason=FinishReason.LENGTH)]
+        events = self._choose(state, logits, best, tops)
+        events[0] = events[0]._replace(
+            cached_tokens=first.cached_tokens, prompt_logprobs=first.prompt_logprobs
+        )
+        return events
+
+    def _choose(
+        self, state: RequestState, logits: Floats, best: list[int], tops: list[float]
+    ) -> list[Event]:
+        """Choose a token, and one more for each guess that was chosen as guessed."""
+        base, draft, events = len(state.tokens), state.draft, list[Event]()
+        state.draft = []
+        at = 0
+        while at < len(best) and state.tokens[base:] == draft[:at]:
+            row = logits[at]
+            try:
+                choice = choose(row, state.sampler, best[at], tops[at])
+                events += self._append(state, choice)
+            except RequestError as error:
+                events.append(failed(state, str(error)))
+            if events[-1].finish_reason is not None:
+                return events
+            if not state.is_long and self.is_long(len(state.tokens)):
+                # All that is in the cache was rotated as in a short text.
+                state.is_long = True
+                state.recompute()
+                return events
+            at = len(state.tokens) - base
+        right = _common(draft, state.tokens[base:])
+        state.num_computed += right
+        if state.lookup is not None and draft:
+            state.lookup.note(len(draft), right)
+        return events
+
+    def _append(self, state: RequestState, choice: Choice | None) -> list[Event]:
+        """Give a request a token, and those that its constraint leaves no choice about."""
+        if choice is None:
+            return [failed(state, _NOT_FINITE)]
+        events = [self._event(state, choice)]
+        constraint = state.request.constraint
+        if constraint is None or events[-1].finish_reason is not None:
+            return events
+        for token in constraint.forced():
+            state.sampler.note(token)
+            events.append(self._event(state, Choice(token)))
+            if events[-1].finish_reason is not None:
+                break
+        return events
+
+    def _event(self, state: RequestState, choice: Choice) -> Event:
+        """The next token of a request, which it gets unless that is its end."""
+        request, token = state.request, choice.token_id
+        is_eos = token in self._eos_token_ids and not request.params.ignore_eos
+        if is_eos or token in request.params.stop_token_ids:
+            return Event(request.id, finish_reason=FinishReason.STOP)
+        state.tokens.append(token)
+        reason = self._reason(state)
+        return Event(request.id, token, choice.logprob, choice.top_logprobs, reason)
+
+    def _reason(self, state: RequestState) -> FinishReason | None:
+        """Why the newest token is the last one, if it is."""
+        params, constraint = state.request.params, state.request.constraint
+        count = len(state.tokens) - state.num_prompt
+        is_stopped = count >= params.min_tokens and any(
+            len(end) <= count and tuple(state.tokens[-len(end) :]) == end
+            for end in params.stop_sequences
+        )
+        if is_stopped or (constraint is not None and constraint.is_complete):
+            return FinishReason.STOP
+        is_full = count >= params.max_tokens or len(state.tokens) >= self._max_model_len
+        return FinishReason.LENGTH if is_full else None
+
+
+def failed(state: RequestState, error: str) -> Event:
+    """The end of a request by an error."""
+    return Event(state.request.id, finish_reason=FinishReason.ERROR, error=error)
+
+
+def _score(state: RequestState, logits: Floats) -> int:
+    """Score tokens of the prompt by the first of `logits`; how many that took."""
+    count = state.request.params.prompt_logprobs
+    if count is None:
+        return 0
+    first = state.request.params.prompt_logprobs_from + len(state.prompt_logprobs)
+    targets = state.tokens[first : state.num_prompt][: len(logits)]
+    for row, target in zip(logits, targets, strict=False):
+        state.prompt_logprobs.append(_prompt_logprob(row, target, count))
+    return len(targets)
+
+
+def _prompt_logprob(row: NDArray[np.float32], target: int, count: int) -> PromptLogprob:
+    logprobs = log_softmax(row)
+    rank = 1 + int(np.count_nonzero(row > row[target]))
+    return PromptLogprob(float(logprobs[target]), rank, ranked(row, logprobs, count))
+
+
+def _common(left: list[int], right: list[int]) -> int:
+    """How many tokens two lists have in common from their beginning on."""
+    pairs = enumerate(zip(left, right, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(left), len(right)))

@@ -1,0 +1,104 @@
+"""Keys and values of a fixed number of slots, in memory that follows what is in use."""
+
+from __future__ import annotations
+
+import math
+import mmap
+import sys
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lifecycle.engines.backend import Block
+from lifecycle.errors import EngineError
+
+
+class SlotCache:
+    """One array per name, [slots, heads, capacity, width], that a graph reads and writes in place.
+
+    The memory of a slot comes page by page as it is written and goes when it is forgotten, so the cache
+    takes what its texts have filled and not its capacity.
+    """
+
+    def __init__(
+        self,
+        names: list[str],
+        *,
+        slots: int,
+        heads: int,
+        capacity: int,
+        width: int,
+        dtype: np.dtype[Any],
+    ) -> None:
+        """Reserve room for `capacity` tokens per slot at least.
+
+        Raises:
+            EngineError: there is not so much memory.
+        """
+        # Whole pages for each head, so that what is given back is no other head's.
+        per_page = mmap.PAGESIZE // math.gcd(mmap.PAGESIZE, width * dtype.itemsize)
+        capacity = -(-capacity // per_page) * per_page
+        shape = (slots, heads, capacity, width)
+        self.bytes_per_token = len(names) * heads * width * dtype.itemsize
+        try:
+            self._memory = [lazy_memory(math.prod(shape) * dtype.itemsize) for _ in names]
+        except (OSError, OverflowError) as error:
+            size = self.bytes_per_token * slots * capacity
+            raise EngineError(
+                f"no memory for a cache of {size >> 20} MiB ({error}): lower max_num_seqs, "
+                f"{slots}, max_model_len or prefill_chunk, together {capacity} tokens per slot"
+            ) from error
+        arrays = [np.frombuffer(memory, dtype).reshape(shape) for memory in self._memory]
+        self._arrays = dict(zip(names, arrays, strict=True))
+
+    def rows(self, count: int) -> dict[str, NDArray[Any]]:
+        """The first `count` slots of each array; views, not copies."""
+        return {name: array[:count] for name, array in self._arrays.items()}
+
+    def read(self, slot: int, start: int, stop: int) -> Block:
+        """A copy of what a slot holds of its tokens `start` to `stop`."""
+        return np.stack([array[slot, :, start:stop] for array in self._arrays.values()])
+
+    def write(self, slot: int, start: int, block: Block) -> None:
+        """Put such a copy into a slot, from its token `start` on."""
+        for array, part in zip(self._arrays.values(), block, strict=True):
+            array[slot, :, start : start + part.shape[1]] = part
+
+    def copy(self, source: int, target: int, stop: int) -> None:
+        """Let a slot hold the first `stop` tokens that another one holds."""
+        for array in self._arrays.values():
+            array[target, :, :stop] = array[source, :, :stop]
+
+    def forget(self, slot: int, before: int | None = None) -> None:
+        """Give back the memory of a slot, or of its tokens before one; they are zeros then."""
+        for memory, array in zip(self._memory, self._arrays.values(), strict=True):
+            row = array.strides[0]
+            if before is None:
+                _give_back(memory, slot * row, row)
+                continue
+            for head in range(array.shape[1]):
+                _give_back(memory, slot * row + head * array.strides[1], before * array.strides[2])
+
+    def clear(self) -> None:
+        """Let go of all memory, once no graph is bound to it."""
+        self._arrays.clear()
+        self._memory.clear()
+
+
+def lazy_memory(size: int) -> mmap.mmap:
+    """Zeros that take memory page by page. `numpy.zeros` asks for huge pages, one of which spans several
+    heads: the first tokens of a text then took the memory of its whole slot."""
+    # Private, or a fork of the process would write into the same cache.
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return memory
+
+
+def _give_back(memory: mmap.mmap, start: int, size: int) -> None:
+    """Let whole pages from `start`, the beginning of one, be zeros again that take no memory. Only
+    Linux promises that."""
+    size = size // mmap.PAGESIZE * mmap.PAGESIZE
+    if size and sys.platform == "linux":
+        memory.madvise(mmap.MADV_DONTNEED, start, size)

@@ -1,0 +1,101 @@
+"""A request on its way from the queue to its last token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from math import inf
+
+from lifecycle.engines.backend import Block, Row
+from lifecycle.engines.base import PromptLogprob, Request
+from lifecycle.engines.drafts import Lookup
+from lifecycle.engines.sampling import Sampler
+
+GRAIN = 16
+"""Tokens that prompts are cut at multiples of where a step has no room for a whole chunk. What a prompt
+gives is then the same to the last bit; with other cuts it is not."""
+
+
+@dataclass(slots=True, eq=False)
+class RequestState:
+    """A request, its text so far, and how much of that the model has seen."""
+
+    request: Request
+    sampler: Sampler
+    tokens: list[int]
+    """The prompt and what was generated after it."""
+    num_prompt: int
+    num_prefill: int
+    """Tokens to compute before the next one is chosen: the prompt, or more after `recompute`."""
+    num_computed: int = 0
+    """Tokens in the cache."""
+    is_long: bool = False
+    """Whether the text is beyond the model's first context (see `Row`)."""
+    adapter: int = 0
+    """The adapter slot that the request is computed with; 0 is none."""
+    slot: int = -1
+    order: int = 0
+    """Number of the request among all that came."""
+    deadline: float = inf
+    """Time of `time.monotonic` at which it ends."""
+    num_cached: int = 0
+    """Tokens of the prompt that were found computed."""
+    prefix_keys: list[bytes] = field(default_factory=list[bytes])
+    """What the chunks of the text are kept under, as far as it was asked for."""
+    twin_key: int = 0
+    """Equal for prompts that can share all that is computed of them."""
+    parked: Block | None = None
+    """Its part of the cache, while another request has its slot."""
+    lookup: Lookup | None = None
+    """What guesses its next tokens."""
+    draft: list[int] = field(default_factory=list[int])
+    """Guessed tokens that the next step computes behind the newest one."""
+    prompt_logprobs: list[PromptLogprob] = field(default_factory=list[PromptLogprob])
+    """Those of the prompt's tokens, as far as they are known."""
+
+    @property
+    def is_prefilling(self) -> bool:
+        """Whether the next step computes more than the newest token."""
+        return self.num_computed < self.num_prefill
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """Requests of lower rank go first."""
+        return self.request.priority, self.order
+
+    @property
+    def first_logit(self) -> int:
+        """The first token whose logits are wanted: the one before the next that is scored or chosen."""
+        params = self.request.params
+        if params.prompt_logprobs is not None:
+            scored = params.prompt_logprobs_from + len(self.prompt_logprobs)
+            if scored < self.num_prompt:
+                return scored - 1
+        return len(self.tokens) - 1
+
+    def recompute(self) -> None:
+        """Begin again with all tokens so far."""
+        self.num_computed, self.num_prefill = 0, len(self.tokens)
+        self.prefix_keys.clear()
+        self.draft.clear()
+        self.parked = None
+
+    def next_row(self, prefill_chunk: int, room: int | None = None) -> Row | None:
+        """The tokens that the next step computes: of a prompt what is left of its chunk, or as much as
+        goes into `room` tokens; None if that is nothing."""
+        start, end = self.num_computed, len(self.tokens)
+        tokens = self.tokens[start:end]
+        if self.is_prefilling:
+            boundary = (start // prefill_chunk + 1) * prefill_chunk
+            stop = min(boundary, self.num_prefill)
+            if room is not None and stop - start > room:
+                stop = (start + room) // GRAIN * GRAIN
+                if stop <= start:
+                    return None
+            tokens = tokens[: stop - start]
+        # A draft stands behind the newest token only.
+        stop = start + len(tokens)
+        if stop == end:
+            tokens += self.draft
+        first = max(self.first_logit, start)
+        count = max(start + len(tokens) - first, 0)
+        return Row(self.slot, start, tokens, count, self.is_long, self.adapter)
