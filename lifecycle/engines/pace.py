@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 
-_WEIGHT = 0.2
-"""Of a new measurement in the running mean."""
+_WEIGHT, _PROMPT_WEIGHT = 0.2, 0.4
+"""Of a new measurement in the running mean; a prompt's tokens cost more the further it is."""
 _OUTLIER = 2.0
 """A measurement counts as at most so many times the mean: a machine may be busy for a moment."""
 
@@ -24,7 +24,9 @@ class Pace:
         if num_prompt:
             base = self.decode_seconds(num_decode) if num_decode else 0.0
             if base is not None and seconds > base:
-                self._prompt_token = _mean(self._prompt_token, (seconds - base) / num_prompt)
+                self._prompt_token = _mean(
+                    self._prompt_token, (seconds - base) / num_prompt, _PROMPT_WEIGHT
+                )
             return
         if num_decode not in self._decode:
             insort(self._known, num_decode)
@@ -56,7 +58,7 @@ class Pace:
         return int((max_stall - 1.0) * base / self._prompt_token)
 
 
-def _mean(mean: float | None, value: float) -> float:
+def _mean(mean: float | None, value: float, weight: float = _WEIGHT) -> float:
     if mean is None:
         return value
-    return mean + _WEIGHT * (min(value, _OUTLIER * mean) - mean)
+    return mean + weight * (min(value, _OUTLIER * mean) - mean)

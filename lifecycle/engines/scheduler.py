@@ -2,7 +2,7 @@
 
 Requests wait in line for a slot. Every step carries the newest token of each request that decodes, with
 the tokens guessed behind it, and parts of prompts beside them. A prompt is cut at multiples of the chunk
-size or of 16 in itself, where the model gives the same to the last bit, so what is computed from it does not
+size or of 4 in itself, where the model gives the same to the last bit, so what is computed from it does not
 depend on the other requests.
 
 A request gives its slot back before its end in two cases. To one of lower priority number: then its part
@@ -114,7 +114,9 @@ class Scheduler:
         from what was computed for it."""
         if self._cache is None or leader.num_prefill != leader.num_prompt:
             return []
-        return [other for other in self.running.values() if _follows(other, leader)]
+        twins = [other for other in self.running.values() if _follows(other, leader)]
+        room = max((self._max_cache_tokens - self.cache_tokens) / leader.num_prompt, 0)
+        return twins[: int(min(room, len(twins)))]
 
     def _add_prompts(self, batch: Batch, budget: int) -> None:
         leaders: list[RequestState] = []

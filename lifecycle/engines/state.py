@@ -10,9 +10,10 @@ from lifecycle.engines.base import PromptLogprob, Request
 from lifecycle.engines.drafts import Lookup
 from lifecycle.engines.sampling import Sampler
 
-GRAIN = 16
+GRAIN = 4
 """Tokens that prompts are cut at multiples of where a step has no room for a whole chunk. What a prompt
-gives is then the same to the last bit; with other cuts it is not."""
+gives is the same to the last bit wherever it is cut, unless a single token is left: ONNX Runtime computes
+products of one row by another kernel."""
 
 
 @dataclass(slots=True, eq=False)
@@ -86,11 +87,12 @@ class RequestState:
         tokens = self.tokens[start:end]
         if self.is_prefilling:
             boundary = (start // prefill_chunk + 1) * prefill_chunk
-            stop = min(boundary, self.num_prefill)
-            if room is not None and stop - start > room:
+            last = stop = min(boundary, self.num_prefill)
+            if room is not None and last - start > room:
                 stop = (start + room) // GRAIN * GRAIN
                 if stop <= start:
                     return None
+                stop += last - stop == 1
             tokens = tokens[: stop - start]
         # A draft stands behind the newest token only.
         stop = start + len(tokens)

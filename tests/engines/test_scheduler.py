@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import inf
 from typing import Any
 
 import pytest
@@ -45,7 +46,9 @@ class SchedulerMachine(RuleBasedStateMachine):
     @initialize(options=engines)
     def open(self, options: dict[str, Any]) -> None:
         self.engine = ToyEngine.make(SLOTS, CONTEXT, CHUNK, **options)
-        self.most = (options["kv_cache_bytes"] or SLOTS * CONTEXT * BYTES) // BYTES
+        # Without a budget only the slots are bounded, not what is put aside.
+        budget = options["kv_cache_bytes"]
+        self.most = inf if budget is None else budget // BYTES
 
     @rule(
         prompt=prompts,
