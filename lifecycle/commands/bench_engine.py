@@ -28,7 +28,7 @@ from lifecycle.engines.decoder import DecoderInfo
 from lifecycle.engines.limits import usable_cores
 from lifecycle.errors import EngineError, InterruptedRun, RecipeError
 from lifecycle.pipeline import registry
-from lifecycle.pipeline.progress import DRAW_EVERY, Display, Stop, brief
+from lifecycle.pipeline.progress import DRAW_EVERY, Display, Stop
 
 
 def main(argv: list[str]) -> int:
@@ -123,7 +123,7 @@ def _measure(
                 point, status, error, report.status = None, "failed", failure, "failed"
             if point is not None:
                 report.points.append(point)
-                shown = brief({"tokens/s": point.metrics.output_throughput})
+                shown = f"{point.metrics.output_throughput:,.1f} output tokens/s"
             if stop.requested:
                 status, report.status = "stopped", "interrupted"
                 error = InterruptedRun("interrupted: what is shown had been measured by then")

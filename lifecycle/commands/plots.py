@@ -101,7 +101,8 @@ class Figure:
                         "is_line": series.is_line,
                         "has_marks": series.has_marks,
                         "places": [
-                            (x.at(a), y.at(b), f"{series.name}: {b:,.4g}") for a, b in series.points
+                            (x.at(a), y.at(b), f"{series.name}: {_short(b)}")
+                            for a, b in series.points
                         ],
                     }
                     for index, series in enumerate(self.series)
@@ -116,6 +117,11 @@ class Figure:
                 bottom=HEIGHT - _BOTTOM,
             )
         )
+
+
+def _short(value: float) -> str:
+    """Three digits that mean something, without an exponent."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 class Scale:
