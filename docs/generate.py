@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lifecycle.cli import COMMANDS, main, usage
+from lifecycle.commands.bench import BENCHMARKS
 from lifecycle.commands.stages import describe
 from lifecycle.graph.targets import Target
 from lifecycle.pipeline import registry
@@ -86,11 +87,18 @@ def commands() -> str:
     parts = [NOTE, "# Commands\n", f"```\n{usage()}\n```\n"]
     os.environ["COLUMNS"] = "96"
     for name in COMMANDS:
-        text = io.StringIO()
-        with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
-            main([name, "--help"])
-        parts.append(f"## lifecycle {name}\n\n```\n{text.getvalue().rstrip()}\n```\n")
+        parts.append(_help(name))
+        if name == "bench":
+            parts += [_help(name, benchmark) for benchmark in BENCHMARKS]
     return "\n".join(parts)
+
+
+def _help(*command: str) -> str:
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
+        main([*command, "--help"])
+    title = " ".join(("lifecycle", *command))
+    return f"## {title}\n\n```\n{text.getvalue().rstrip()}\n```\n"
 
 
 def _doc(cls: Callable[..., object]) -> str:

@@ -11,6 +11,7 @@ COMMANDS = {
     "plan": ("lifecycle.commands.run:plan", "show what a run would do, and why"),
     "serve": ("serving.cli:serve", "serve a bundle over HTTP, as OpenAI's API does"),
     "chat": ("serving.cli:chat", "talk to a bundle in the terminal"),
+    "bench": ("lifecycle.commands.bench:main", "measure throughput and latency of an engine"),
     "recipes": ("lifecycle.commands.recipes:main", "list, show or copy the shipped recipes"),
     "stages": ("lifecycle.commands.stages:main", "list the stages, or the settings of one"),
     "runs": ("lifecycle.commands.runs:main", "list, show or compare past runs"),

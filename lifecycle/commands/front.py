@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lifecycle.commands.output import say, table
+from lifecycle.commands.plots import Scale
 from lifecycle.evaluation.front import quality_metric
 from lifecycle.evaluation.gates import Bound
 from lifecycle.pipeline.progress import number
@@ -127,8 +128,8 @@ def figure(search: Search) -> str:
     found: list[dict[str, Any]] = search["candidates"]
     across = [row["bytes"] / _MILLION if by_size else row["tokens_per_second"] for row in found]
     up = [row[metric] for row in found]
-    x = _Scale(across, _LEFT, WIDTH - _RIGHT)
-    y = _Scale([*up, limit], HEIGHT - _BOTTOM, _TOP)
+    x = Scale(across, _LEFT, WIDTH - _RIGHT)
+    y = Scale([*up, limit], HEIGHT - _BOTTOM, _TOP)
     places = [(x.at(a), y.at(b)) for a, b in zip(across, up, strict=True)]
     front = sorted(place for place, row in zip(places, found, strict=True) if row["on_front"])
     requests = "one request" if search["batch"] == 1 else f"{search['batch']} requests together"
@@ -174,26 +175,3 @@ def _points(places: list[tuple[float, float]], found: list[dict[str, Any]]) -> l
             point["label"] = ""
         points.append(point)
     return points
-
-
-class _Scale:
-    """From values to pixels, with some room at both ends."""
-
-    def __init__(self, values: list[float], start: float, end: float) -> None:
-        low, high = min(values), max(values)
-        room = (high - low or abs(high) or 1) * 0.07
-        self._low, self._high = low - room, high + room
-        self._start, self._end = start, end
-
-    def at(self, value: float) -> float:
-        part = (value - self._low) / (self._high - self._low)
-        return round(self._start + part * (self._end - self._start), 1)
-
-    def ticks(self) -> list[tuple[float, str]]:
-        """About five round numbers: pixels and label."""
-        rough = (self._high - self._low) / 5
-        unit = 10 ** math.floor(math.log10(rough))
-        step = next(unit * n for n in (1, 2, 5, 10) if unit * n >= rough)
-        digits = max(0, -math.floor(math.log10(step)))
-        first, last = math.ceil(self._low / step), math.floor(self._high / step)
-        return [(self.at(i * step), f"{i * step:,.{digits}f}") for i in range(first, last + 1)]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from lifecycle.errors import RecipeError
+from lifecycle.pipeline.progress import Display, LiveDisplay, PlainDisplay
 
 
 class Parser(argparse.ArgumentParser):
@@ -56,3 +57,8 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     width = None if sys.stdout.isatty() else 200
     console = Console(width=width, markup=False, highlight=False)
     console.print(grid)
+
+
+def progress_display(quiet: bool) -> Display:
+    """A bar on a terminal, lines elsewhere and where it should be quiet."""
+    return LiveDisplay() if sys.stderr.isatty() and not quiet else PlainDisplay()

@@ -11,6 +11,7 @@ from jinja2 import Environment
 from markupsafe import Markup
 
 from lifecycle.commands.front import STYLE, figure, searches
+from lifecycle.commands.plots import PAGE_STYLE
 from lifecycle.pipeline import runs
 from lifecycle.pipeline.progress import number
 from lifecycle.pipeline.runs import Run
@@ -23,17 +24,7 @@ _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width"><title>{{ run.recipe }} {{ run.run }}</title>
 <style>
-:root { color-scheme: light dark; --page: #fff; --text: #222; --dim: #555; --line: #ddd; --red: #b00020; --green: #1b7f3b; --blue: #2457a6 }
-@media (prefers-color-scheme: dark) {
-:root { --page: #16181c; --text: #e6e6e6; --dim: #a8a8a8; --line: #3a3d44; --red: #ff7b86; --green: #63d18a; --blue: #86b4ff } }
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; padding: 0 1em; max-width: 70em; color: var(--text); background: var(--page) }
-table { border-collapse: collapse; width: 100% }
-th, td { text-align: left; padding: .3em .8em .3em 0; border-bottom: 1px solid var(--line); vertical-align: top }
-td { font-variant-numeric: tabular-nums } td.metrics { color: var(--dim) }
-code { font-size: .85em; color: var(--dim) } a { color: var(--blue) }
-.failed { color: var(--red); white-space: pre-wrap } .done { color: var(--green) } .cached { color: var(--blue) }
-figure { display: inline-block; margin: 1em 1.5em 1em 0 } figcaption { color: var(--dim) }
-div { overflow-x: auto } svg { max-width: 100%; height: auto } polyline { fill: none; stroke: var(--blue); stroke-width: 1.5 } text { font-size: 11px; fill: var(--dim) }
+{{ style }}
 {{ front_style }}</style></head><body>
 <h1>{{ run.recipe }}</h1>
 <p>Run <code>{{ run.run }}</code>: <b class="{{ run.status }}">{{ run.status }}</b>
@@ -71,6 +62,7 @@ def render(store: Store, run: Run) -> str:
         width=WIDTH,
         height=HEIGHT,
         fronts=[(name, Markup(figure(search))) for name, search in searches(run)],
+        style=Markup(PAGE_STYLE),
         front_style=Markup(STYLE),
     )
 

@@ -10,11 +10,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 from lifecycle.commands.front import show as show_searches
-from lifecycle.commands.output import Parser, emit, say, table
+from lifecycle.commands.output import Parser, emit, progress_display, say, table
 from lifecycle.engines.decoder import FILE as DECODER
 from lifecycle.errors import InterruptedRun, LifecycleError
 from lifecycle.pipeline.plan import plan as plan_recipe
-from lifecycle.pipeline.progress import Display, LiveDisplay, PlainDisplay, brief
+from lifecycle.pipeline.progress import brief
 from lifecycle.pipeline.recipe import Recipe, load
 from lifecycle.pipeline.runner import Runner, continuation
 from lifecycle.pipeline.runs import Run
@@ -44,7 +44,7 @@ def run(argv: list[str]) -> int:
     try:
         recipe = load(args.recipe, args.overrides)
         store = Store.open(args.store)
-        display = _display(args.json)
+        display = progress_display(args.json)
         try:
             runner = Runner(store, display)
             result, error = runner.run(recipe, args.overrides, args.until, args.force)
@@ -75,10 +75,6 @@ def _set_thread_libraries() -> None:
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "3000")
     os.environ.setdefault("MKL_CBWR", "AUTO")
-
-
-def _display(quiet: bool) -> Display:
-    return LiveDisplay() if sys.stderr.isatty() and not quiet else PlainDisplay()
 
 
 def _summary(run: Run, store: Store, args: Namespace) -> None:

@@ -1,0 +1,1 @@
+"""How fast an engine answers: workloads, the loop that drives them, and what is made of the times."""
