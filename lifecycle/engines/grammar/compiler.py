@@ -129,13 +129,20 @@ class GrammarCompiler:
         """Of the grammars that are kept, with what they can still grow by."""
         return self._num_bytes
 
+    def find(self, spec: GrammarSpec) -> Grammar | None:
+        """A grammar that is kept; takes no time."""
+        with self._lock:
+            if spec in self._kept:
+                self._kept.move_to_end(spec)
+            return self._kept.get(spec)
+
     def compile(self, spec: GrammarSpec) -> Grammar:
         """A grammar, known or new.
 
         Raises:
             RequestError: it is invalid, too large or too slow; nothing is kept of it.
         """
-        if (known := self._find(spec)) is not None:
+        if (known := self.find(spec)) is not None:
             return known
         text = spec.to_llguidance()
         measured = self._trial.run(text, self.limits.for_parser(), self.limits.seconds)
@@ -173,12 +180,6 @@ class GrammarCompiler:
         if matcher.is_error():
             raise RequestError("the grammar cannot be used: it is beyond the limits of its parser")
         return matcher
-
-    def _find(self, spec: GrammarSpec) -> Grammar | None:
-        with self._lock:
-            if spec in self._kept:
-                self._kept.move_to_end(spec)
-            return self._kept.get(spec)
 
     def _keep(self, spec: GrammarSpec, grammar: Grammar) -> None:
         with self._lock:
