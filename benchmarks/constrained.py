@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+from tokenizers import Tokenizer
 
 from benchmarks.peers import cache_dir
 from benchmarks.random_llama import SMOLLM2_135M, kept_llama
@@ -54,11 +55,11 @@ class Unforced(GrammarConstraint):
         return ()
 
 
-def decode(engine: OnnxEngine, batch: int, tokens: int, make: Make) -> float:
+def decode(engine: OnnxEngine, batch: int, tokens: int, temperature: float, make: Make) -> float:
     """Tokens per second of `batch` requests, once all decode."""
     rng = np.random.default_rng(0)
     for index in range(batch):
-        params = SamplingParams(max_tokens=10**6, temperature=1.0, seed=index, ignore_eos=True)
+        params = SamplingParams(10**6, temperature, seed=index, ignore_eos=True)
         prompt = rng.integers(3, 1000, PROMPT).tolist()
         engine.submit(Request(str(index), prompt, params, constraint=make()))
     begun: set[str] = set()
@@ -84,18 +85,21 @@ def unforced(grammar: Grammar) -> Unforced:
     return made
 
 
-def int8_model(folder: Path) -> Path:
+def int8_model(folder: Path, vocab_size: int) -> Path:
     """The model, made on the first call."""
-    int8, full = folder / "int8-rowwise", folder / "fp32-for-int8"
+    int8, full = folder / "int8-rowwise", folder / "fp32"
     if not (int8 / "decoder.json").is_file():
         for path in (full, int8):
             path.mkdir(parents=True, exist_ok=True)
-        export_decoder(kept_llama(folder, SMOLLM2_135M), full, Cpu())
+        shape = SMOLLM2_135M | {"vocab_size": vocab_size}
+        export_decoder(kept_llama(folder, shape), full, Cpu())
         quantize_graph(full, int8, "int8-rowwise", Int8Rowwise(8))
     return int8
 
 
-def measure(engine: OnnxEngine, grammar: Grammar, batch: int, turns: int, tokens: int):
+def measure(
+    engine: OnnxEngine, grammar: Grammar, batch: int, turns: int, tokens: int, temperature: float
+) -> dict[str, float]:
     """Medians of tokens per second and of the ratios at one batch size."""
     ways: dict[str, Make] = {
         "free": lambda: None,
@@ -106,7 +110,7 @@ def measure(engine: OnnxEngine, grammar: Grammar, batch: int, turns: int, tokens
     # The first turn warms all up.
     for _ in range(turns + 1):
         for name, make in ways.items():
-            speeds[name].append(decode(engine, batch, tokens, make))
+            speeds[name].append(decode(engine, batch, tokens, temperature, make))
     found = {name: round(statistics.median(each[1:]), 1) for name, each in speeds.items()}
     for name in ("masked", "forced"):
         ratios = [a / b for a, b in zip(speeds[name][1:], speeds["free"][1:], strict=True)]
@@ -122,21 +126,29 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path, required=True, help="a tokenizer.json")
     parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--tokens", type=int, default=96)
+    parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
     options = EngineOptions(max(args.batch), 1024, threads=args.threads)
-    engine = OnnxEngine.open(int8_model(cache_dir() / "llama-135m"), options)
     text = args.tokenizer.read_text(encoding="utf-8")
+    # Models have at least as many tokens as their tokenisers.
+    vocab_size = max(Tokenizer.from_str(text).get_vocab_size(), SMOLLM2_135M["vocab_size"])
+    engine = OnnxEngine.open(
+        int8_model(cache_dir() / f"llama-135m-{vocab_size}", vocab_size), options
+    )
     compiler = GrammarCompiler(text, engine.vocab_size, frozenset({END}))
     grammar = compiler.compile(GrammarSpec.of_schema(SCHEMA))
     found = {
-        batch: measure(engine, grammar, batch, args.turns, args.tokens) for batch in args.batch
+        batch: measure(engine, grammar, batch, args.turns, args.tokens, args.temperature)
+        for batch in args.batch
     }
     compiler.close()
     engine.close()
-    print(json.dumps(found) if args.json else "\n".join(f"batch {b}: {f}" for b, f in found.items()))
+    print(
+        json.dumps(found) if args.json else "\n".join(f"batch {b}: {f}" for b, f in found.items())
+    )
 
 
 if __name__ == "__main__":
