@@ -23,7 +23,9 @@ def main() -> int:
     print(
         "\nOn a run of the quickstart: python -m benchmarks.batch_invariance BUNDLE and "
         "python -m benchmarks.kill_resume quickstart; on a checkpoint: "
-        "python -m benchmarks.quality FOLDER and python -m benchmarks.outlier FOLDER"
+        "python -m benchmarks.quality FOLDER and python -m benchmarks.outlier FOLDER; with a "
+        "tokenizer.json: python -m benchmarks.constrained --tokenizer FILE and "
+        "python -m benchmarks.json_schema SUITE FILE"
     )
     return worst
 

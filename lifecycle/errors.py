@@ -18,6 +18,7 @@ _EXTRA_OF = {
     "onnx_ir": "export",
     "fastapi": "serve",
     "uvicorn": "serve",
+    "llguidance": "serve",
     "pyarrow": "data",
     "huggingface_hub": "train",
 }

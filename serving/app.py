@@ -25,7 +25,7 @@ def create_app(service: Service, settings: ServerSettings | None = None) -> Fast
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         service.worker.start()
         yield
-        await service.worker.close()
+        await service.close()
 
     app = FastAPI(
         title="lifecycle",

@@ -67,6 +67,7 @@ def _printable(name: str) -> str:
 
 Text = Annotated[str, AfterValidator(_is_text)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
+Choices = Annotated[list[Text], Field(min_length=1, max_length=MAX_ITEMS)]
 
 
 def _as_list(value: object) -> object:
@@ -129,6 +130,15 @@ def _by_token(value: object) -> object:
     return found
 
 
+def _schema(value: object) -> object:
+    """What is in a schema is seen to where it is compiled."""
+    if isinstance(value, str):
+        return _is_text(value)
+    if not isinstance(value, dict | bool):
+        raise PydanticCustomError("json_schema", "must be a JSON schema: an object")
+    return cast("object", value)
+
+
 class _Body(BaseModel):
     model_config = ConfigDict(
         strict=True, extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=()
@@ -141,13 +151,14 @@ class _Body(BaseModel):
         if not isinstance(data, Mapping):
             return data
         fields = cast("Mapping[str, object]", data)
+        known = [field.alias or name for name, field in cls.model_fields.items()]
         for name in fields:
-            if name not in cls.model_fields:
+            if name not in known:
                 shown = _printable(name)
                 raise PydanticCustomError(
                     "unknown_field",
                     "unknown field{hint}",
-                    {"param": shown, "hint": did_you_mean(shown, cls.model_fields)},
+                    {"param": shown, "hint": did_you_mean(shown, known)},
                 )
         return {name: value for name, value in fields.items() if value is not None}
 
@@ -159,10 +170,51 @@ class StreamOptions(_Body):
     include_obfuscation: Any = None
 
 
+class JsonSchemaFormat(_Body):
+    """`response_format.json_schema`. The schema always holds, whatever `strict` says."""
+
+    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+    schema_: Annotated[Any, AfterValidator(_schema), Field(alias="schema")]
+    strict: bool | None = None
+    description: Text | None = None
+
+
 class ResponseFormat(_Body):
     """`response_format`."""
 
-    type: Literal["text"]
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: Annotated[JsonSchemaFormat | None, Field(validate_default=True)] = None
+
+    @field_validator("json_schema")
+    @classmethod
+    def _goes_with_its_type(
+        cls, value: JsonSchemaFormat | None, info: ValidationInfo
+    ) -> JsonSchemaFormat | None:
+        kind = info.data.get("type")
+        if kind is not None and (kind == "json_schema") != (value is not None):
+            word = "needed" if value is None else "only allowed"
+            raise PydanticCustomError(
+                "json_schema", '{word} with "type": "json_schema"', {"word": word}
+            )
+        return value
+
+
+class StructuredOutputs(_Body):
+    """`structured_outputs`, as in vLLM: exactly one of them."""
+
+    json_: Annotated[Any, AfterValidator(_schema), Field(alias="json")] = None
+    regex: Text | None = None
+    choice: Choices | None = None
+    grammar: Text | None = None
+    """A grammar in llguidance's form of Lark."""
+
+    @model_validator(mode="after")
+    def _one(self) -> StructuredOutputs:
+        if len(self.model_fields_set) != 1:
+            raise PydanticCustomError(
+                "structured_outputs", "needs exactly one of 'json', 'regex', 'choice' and 'grammar'"
+            )
+        return self
 
 
 class GenerationBody(_Body):
@@ -197,6 +249,13 @@ class GenerationBody(_Body):
     min_tokens: int | None = Field(default=None, ge=0)
     ignore_eos: bool = False
     stop_token_ids: list[int] = Field(default=[], max_length=64)
+
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: Annotated[Any, AfterValidator(_schema)] = None
+    """This one and those below are vLLM's older names of what `structured_outputs` holds."""
+    guided_regex: Text | None = None
+    guided_choice: Choices | None = None
+    guided_grammar: Text | None = None
 
     cache_salt: Annotated[Text, Field(max_length=256)] = ""
     """Prompts share what is cached of them only with prompts of the same salt and API key."""

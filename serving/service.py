@@ -13,6 +13,7 @@ from lifecycle.bundle.manifest import MANIFEST, verify_bundle
 from lifecycle.data.chat import ChatTokenizer
 from lifecycle.engines import decoder
 from lifecycle.engines.base import Engine, EngineOptions, Request, SamplingParams
+from lifecycle.engines.grammar.compiler import Grammar
 from lifecycle.engines.peft import CONFIG as ADAPTER_CONFIG
 from lifecycle.engines.peft import WEIGHTS as ADAPTER_WEIGHTS
 from lifecycle.errors import DataError, EngineError
@@ -21,6 +22,7 @@ from lifecycle.pipeline.artifact import hash_file
 from lifecycle.pipeline.files import sha256
 from serving import errors
 from serving.generation import Generation
+from serving.grammars import Grammars
 from serving.sampling import Defaults
 from serving.text import AnswerText, TokenTexts
 from serving.worker import EngineWorker
@@ -69,7 +71,9 @@ class Service:
         self.token_text = TokenTexts(tokenizer)
         self.defaults = defaults
         self.max_model_len = engine.max_model_len
+        self.grammars = Grammars(engine, tokenizer)
         self.worker = EngineWorker(engine, max_queue)
+        self._model_eos = engine.eos_token_ids
         self._one_long = asyncio.Semaphore(1)
         self._long_waiting = 0
 
@@ -88,6 +92,11 @@ class Service:
             return await self._tokenise(size, lambda: self.tokenizer.encode_chat(messages))
         except DataError as error:
             raise errors.bad_request(str(error), param="messages") from error
+
+    async def close(self) -> None:
+        """End what runs, and free the engine and the grammars."""
+        await self.worker.close()
+        await asyncio.to_thread(self.grammars.close)
 
     async def prompt_tokens(self, prompt: str | list[int]) -> list[int]:
         """The token ids of a plain prompt."""
@@ -139,6 +148,7 @@ class Service:
         continued: bool = False,
         adapter: str | None = None,
         salt: str = "",
+        grammar: Grammar | None = None,
     ) -> Generation:
         """Begin to answer prompts, one answer each; the result must be read or closed.
 
@@ -146,6 +156,7 @@ class Service:
             continued: the answers go on with the text of their prompts, and are no texts of
                 their own.
             adapter: the adapter to answer with.
+            grammar: what each answer must be.
             salt: prompts of other salts share nothing with these (see `Request.cache_salt`).
 
         Raises:
@@ -156,7 +167,12 @@ class Service:
         for index, (prompt, params) in enumerate(prompts):
             if not params.ignore_eos:
                 params = replace(params, stop_token_ids=params.stop_token_ids | own_stops)
-            requests.append(Request(f"{request_id}-{index}", prompt, params, adapter, salt))
+            constraint = None
+            if grammar is not None:
+                model_eos = frozenset[int]() if params.ignore_eos else self._model_eos
+                constraint = grammar.constraint(params.stop_token_ids | model_eos)
+            id = f"{request_id}-{index}"
+            requests.append(Request(id, prompt, params, adapter, salt, constraint=constraint))
         # First, for a prompt may hold what is no token until the engine has taken it.
         call = await self.worker.submit(requests)
         start = self.tokenizer.continuation if continued else lambda _: self.tokenizer.stream()

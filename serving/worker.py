@@ -168,6 +168,9 @@ class EngineWorker:
             call = self._calls.get(event.request_id)
             if call is None:
                 continue
+            if event.is_refused:
+                self._fail(call, errors.bad_request(event.error))
+                continue
             if event.finish_reason is FinishReason.ERROR:
                 log.error("request %s failed: %s", event.request_id, event.error)
                 self._fail(call, errors.internal_error(event.request_id))

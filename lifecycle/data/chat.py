@@ -73,6 +73,11 @@ class ChatTokenizer:
         return self._tokenizer.get_vocab_size(with_added_tokens=True)
 
     @property
+    def tokenizer_json(self) -> str:
+        """The tokeniser itself, as its `tokenizer.json` would have it."""
+        return self._tokenizer.to_str()
+
+    @property
     def bos_token_id(self) -> int | None:
         """The beginning-of-sequence token."""
         return self._named_id("bos_token")

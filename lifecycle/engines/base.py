@@ -100,8 +100,8 @@ class Constraint(Protocol):
         ...
 
     def forced(self) -> Sequence[int]:
-        """The tokens that must come next; the engine does not ask the model about them, and calls
-        `accept` for each."""
+        """The tokens that must come next; the engine does not ask the model about them, unless their
+        log-probabilities are wanted, and calls `accept` for each that it takes."""
         ...
 
     @property
@@ -154,6 +154,8 @@ class Event(NamedTuple):
     top_logprobs: tuple[tuple[int, float], ...] = ()
     finish_reason: FinishReason | None = None
     error: str = ""
+    is_refused: bool = False
+    """Whether the error lies in what the request asked for."""
     cached_tokens: int = 0
     """With the first token: those of the prompt that were not computed, but found in the prefix cache."""
     prompt_logprobs: tuple[PromptLogprob, ...] = ()

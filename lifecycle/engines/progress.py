@@ -70,7 +70,7 @@ class Progress:
                 choice = choose(row, state.sampler, best[at], tops[at])
                 events += self._append(state, choice)
             except RequestError as error:
-                events.append(failed(state, str(error)))
+                events.append(failed(state, str(error), is_refused=True))
             if events[-1].finish_reason is not None:
                 return events
             if not state.is_long and self.is_long(len(state.tokens)):
@@ -90,10 +90,17 @@ class Progress:
         if choice is None:
             return [failed(state, _NOT_FINITE)]
         events = [self._event(state, choice)]
-        constraint = state.request.constraint
-        if constraint is None or events[-1].finish_reason is not None:
+        constraint, params = state.request.constraint, state.request.params
+        # Only the model can tell how likely a token was.
+        if (
+            constraint is None
+            or params.logprobs is not None
+            or events[-1].finish_reason is not None
+        ):
             return events
         for token in constraint.forced():
+            if token in params.banned_token_ids:
+                break
             state.sampler.note(token)
             events.append(self._event(state, Choice(token)))
             if events[-1].finish_reason is not None:
@@ -124,9 +131,10 @@ class Progress:
         return FinishReason.LENGTH if is_full else None
 
 
-def failed(state: RequestState, error: str) -> Event:
+def failed(state: RequestState, error: str, *, is_refused: bool = False) -> Event:
     """The end of a request by an error."""
-    return Event(state.request.id, finish_reason=FinishReason.ERROR, error=error)
+    reason = FinishReason.ERROR
+    return Event(state.request.id, finish_reason=reason, error=error, is_refused=is_refused)
 
 
 def _score(state: RequestState, logits: Floats) -> int:

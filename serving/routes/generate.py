@@ -18,6 +18,7 @@ from serving.schemas import GenerationBody
 from serving.service import ModelCard, Service
 from serving.settings import ServerSettings
 from serving.sse import EventStream
+from serving.structured import asked_grammar
 
 Prompt = tuple[Sequence[int], SamplingParams]
 
@@ -108,13 +109,16 @@ async def begin(
 ) -> Generation:
     """Begin to answer prompts as the model that the request names, for the client that sent it; see
     `Service.generate`."""
-    return await service_of(request).generate(
+    service, asked = service_of(request), asked_grammar(body)
+    grammar = None if asked is None else await service.grammars.compile(asked)
+    return await service.generate(
         request.state.request_id,
         prompts,
         body.stop,
         continued=continued,
         adapter=card.name if card.parent else None,
         salt=salt_of(request, body),
+        grammar=grammar,
     )
 
 

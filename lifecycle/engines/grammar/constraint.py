@@ -1,0 +1,78 @@
+"""The place of one answer in its grammar."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lifecycle.errors import RequestError
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher
+
+
+class GrammarConstraint:
+    """A `Constraint` by llguidance; made by `Grammar.constraint`, used by one request."""
+
+    def __init__(
+        self,
+        matcher: LLMatcher,
+        vocab_size: int,
+        ends: frozenset[int],
+        foreign_ends: frozenset[int],
+        on_failure: Callable[[], None],
+    ) -> None:
+        """
+        Args:
+            ends: the tokens that end the request.
+            foreign_ends: tokens that the grammar ends with but the request does not.
+            on_failure: called if the grammar outgrows its limits; the next one must be made anew.
+        """
+        self._matcher = matcher
+        self._vocab_size = vocab_size
+        self._ends = ends
+        self._end_ids = np.array(sorted(ends), dtype=np.intp)
+        self._foreign_ids = np.array(sorted(foreign_ends), dtype=np.intp)
+        self._on_failure = on_failure
+        self._is_ended = False
+
+    def mask(self) -> NDArray[np.bool_]:
+        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        if self._matcher.is_error():
+            raise self._failure()
+        mask = np.unpackbits(bits, count=self._vocab_size, bitorder="little").view(np.bool_)
+        mask[self._foreign_ids] = False
+        mask[self._end_ids] = self._matcher.is_accepting()
+        return mask
+
+    def accept(self, token: int) -> None:
+        # Any token can end a request, but the grammar knows those of the model only.
+        if token in self._ends:
+            self._is_ended = True
+        elif not self._matcher.consume_token(token):
+            raise self._failure()
+
+    def forced(self) -> Sequence[int]:
+        if self._is_ended:
+            return ()
+        tokens = self._matcher.compute_ff_tokens()
+        if self._matcher.is_error():
+            raise self._failure()
+        # What would end the request is not text of the answer.
+        first_end = next((i for i, token in enumerate(tokens) if token in self._ends), len(tokens))
+        return tokens[:first_end]
+
+    @property
+    def is_complete(self) -> bool:
+        return self._is_ended or (self._matcher.is_stopped() and not self._matcher.is_error())
+
+    def _failure(self) -> RequestError:
+        self._on_failure()
+        # The library's own text may hold a part of the answer, and this one is logged.
+        return RequestError(
+            "the grammar has outgrown its limits while the answer was "
+            "written; use one with fewer alternatives, shorter bounds or less nesting"
+        )

@@ -1,0 +1,107 @@
+"""Which JSON schemas can be followed: what llguidance does not know or would pass over is refused.
+
+It follows what can be decided from left to right. Its own check names the keywords that it lacks, but says
+nothing about some that it passes over; an answer would then look right and not be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, cast
+
+from lifecycle.errors import RequestError
+
+MAX_DEPTH = 64
+"""Schemas inside schemas; further ones can be reached by `$ref`."""
+MAX_DIVISOR = 10_000
+"""Of `multipleOf`; an automaton with as many states is made of it."""
+
+_KNOWN = frozenset(
+    {
+        *("type", "const", "enum", "anyOf", "oneOf", "allOf", "$ref", "$defs", "definitions"),
+        *("properties", "required", "additionalProperties", "patternProperties"),
+        *("minProperties", "maxProperties"),
+        *("items", "prefixItems", "minItems", "maxItems"),
+        *("minLength", "maxLength", "pattern", "format"),
+        *("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"),
+        # They say nothing about what is valid.
+        *("title", "description", "default", "examples", "example", "deprecated", "readOnly"),
+        *("writeOnly", "$comment", "$schema", "$id", "nullable", "discriminator"),
+    }
+)
+_LISTS = frozenset({"anyOf", "oneOf", "allOf", "prefixItems"})
+_MAPS = frozenset({"properties", "patternProperties", "$defs", "definitions"})
+_SINGLE = frozenset({"items", "additionalProperties"})
+
+Schema = Mapping[str, Any]
+
+
+def check_schema(schema: object) -> None:
+    """Refuse a schema that cannot be followed to the letter.
+
+    Raises:
+        RequestError: it names the keyword and its place.
+    """
+    if schema is False:
+        raise RequestError("the JSON schema is false, which nothing is valid by")
+    pending: list[tuple[str, object, int]] = [("", schema, 0)]
+    while pending:
+        place, found, depth = pending.pop()
+        if isinstance(found, bool):
+            continue
+        if not isinstance(found, Mapping):
+            raise RequestError(f"the JSON schema at '{place or '/'}' is no object: schemas are")
+        if depth > MAX_DEPTH:
+            raise RequestError(
+                f"the JSON schema has more than {MAX_DEPTH} schemas inside each other; name parts of it "
+                "in $defs and refer to them"
+            )
+        fields = cast("Schema", found)
+        _check_keywords(fields, place)
+        pending += [(f"{place}/{key}", inner, depth + 1) for key, inner in _inside(fields, place)]
+
+
+def _check_keywords(schema: Schema, place: str) -> None:
+    for keyword, value in schema.items():
+        where = f"'{keyword}' at '{place or '/'}'"
+        if keyword not in _KNOWN:
+            raise RequestError(
+                f"the JSON schema has {where}, which cannot be followed while an answer is written; "
+                "leave it out, and check it when the answer is there"
+            )
+        match keyword, value:
+            case "$ref", str(target) if not target.startswith("#"):
+                raise RequestError(
+                    f"the JSON schema has {where}, which is somewhere else: nothing is fetched; put it "
+                    "into $defs"
+                )
+            case "multipleOf", int() | float() if not isinstance(value, bool):
+                _check_divisor(value, where)
+            case _:
+                pass
+
+
+def _check_divisor(value: float, where: str) -> None:
+    digits = str(value).replace(".", "").lstrip("0")
+    if not digits.isdecimal() or int(digits) > MAX_DIVISOR:
+        raise RequestError(
+            f"the JSON schema has {where}, which is {value}: at most {MAX_DIVISOR} is taken, and as few "
+            "digits behind the point"
+        )
+
+
+def _inside(schema: Schema, place: str) -> Iterator[tuple[str, object]]:
+    """The schemas that stand in a schema, with the way to each."""
+    for keyword, value in schema.items():
+        if keyword in _SINGLE:
+            yield keyword, value
+        elif keyword in _LISTS and isinstance(value, list):
+            for index, each in enumerate(cast("list[object]", value)):
+                yield f"{keyword}/{index}", each
+        elif keyword in _MAPS and isinstance(value, Mapping):
+            for name, each in cast("Mapping[str, object]", value).items():
+                yield f"{keyword}/{name}", each
+        elif keyword in _LISTS | _MAPS:
+            raise RequestError(
+                f"the JSON schema has a '{keyword}' at '{place or '/'}' of a wrong type"
+            )
