@@ -57,6 +57,21 @@ def serve_parser() -> argparse.ArgumentParser:
         "computed once; 0 turns it off (%(default)s)",
     )
     parser.add_argument(
+        "--kv-cache",
+        type=positive_integer,
+        metavar="MIB",
+        help="memory for keys and values of running requests, one context at least; where it is full, the "
+        "requests that came last wait and are computed anew (room for --max-num-seqs contexts)",
+    )
+    parser.add_argument(
+        "--draft-tokens",
+        type=count,
+        default=0,
+        metavar="N",
+        help="most tokens guessed per step from what a request's text holds already, for answers that "
+        "quote; the answers stay the same (%(default)s)",
+    )
+    parser.add_argument(
         "--shutdown-timeout",
         type=quantity,
         default=30.0,
@@ -79,7 +94,13 @@ def chat_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--seed", type=int, help="the same seed gives the same answers")
     parser.set_defaults(
-        adapter=[], served_model_name=None, max_num_seqs=1, max_queue=0, prefix_cache=64
+        adapter=[],
+        served_model_name=None,
+        max_num_seqs=1,
+        max_queue=0,
+        prefix_cache=64,
+        kv_cache=None,
+        draft_tokens=0,
     )
     return parser
 

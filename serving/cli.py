@@ -72,6 +72,8 @@ def _open(args: argparse.Namespace) -> Service:
             max_model_len=args.max_model_len,
             threads=args.threads,
             prefix_cache_bytes=args.prefix_cache << 20,
+            kv_cache_bytes=None if args.kv_cache is None else args.kv_cache << 20,
+            draft_tokens=args.draft_tokens,
         ),
         name=args.served_model_name,
         max_queue=args.max_queue,

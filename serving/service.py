@@ -148,6 +148,7 @@ class Service:
         continued: bool = False,
         adapter: str | None = None,
         salt: str = "",
+        tenant: str = "",
         grammar: Grammar | None = None,
     ) -> Generation:
         """Begin to answer prompts, one answer each; the result must be read or closed.
@@ -158,6 +159,7 @@ class Service:
             adapter: the adapter to answer with.
             grammar: what each answer must be.
             salt: prompts of other salts share nothing with these (see `Request.cache_salt`).
+            tenant: whom they are for; where many wait, tenants take turns.
 
         Raises:
             ApiError: the engine is busy, stopped, or refuses a prompt.
@@ -172,7 +174,9 @@ class Service:
                 model_eos = frozenset[int]() if params.ignore_eos else self._model_eos
                 constraint = grammar.constraint(params.stop_token_ids | model_eos)
             id = f"{request_id}-{index}"
-            requests.append(Request(id, prompt, params, adapter, salt, constraint=constraint))
+            requests.append(
+                Request(id, prompt, params, adapter, salt, tenant=tenant, constraint=constraint)
+            )
         # First, for a prompt may hold what is no token until the engine has taken it.
         call = await self.worker.submit(requests)
         start = self.tokenizer.continuation if continued else lambda _: self.tokenizer.stream()

@@ -59,7 +59,12 @@ def admit(service: Service, body: GenerationBody, num_prompts: int) -> ModelCard
 
 def salt_of(request: Request, body: GenerationBody) -> str:
     """What keeps the cached prompts of one client from another's."""
-    return f"{getattr(request.state, 'tenant', '')}:{body.cache_salt}"
+    return f"{_tenant(request)}:{body.cache_salt}"
+
+
+def _tenant(request: Request) -> str:
+    """Whose key came with a request; all are one where no keys are asked for."""
+    return getattr(request.state, "tenant", "")
 
 
 def sampling(service: Service, body: GenerationBody, logprobs: int | None) -> SamplingParams:
@@ -118,6 +123,7 @@ async def begin(
         continued=continued,
         adapter=card.name if card.parent else None,
         salt=salt_of(request, body),
+        tenant=_tenant(request),
         grammar=grammar,
     )
 
