@@ -107,6 +107,14 @@ def _add_engine(parser: Parser) -> None:
         "--prefill-chunk", type=count, default=128, metavar="TOKENS",
         help="prompt tokens computed in one step (%(default)s)",
     )  # fmt: skip
+    group.add_argument(
+        "--kv-cache", type=count, default=0, metavar="MIB",
+        help="memory for keys and values of requests; 0 is room for all slots (%(default)s)",
+    )  # fmt: skip
+    group.add_argument(
+        "--draft-tokens", type=count, default=0, metavar="N",
+        help="most tokens guessed per step from what a text holds already (%(default)s)",
+    )  # fmt: skip
 
 
 def check(args: argparse.Namespace) -> None:

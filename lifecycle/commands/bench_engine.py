@@ -88,6 +88,8 @@ def _options(plan: Plan) -> EngineOptions:
         threads=args.threads or usable_cores(),
         prefill_chunk=args.prefill_chunk,
         prefix_cache_bytes=args.prefix_cache << 20,
+        kv_cache_bytes=args.kv_cache << 20 or None,
+        draft_tokens=args.draft_tokens,
     )
 
 

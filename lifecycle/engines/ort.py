@@ -99,7 +99,7 @@ class OrtBackend:
         # The attention wants room for the whole width of a step behind every text, also behind
         # those that bring fewer tokens to it.
         capacity = max_model_len + max(options.prefill_chunk, MIN_WIDTH)
-        self._cache = SlotCache(
+        self.cache = SlotCache(
             cache_names(info),
             slots=num_slots,
             heads=info.num_kv_heads,
@@ -157,23 +157,23 @@ class OrtBackend:
 
     @property
     def bytes_per_token(self) -> int:
-        return self._cache.bytes_per_token
+        return self.cache.bytes_per_token
 
     def read_cache(self, slot: int, start: int, stop: int) -> Block:
-        return self._cache.read(slot, start, stop)
+        return self.cache.read(slot, start, stop)
 
     def write_cache(self, slot: int, start: int, block: Block) -> None:
-        self._cache.write(slot, start, block)
+        self.cache.write(slot, start, block)
 
     def copy_cache(self, source: int, target: int, stop: int) -> None:
-        self._cache.copy(source, target, stop)
+        self.cache.copy(source, target, stop)
 
     def forget(self, slot: int, before: int | None = None) -> None:
-        self._cache.forget(slot, before)
+        self.cache.forget(slot, before)
 
     def close(self) -> None:
         self._graph = self._adapted = self._bank = self._step = None
-        self._cache.clear()
+        self.cache.clear()
 
     def _binding(self, graph: _Graph, num_rows: int, entries: range | None) -> _Binding:
         """What a step of `num_rows` rows over some adapters is bound to."""
@@ -181,7 +181,7 @@ class OrtBackend:
         if key not in graph.bindings:
             if len(graph.bindings) >= _MAX_BINDINGS:
                 graph.bindings.clear()
-            binding = _Binding(graph.session, self._cache.rows(num_rows), self._vocab_size)
+            binding = _Binding(graph.session, self.cache.rows(num_rows), self._vocab_size)
             if self._bank is not None and entries is not None:
                 binding.bind(self._bank.weights(entries))
             graph.bindings[key] = binding

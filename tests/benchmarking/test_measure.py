@@ -15,7 +15,7 @@ def test_a_closed_loop_keeps_so_many_requests_in_flight() -> None:
     told: list[tuple[int, int]] = []
     found = measure(
         engine,
-        [planned(4, 2), planned(4, 4), planned(4, 2)],
+        [planned(4, 2), planned(4, 4, first=2), planned(4, 2)],
         concurrency=2,
         clock=FakeClock(engine),
         on_done=lambda done, total: told.append((done, total)),

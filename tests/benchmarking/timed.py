@@ -31,5 +31,9 @@ class FakeClock:
         self.time += seconds
 
 
-def planned(prompt_len: int, output_len: int, arrival: float | None = None) -> PlannedRequest:
-    return PlannedRequest(np.arange(1, prompt_len + 1, dtype=np.int32), output_len, arrival)
+def planned(
+    prompt_len: int, output_len: int, arrival: float | None = None, first: int = 1
+) -> PlannedRequest:
+    """A request whose prompt counts up from `first`."""
+    prompt = np.arange(first, first + prompt_len, dtype=np.int32)
+    return PlannedRequest(prompt, output_len, arrival)

@@ -70,6 +70,9 @@ SCHEMA = closed(
         name=TEXT,
         **dict.fromkeys(("max_num_seqs", "max_model_len", "threads", "prefill_chunk"), INTEGER),
         prefix_cache_bytes=INTEGER,
+        kv_cache_bytes=or_null(INTEGER),
+        max_stall=or_null(NUMBER),
+        draft_tokens=INTEGER,
     ),
     workload=closed(
         kind={"enum": ["closed-loop", "poisson", "trace"]},

@@ -140,7 +140,7 @@ def test_what_an_earlier_text_left_in_a_slot_is_never_read(random_model: Model) 
     engine = OnnxEngine.open(random_model.graph, EngineOptions(max_num_seqs=2))
     texts = prompts(160, [30, 20])
     expected = engine.generate(texts, FREE)
-    for cache in engine._backend._cache.rows(2).values():  # type: ignore[attr-defined]
+    for cache in engine._backend.cache.rows(2).values():  # type: ignore[attr-defined]
         cache[:] = np.nan
     assert engine.generate(texts, FREE) == expected
 
