@@ -2,7 +2,7 @@
 
 Requests wait in line for a slot. Every step carries the newest token of each request that decodes, with
 the tokens guessed behind it, and parts of prompts beside them. A prompt is cut at multiples of the chunk
-size or of 4 in itself, where the model gives the same to the last bit, so what is computed from it does not
+size or of 2 in itself, where the model gives the same to the last bit, so what is computed from it does not
 depend on the other requests.
 
 A request gives its slot back before its end in two cases. To one of lower priority number: then its part

@@ -10,7 +10,7 @@ from lifecycle.engines.base import PromptLogprob, Request
 from lifecycle.engines.drafts import Lookup
 from lifecycle.engines.sampling import Sampler
 
-GRAIN = 4
+GRAIN = 2
 """Tokens that prompts are cut at multiples of where a step has no room for a whole chunk. What a prompt
 gives is the same to the last bit wherever it is cut, unless a single token is left: ONNX Runtime computes
 products of one row by another kernel."""
