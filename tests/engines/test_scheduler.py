@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from lifecycle.engines.base import Event, FinishReason, Request, SamplingParams
+from lifecycle.engines.state import GRAIN
 from lifecycle.errors import EngineError
 from tests.engines.toy import VOCAB, ToyBackend, ToyEngine, continuation
 
@@ -95,8 +96,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         if self.engine.backend.steps:
             rows = self.engine.backend.steps[-1]
             assert all(0 <= row.slot < SLOTS for row in rows)
-            # A chunk ends at a multiple of the chunk size or with its prompt.
-            assert all(row.num_logits or (row.start + len(row.tokens)) % CHUNK == 0 for row in rows)
+            # A piece of a prompt ends where the bits stay the same, or with the prompt.
+            assert all(row.num_logits or (row.start + len(row.tokens)) % GRAIN == 0 for row in rows)
 
     def teardown(self) -> None:
         for _ in range(10_000):
