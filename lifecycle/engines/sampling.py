@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
-from math import isfinite
+from math import isfinite, log
 from typing import NamedTuple
 
 import numpy as np
@@ -23,7 +23,7 @@ Floats = NDArray[np.float32]
 _GREEDY_BELOW = 1e-5
 """A temperature below this divides a float32 into infinities; the limit it tends to is greedy."""
 
-_BLOCK = 256
+_BLOCK, _FEW = 256, 1024
 
 
 class Choice(NamedTuple):
@@ -67,7 +67,9 @@ class Sampler:
         if self.is_greedy:
             token = int(logits.argmax())
         else:
-            token = _draw(token_weights(logits, self.params), self._random.random())
+            tokens, weights = candidates(logits, self.params)
+            token = _draw(weights, self._random.random())
+            token = token if tokens is None else int(tokens[token])
         if self._constraint is not None:
             self._constraint.accept(token)
         self._note(token)
@@ -130,15 +132,44 @@ def ranked(logits: Floats, logprobs: Floats, count: int) -> tuple[tuple[int, flo
     return tuple(zip(order.tolist(), logprobs[order].tolist(), strict=True))
 
 
+class Candidates(NamedTuple):
+    """The tokens that may come."""
+
+    tokens: NDArray[np.int64] | None
+    """In ascending order; None if `weights` are those of the whole vocabulary."""
+    weights: Floats
+    """Their chances, not normalised; 0 for those filtered out."""
+
+
 def token_weights(logits: Floats, params: SamplingParams) -> Floats:
     """The chances of all tokens, [vocab_size], not normalised; 0 for those filtered out.
 
     `logits` are [vocab_size], already penalised, with a finite maximum.
     """
-    weights = np.exp((logits - logits.max()) / np.float32(params.temperature))
-    if 0 < params.top_k < len(weights):
-        least = np.partition(weights, -params.top_k)[-params.top_k]
-        _keep_largest(weights, params.top_k, least)
+    tokens, weights = candidates(logits, params)
+    if tokens is None:
+        return weights
+    spread = np.zeros_like(logits)
+    spread[tokens] = weights
+    return spread
+
+
+def candidates(logits: Floats, params: SamplingParams) -> Candidates:
+    """The tokens of `logits` that pass the filters, as in `token_weights`.
+
+    What is filtered out is left behind as early as possible: every pass over a vocabulary costs a
+    good part of what all else does.
+    """
+    top, tokens = logits.max(), None
+    if 0 < params.top_k < len(logits):
+        tokens = _largest_tokens(logits, params.top_k)
+    elif params.min_p > 0.0 and params.top_p == 1.0:
+        # A little below, for the exact comparison is that of weights.
+        least = top + np.float32(params.temperature * (log(params.min_p) - 0.01))
+        tokens = np.flatnonzero(logits >= least)
+    weights = (logits if tokens is None else logits[tokens]) - top
+    weights /= np.float32(params.temperature)
+    np.exp(weights, out=weights)
     if params.top_p < 1.0:
         _keep_nucleus(weights, params.top_p)
     if params.min_p > 0.0:
@@ -146,7 +177,21 @@ def token_weights(logits: Floats, params: SamplingParams) -> Floats:
         weights[weights < params.min_p] = 0.0
     if params.typical_p < 1.0:
         _keep_typical(weights, params.typical_p)
-    return weights
+    return Candidates(tokens, weights)
+
+
+def _largest_tokens(logits: Floats, count: int) -> NDArray[np.int64]:
+    """The `count` tokens of the largest logits; the lower of equals."""
+    tokens = np.arange(len(logits))
+    if count <= len(logits) // _BLOCK:
+        # As many blocks have a logit at least as large as this, so the largest are among those.
+        tops = np.maximum.reduceat(logits, np.arange(0, len(logits), _BLOCK))
+        tokens = np.flatnonzero(logits >= np.partition(tops, -count)[-count])
+    left = logits[tokens]
+    least = np.partition(left, -count)[-count]
+    is_kept: NDArray[np.bool_] = left > least
+    is_kept[np.flatnonzero(left == least)[: count - np.count_nonzero(is_kept)]] = True
+    return tokens[is_kept]
 
 
 def _keep_largest(weights: Floats, count: int, least: np.float32) -> None:
@@ -164,10 +209,20 @@ def _keep_nucleus(weights: Floats, top_p: float) -> None:
     # All weights below (1 - p) / n of the total have less than 1 - p of it together, so the
     # nucleus lies among the others: often a few hundred to sort instead of a vocabulary.
     likely = weights[weights >= np.float32((1.0 - top_p) * total / len(weights))]
+    count, left = 0, top_p * total
+    # Where many are likely, halve them without sorting until few are left to sort.
+    while len(likely) > _FEW:
+        middle = len(likely) // 2
+        likely = np.partition(likely, middle)
+        share = float(likely[middle:].sum(dtype=np.float64))
+        if share >= left:
+            likely = likely[middle:]
+        else:
+            count, left, likely = count + len(likely) - middle, left - share, likely[:middle]
     ranked = np.sort(likely)[::-1]
     shares = np.cumsum(ranked, dtype=np.float64)
-    last = min(int(np.searchsorted(shares, top_p * total)), len(ranked) - 1)
-    _keep_largest(weights, last + 1, ranked[last])
+    last = min(int(np.searchsorted(shares, left)), len(ranked) - 1)
+    _keep_largest(weights, count + last + 1, ranked[last])
 
 
 def _keep_typical(weights: Floats, share: float) -> None:
