@@ -73,8 +73,11 @@ def our_models(folder: Path, checkpoint: Path) -> dict[str, Path]:
     return made
 
 
-def peer_model(folder: Path, checkpoint: Path, python: Path, threads: int) -> Path:
-    """The checkpoint as the peer's builder makes it, built on the first call."""
+def peer_model(
+    folder: Path, checkpoint: Path, python: Path, threads: int, slots: int | None = None
+) -> Path:
+    """The checkpoint as the peer's builder makes it, built on the first call; with `slots`, for its
+    engine with so many of them, of 1,024 tokens."""
     out = folder / "genai"
     config = out / "genai_config.json"
     if not config.is_file():
@@ -85,17 +88,21 @@ def peer_model(folder: Path, checkpoint: Path, python: Path, threads: int) -> Pa
         subprocess.run(build, check=True, capture_output=True)
     settings = json.loads(config.read_text())
     settings["model"]["decoder"]["session_options"]["intra_op_num_threads"] = threads
+    whole = settings["model"]["context_length"]
+    settings["search"]["max_length"] = whole if slots is None else 1024
+    settings["engine"] = {"static_batching": {"max_batch_size": slots or 4}}
     config.write_text(json.dumps(settings, indent=2))
     return out
 
 
 def write_tokenizer(folder: Path) -> None:
-    """The least tokeniser that lets the peer's builder go on."""
+    """The least tokeniser that lets the builders of peers go on."""
     from tokenizers import Tokenizer, models
 
     vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2}
     Tokenizer(models.WordLevel(vocabulary, "<unk>")).save(str(folder / "tokenizer.json"))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>"}
+    ends = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", **ends}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 

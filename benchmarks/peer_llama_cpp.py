@@ -5,6 +5,10 @@
 A request is `{"model", "batch", "prompt", "tokens"}`: the name of a GGUF file, sequences, prompt
 tokens of each, steps in which each decodes one more; the answer is `{"prefill", "decode"}`, in
 seconds. Token ids are given, not chosen, so that the time is that of the model alone.
+
+Or it is `{"model", "requests"}`, each with `prompt`, `output` and `arrival`: they are served as they
+come, by steps of a token for each that decodes and, beside those, of prompts up to the batch size, as
+the peer's own server does. The answer is `{"seconds", "tokens"}`.
 """
 
 import ctypes
@@ -18,6 +22,8 @@ import numpy as np
 
 CONTEXT = 256
 """Of each sequence; llama.cpp rounds up to it."""
+BATCH = 512
+"""Tokens of a step."""
 
 
 class Model:
@@ -30,11 +36,11 @@ class Model:
         )
         if not self._model:
             raise RuntimeError(f"llama.cpp cannot open {path}")
-        self._contexts: dict[int, object] = {}
+        self._contexts: dict[tuple[int, int], object] = {}
 
     def measure(self, batch: int, prompt: int, tokens: int) -> dict[str, float]:
         """Seconds for the prompts of all sequences, and for the steps after them."""
-        context = self._context(batch)
+        context = self._context(batch, CONTEXT)
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
         rng = np.random.default_rng(0)
         texts = rng.integers(3, 1000, (batch, prompt + tokens)).tolist()
@@ -50,13 +56,48 @@ class Model:
             times.append(time.perf_counter())
         return {"prefill": times[1] - times[0], "decode": times[2] - times[1]}
 
-    def _context(self, batch: int) -> object:
-        if batch not in self._contexts:
+    def serve(self, requests: list[dict]) -> dict[str, float]:
+        """Serve requests as they come."""
+        longest = max(len(r["prompt"]) + r["output"] for r in requests)
+        context = self._context(len(requests), -(-longest // CONTEXT) * CONTEXT)
+        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
+        vocabulary = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self._model))
+        texts = [list(r["prompt"]) for r in requests]
+        ends = [len(r["prompt"]) + r["output"] for r in requests]
+        done = [0] * len(requests)
+        start = time.perf_counter()
+        while any(len(text) < end for text, end in zip(texts, ends, strict=True)):
+            now, rows, room = time.perf_counter() - start, [], BATCH
+            order = sorted(range(len(texts)), key=lambda i: len(texts[i]) - done[i] > 1)
+            for index in order:
+                if requests[index]["arrival"] <= now and len(texts[index]) < ends[index]:
+                    tokens = texts[index][done[index] : done[index] + room]
+                    rows += [(tokens, done[index], index)] if tokens else []
+                    room -= len(tokens)
+            if not rows:
+                time.sleep(0.001)
+                continue
+            Batch(rows).run(context)
+            place = -1
+            for tokens, at, index in rows:
+                place += len(tokens)
+                done[index] = at + len(tokens)
+                if done[index] == len(texts[index]):
+                    logits = llama_cpp.llama_get_logits_ith(context, place)
+                    texts[index].append(int(np.ctypeslib.as_array(logits, (vocabulary,)).argmax()))
+        return {
+            "seconds": time.perf_counter() - start,
+            "tokens": sum(r["output"] for r in requests),
+        }
+
+    def _context(self, batch: int, length: int) -> object:
+        if (batch, length) not in self._contexts:
             params = llama_cpp.llama_context_default_params()
-            params.n_ctx, params.n_seq_max = batch * CONTEXT, batch
+            params.n_ctx, params.n_seq_max = batch * length, batch
+            params.n_batch = BATCH
             params.n_threads = params.n_threads_batch = self._threads
-            self._contexts[batch] = llama_cpp.llama_init_from_model(self._model, params)
-        return self._contexts[batch]
+            self._contexts[batch, length] = llama_cpp.llama_init_from_model(self._model, params)
+        return self._contexts[batch, length]
 
 
 class Batch:
@@ -101,7 +142,9 @@ def main() -> None:
         name = request.pop("model")
         if name not in models:
             models[name] = Model(folder / f"{name}.gguf", threads)
-        print(json.dumps(models[name].measure(**request)), flush=True)
+        model = models[name]
+        answer = model.serve(**request) if "requests" in request else model.measure(**request)
+        print(json.dumps(answer), flush=True)
 
 
 if __name__ == "__main__":
