@@ -50,7 +50,7 @@ class Ways:
             for symmetric in (True, False):
                 kind = "" if symmetric else "/zeros"
                 for method in ("rtn", "gptq"):
-                    for bits in (bits for bits in budgets if bits > 4 + 36 / size):
+                    for bits in (bits for bits in budgets if bits > 4 + 20 / size):
                         name = f"mixed/{bits:g}/{size}/{method}{kind}"
                         yield name, self._mixed(bits, size, method, symmetric)
 

@@ -1,4 +1,4 @@
-"""Weights of 4 or 8 bits in blocks along the input, one float32 scale per block."""
+"""Weights of 4 or 8 bits in blocks along the input, one scale per block."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ class Blockwise:
         zeros, elements = packed.zeros, prod(shape)
         return (
             rewrite.add(f"{name}.weight.int{self.bits}", packed.values, elements),
-            rewrite.add(f"{name}.weight.scales", packed.scales),
+            rewrite.add_scales(f"{name}.weight.scales", packed.scales),
             None if zeros is None else rewrite.add(f"{name}.weight.zeros", zeros),
         )
 

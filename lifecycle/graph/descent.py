@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from lifecycle.graph.rounding import Blocks, Floats
+from lifecycle.graph.rounding import Blocks, Floats, storable
 
 _PASSES = 4
 _COLUMNS = 128
@@ -67,6 +67,9 @@ class _State:
             slope = np.einsum("ij,ij->i", centred, self._gradient[:, part])
             step = np.divide(slope, curve, out=np.zeros_like(slope), where=curve > 0)
             # A scale of zero would make of a block what no later step can change.
-            step[self._scales[:, block] + step == 0] = 0
-            self._scales[:, block] += step
+            old = self._scales[:, block]
+            new = storable(old + step)
+            new = np.where(new == 0, old, new)
+            step = new - old
+            self._scales[:, block] = new
             self._gradient -= (step[:, None] * centred) @ self._moments[part]

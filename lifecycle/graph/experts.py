@@ -69,7 +69,7 @@ def _store(
     zeros = packed.zeros
     return [
         rewrite.add(f"{name}.int{grid.bits}", integers, prod(shape)),
-        rewrite.add(f"{name}.scales", scales),
+        rewrite.add_scales(f"{name}.scales", scales),
         None if zeros is None else rewrite.add(f"{name}.zeros", zeros.reshape(*shape[:2], -1)),
     ]
 

@@ -17,7 +17,7 @@ from lifecycle.graph.experts import experts_bytes
 from lifecycle.graph.int8 import Int8Rowwise
 from lifecycle.graph.quantize import EMBEDDING, Scheme, choose, decoder_names
 from lifecycle.graph.rewrite import GraphRewrite, matrix_shape
-from lifecycle.graph.rounding import Floats
+from lifecycle.graph.rounding import Blocks, Floats
 from lifecycle.graph.sensitivity import divergences
 from lifecycle.graph.weights import WeightFile
 
@@ -73,23 +73,41 @@ def measure(
         rewrite = GraphRewrite(source, weights)
         chosen = choose(decoder_names(rewrite), coarse, exceptions)
         matrices = _matrices(rewrite, chosen, coarse)
-        constants = {str(w.name): partial(_rounded, rewrite, w, coarse) for w in matrices.values()}
-        saved: dict[str, int] = {}
-        elements = least = 0
-        for name, weight in matrices.items():
-            shape = matrix_shape(weight)
-            elements, least = elements + prod(shape), least + coarse.bytes(shape)
-            saved[name] = fine.bytes(shape) - coarse.bytes(shape)
-        for mixture in rewrite.mixtures():
-            if chosen[mixture.name] is coarse:
-                count, size = experts_bytes(mixture, coarse.grid)
-                elements, least = elements + count, least + size
+        shapes = {name: matrix_shape(weight) for name, weight in matrices.items()}
+        finely = {name: fine.bytes(shape) for name, shape in shapes.items()}
+        coarsely = {name: coarse.bytes(shape) for name, shape in shapes.items()}
+        elements, least = _mixtures(rewrite, chosen, coarse)
+        elements += sum(map(prod, shapes.values()))
         if bits is not None:
-            _spare(bits, least, elements, saved.values())
+            saved = (finely[name] - size for name, size in coarsely.items())
+            _spare(bits, least + sum(coarsely.values()), elements, saved)
+
+        def rounded(name: str) -> Floats:
+            blocks = _rounded(rewrite, matrices[name], coarse)
+            # Scales that 16 bits cannot hold take more than was thought.
+            coarsely[name] = blocks.pack().bytes
+            return blocks.floats(shapes[name][1])
+
+        constants = {str(w.name): partial(rounded, name) for name, w in matrices.items()}
         vocab, _ = matrix_shape(_table(rewrite))
         found = divergences(source, _first(texts), vocab, constants, on_done)
-    costs = (Cost(name, found[str(w.name)], saved[name]) for name, w in matrices.items())
-    return Measured(tuple(costs), elements, least)
+    costs = (
+        Cost(name, found[str(weight.name)], finely[name] - coarsely[name])
+        for name, weight in matrices.items()
+    )
+    return Measured(tuple(costs), elements, least + sum(coarsely.values()))
+
+
+def _mixtures(
+    rewrite: GraphRewrite, chosen: Mapping[str, Scheme | None], coarse: Blockwise
+) -> tuple[int, int]:
+    """The weights, and the bytes, of the mixtures that `coarse` is chosen for."""
+    elements = size = 0
+    for mixture in rewrite.mixtures():
+        if chosen[mixture.name] is coarse:
+            more, stored = experts_bytes(mixture, coarse.grid)
+            elements, size = elements + more, size + stored
+    return elements, size
 
 
 def within_bits(measured: Measured, bits: float) -> list[Cost]:
@@ -186,12 +204,11 @@ def _table(rewrite: GraphRewrite) -> ir.Value:
     return table
 
 
-def _rounded(rewrite: GraphRewrite, weight: ir.Value, scheme: Blockwise) -> Floats:
-    _, width = matrix_shape(weight)
+def _rounded(rewrite: GraphRewrite, weight: ir.Value, scheme: Blockwise) -> Blocks:
     if weight is _table(rewrite):
-        return scheme.rounded(rewrite, weight).floats(width)
+        return scheme.rounded(rewrite, weight)
     linear = next(linear for linear in rewrite.linears() if linear.weight is weight)
-    return scheme.rounded_product(rewrite, linear).floats(width)
+    return scheme.rounded_product(rewrite, linear)
 
 
 def _first(texts: Sequence[Sequence[int]]) -> list[Sequence[int]]:

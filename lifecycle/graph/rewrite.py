@@ -229,6 +229,15 @@ class GraphRewrite:
         self.graph.initializers[name] = value
         return value
 
+    def add_scales(self, name: str, scales: NDArray[Any]) -> ir.Value:
+        """Store scales, and give them in float32: from 16 bits by a `Cast`, which ONNX Runtime does once,
+        when it loads the graph, before it packs the weights."""
+        stored = self.add(name, scales)
+        if scales.dtype == np.float32:
+            return stored
+        g = self.before(self.graph[0])
+        return g.node("Cast", f"{name}.float", stored, to=ir.DataType.FLOAT)
+
     def stream(
         self, name: str, dtype: ir.DataType, shape: tuple[int, ...], blocks: Iterable[NDArray[Any]]
     ) -> ir.Value:
