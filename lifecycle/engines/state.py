@@ -32,7 +32,7 @@ class RequestState:
     is_long: bool = False
     """Whether the text is beyond the model's first context (see `Row`)."""
     adapter: int = 0
-    """The adapter slot that the request is computed with; 0 is none."""
+    """The number of the adapter that the request is computed with; 0 is none."""
     slot: int = -1
     order: int = 0
     """Number of the request among all that came."""
