@@ -72,6 +72,11 @@ def serve_parser() -> argparse.ArgumentParser:
         "quote; the answers stay the same (%(default)s)",
     )
     parser.add_argument(
+        "--allow-priority",
+        action="store_true",
+        help="let requests go before others by a negative priority; without it they can only step back",
+    )
+    parser.add_argument(
         "--shutdown-timeout",
         type=quantity,
         default=30.0,

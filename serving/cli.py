@@ -34,7 +34,11 @@ def serve(argv: Sequence[str]) -> int:
     keys = _api_keys(args)
     if not keys and not _is_loopback(args.host):
         log.warning("no API key: whoever can reach %s can use this server", args.host)
-    settings = ServerSettings(api_keys=keys, allowed_origins=tuple(args.allowed_origin))
+    settings = ServerSettings(
+        api_keys=keys,
+        allowed_origins=tuple(args.allowed_origin),
+        allow_priority=args.allow_priority,
+    )
     with bind(args.host, args.port) as listener:
         service = _open(args)
 

@@ -131,13 +131,14 @@ class Service:
             ApiError: the context is exceeded.
         """
         left = self.max_model_len - len(prompt)
-        if max(asked or 1, 1) > left:
+        least = 1 if asked is None else asked
+        if least > left:
             raise errors.context_length_exceeded(
-                f"the prompt has {len(prompt)} tokens and the answer may have {asked or 1} or "
+                f"the prompt has {len(prompt)} tokens and the answer may have {least} or "
                 f"more; together they exceed the context of {self.max_model_len} tokens",
                 param,
             )
-        return asked or min(left, default or left)
+        return min(left, default or left) if asked is None else asked
 
     async def generate(
         self,
@@ -149,6 +150,8 @@ class Service:
         adapter: str | None = None,
         salt: str = "",
         tenant: str = "",
+        priority: int = 0,
+        timeout: float | None = None,
         grammar: Grammar | None = None,
     ) -> Generation:
         """Begin to answer prompts, one answer each; the result must be read or closed.
@@ -160,6 +163,8 @@ class Service:
             grammar: what each answer must be.
             salt: prompts of other salts share nothing with these (see `Request.cache_salt`).
             tenant: whom they are for; where many wait, tenants take turns.
+            priority: lower ones go first.
+            timeout: seconds after which the answers end as they are.
 
         Raises:
             ApiError: the engine is busy, stopped, or refuses a prompt.
@@ -173,10 +178,18 @@ class Service:
             if grammar is not None:
                 model_eos = frozenset[int]() if params.ignore_eos else self._model_eos
                 constraint = grammar.constraint(params.stop_token_ids | model_eos)
-            id = f"{request_id}-{index}"
-            requests.append(
-                Request(id, prompt, params, adapter, salt, tenant=tenant, constraint=constraint)
+            request = Request(
+                f"{request_id}-{index}",
+                prompt,
+                params,
+                adapter,
+                salt,
+                priority=priority,
+                tenant=tenant,
+                timeout=timeout,
+                constraint=constraint,
             )
+            requests.append(request)
         # First, for a prompt may hold what is no token until the engine has taken it.
         call = await self.worker.submit(requests)
         start = self.tokenizer.continuation if continued else lambda _: self.tokenizer.stream()

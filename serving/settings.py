@@ -13,6 +13,8 @@ class ServerSettings:
     """Keys that clients may use; none lets everybody in."""
     allowed_origins: tuple[str, ...] = ()
     """Web origins whose pages may call the server from a browser (CORS)."""
+    allow_priority: bool = False
+    """Whether a request may put itself before others, by a `priority` below 0."""
     max_body_bytes: int = 4 * 1024 * 1024
     body_timeout: float = 30.0
     """Seconds in which the whole body of a request must have come."""

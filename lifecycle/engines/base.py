@@ -162,6 +162,9 @@ class Event(NamedTuple):
     """With the first token: those of the prompt that were not computed, but found in the prefix cache."""
     prompt_logprobs: tuple[PromptLogprob, ...] = ()
     """With the first token, where asked for."""
+    stop_token_id: int | None = None
+    """The token that ended the request, which is no part of its output; the log-probabilities of this
+    event are its."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -276,8 +276,8 @@ class BatchedEngine(Engine):
                     raise EngineError(f"prompt {index}: {event.error}")
                 if event.token_id is not None:
                     tokens[index].append(event.token_id)
-                if event.logprob is not None:
-                    logprobs[index].append(event.logprob)
+                    if event.logprob is not None:
+                        logprobs[index].append(event.logprob)
                 if event.finish_reason is not None:
                     ends[index] = event.finish_reason
                     if on_done is not None:

@@ -112,7 +112,8 @@ class Progress:
         request, token = state.request, choice.token_id
         is_eos = token in self._eos_token_ids and not request.params.ignore_eos
         if is_eos or token in request.params.stop_token_ids:
-            return Event(request.id, finish_reason=FinishReason.STOP)
+            logprobs = choice.logprob, choice.top_logprobs
+            return Event(request.id, None, *logprobs, FinishReason.STOP, stop_token_id=token)
         state.tokens.append(token)
         reason = self._reason(state)
         return Event(request.id, token, choice.logprob, choice.top_logprobs, reason)
