@@ -12,7 +12,7 @@ from lifecycle import __version__
 from serving.auth import ApiKeys, RequireKey
 from serving.handlers import add_handlers
 from serving.middleware import LimitBody, RequestContext
-from serving.routes import chat, completions, health, models
+from serving.routes import chat, completions, health, metrics, models
 from serving.service import Service
 from serving.settings import ServerSettings
 
@@ -37,7 +37,7 @@ def create_app(service: Service, settings: ServerSettings | None = None) -> Fast
         redirect_slashes=False,
     )
     app.state.service, app.state.settings = service, settings
-    for module in (health, models, chat, completions):
+    for module in (health, metrics, models, chat, completions):
         app.include_router(module.router)
     add_handlers(app)
     _add_middleware(app, settings)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from lifecycle.engines.base import Engine, Event, FinishReason, Request
+from lifecycle.engines.base import Engine, EngineStats, Event, FinishReason, Request
 from lifecycle.errors import EngineError, RequestError
 
 log = logging.getLogger("serving")
@@ -58,6 +58,8 @@ class EngineThread:
         self._listener = listener
         self._inbox: queue.SimpleQueue[_Command] = queue.SimpleQueue()
         self._running: set[str] = set()
+        self.stats: EngineStats = engine.stats
+        """Figures of the engine after the last step, to be read in any thread."""
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._post: Callable[..., Any]
 
@@ -85,6 +87,7 @@ class EngineThread:
             while self._obey():
                 if not self._idle:
                     self._post(self._listener.on_events, self._step())
+                self.stats = self._engine.stats
         except BaseException:
             log.critical("the engine has stopped; the server must be restarted")
             self._post(self._listener.on_death)

@@ -72,7 +72,7 @@ class Service:
         self.defaults = defaults
         self.max_model_len = engine.max_model_len
         self.grammars = Grammars(engine, tokenizer)
-        self.worker = EngineWorker(engine, max_queue)
+        self.worker = EngineWorker(engine, max_queue, card.name)
         self._model_eos = engine.eos_token_ids
         self._one_long = asyncio.Semaphore(1)
         self._long_waiting = 0

@@ -162,6 +162,8 @@ class Event(NamedTuple):
     """With the first token: those of the prompt that were not computed, but found in the prefix cache."""
     prompt_logprobs: tuple[PromptLogprob, ...] = ()
     """With the first token, where asked for."""
+    queue_seconds: float | None = None
+    """With the first token: how long the request waited for a slot."""
     stop_token_id: int | None = None
     """The token that ended the request, which is no part of its output; the log-probabilities of this
     event are its."""

@@ -306,11 +306,12 @@ class BatchedEngine(Engine):
         return state
 
     def _add(self, state: RequestState) -> None:
+        state.arrived = time.monotonic()
         self._scheduler.add(state)
         if self._prefixes is not None:
             self._prefixes.query_tokens += state.num_prompt
         if state.request.timeout is not None:
-            state.deadline = time.monotonic() + state.request.timeout
+            state.deadline = state.arrived + state.request.timeout
             heapq.heappush(self._deadlines, (state.deadline, state.request.id))
 
     @contextmanager

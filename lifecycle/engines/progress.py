@@ -48,12 +48,19 @@ class Progress:
         id, first = state.request.id, Event(state.request.id)
         if len(state.tokens) == state.num_prompt:
             prompt_logprobs = tuple(state.prompt_logprobs)
-            first = Event(id, cached_tokens=state.num_cached, prompt_logprobs=prompt_logprobs)
+            first = Event(
+                id,
+                cached_tokens=state.num_cached,
+                prompt_logprobs=prompt_logprobs,
+                queue_seconds=state.queue_seconds,
+            )
         if state.request.params.max_tokens == 0:
             return [first._replace(finish_reason=FinishReason.LENGTH)]
         events = self._choose(state, logits, best, tops)
         events[0] = events[0]._replace(
-            cached_tokens=first.cached_tokens, prompt_logprobs=first.prompt_logprobs
+            cached_tokens=first.cached_tokens,
+            prompt_logprobs=first.prompt_logprobs,
+            queue_seconds=first.queue_seconds,
         )
         return events
 

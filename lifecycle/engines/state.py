@@ -36,6 +36,10 @@ class RequestState:
     slot: int = -1
     order: int = 0
     """Number of the request among all that came."""
+    arrived: float = 0.0
+    """Time of `time.monotonic` at which it came."""
+    queue_seconds: float | None = None
+    """How long it waited for its first slot."""
     deadline: float = inf
     """Time of `time.monotonic` at which it ends."""
     num_cached: int = 0
