@@ -39,11 +39,17 @@ class _Cancel:
     request_ids: Sequence[str]
 
 
+@dataclass(frozen=True, slots=True)
+class _Run:
+    work: Callable[[Engine], Any]
+    done: Callable[[Any, EngineError | None], None]
+
+
 class _Stop:
     pass
 
 
-_Command = _Submit | _Cancel | _Stop
+_Command = _Submit | _Cancel | _Run | _Stop
 
 
 class EngineThread:
@@ -77,6 +83,13 @@ class EngineThread:
         """End requests before the next step."""
         self._inbox.put(_Cancel(request_ids))
 
+    def run(
+        self, work: Callable[[Engine], Any], done: Callable[[Any, EngineError | None], None]
+    ) -> None:
+        """Do something with the engine before the next step; `done` is posted with what it gave, or with
+        its error."""
+        self._inbox.put(_Run(work, done))
+
     def stop(self) -> None:
         """End the thread after the step that it is in, and close the engine; blocks."""
         self._inbox.put(_Stop())
@@ -107,6 +120,8 @@ class EngineThread:
                     self._submit(batch)
                 case _Cancel(request_ids):
                     self._cancel(request_ids)
+                case _Run(work, done):
+                    self._do(work, done)
                 case _Stop():
                     return False
         return True
@@ -136,6 +151,16 @@ class EngineThread:
         for request_id in request_ids:
             self._engine.cancel(request_id)
         self._running.difference_update(request_ids)
+
+    def _do(
+        self, work: Callable[[Engine], Any], done: Callable[[Any, EngineError | None], None]
+    ) -> None:
+        try:
+            result = work(self._engine)
+        except EngineError as error:
+            self._post(done, None, error)
+        else:
+            self._post(done, result, None)
 
     def _step(self) -> list[Event]:
         try:

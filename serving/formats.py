@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
+from serving.cards import ModelCard
 from serving.generation import Answer, Delta, Generation, Token
 from serving.scores import by_text, echoed_logprobs, prompt_entries
-from serving.service import ModelCard
 from serving.text import TokenTexts
 
 Json = dict[str, Any]

@@ -142,7 +142,9 @@ def _schema(value: object) -> object:
     return cast("object", value)
 
 
-class _Body(BaseModel):
+class Body(BaseModel):
+    """A request's body, or a part of it."""
+
     model_config = ConfigDict(
         strict=True, extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=()
     )
@@ -166,14 +168,14 @@ class _Body(BaseModel):
         return {name: value for name, value in fields.items() if value is not None}
 
 
-class StreamOptions(_Body):
+class StreamOptions(Body):
     """`stream_options`."""
 
     include_usage: bool = False
     include_obfuscation: Any = None
 
 
-class JsonSchemaFormat(_Body):
+class JsonSchemaFormat(Body):
     """`response_format.json_schema`. The schema always holds, whatever `strict` says."""
 
     name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
@@ -182,7 +184,7 @@ class JsonSchemaFormat(_Body):
     description: Text | None = None
 
 
-class ResponseFormat(_Body):
+class ResponseFormat(Body):
     """`response_format`."""
 
     type: Literal["text", "json_object", "json_schema"]
@@ -202,7 +204,7 @@ class ResponseFormat(_Body):
         return value
 
 
-class StructuredOutputs(_Body):
+class StructuredOutputs(Body):
     """`structured_outputs`, as in vLLM: exactly one of them."""
 
     json_: Annotated[Any, AfterValidator(_schema), Field(alias="json")] = None
@@ -220,7 +222,7 @@ class StructuredOutputs(_Body):
         return self
 
 
-class GenerationBody(_Body):
+class GenerationBody(Body):
     """What both routes that generate take."""
 
     model: str
@@ -299,7 +301,7 @@ class GenerationBody(_Body):
         return self.stream_options is not None and self.stream_options.include_usage
 
 
-class ChatMessage(_Body):
+class ChatMessage(Body):
     """One message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 from lifecycle.engines.base import Engine, EngineStats, Event, FinishReason, Request
-from lifecycle.errors import RequestError
+from lifecycle.errors import EngineError, RequestError
 from serving import errors
 from serving.engine_thread import EngineThread
 from serving.errors import ApiError
 from serving.monitor import Monitor
 
 log = logging.getLogger("serving")
+
+T = TypeVar("T")
 
 
 class Call:
@@ -83,6 +86,7 @@ class EngineWorker:
         """Most requests that may run and wait together."""
         self._thread = EngineThread(engine, self)
         self._calls: dict[str, Call] = {}
+        self._jobs: set[asyncio.Future[Any]] = set()
         self._draining = False
         self._dead = False
 
@@ -146,6 +150,31 @@ class EngineWorker:
             raise
         return call
 
+    async def run(self, work: Callable[[Engine], T]) -> T:
+        """Do something with the engine in its thread, before its next step.
+
+        Raises:
+            EngineError: as `work`.
+            ApiError: the engine died, or the server drains.
+        """
+        self.admit(0)
+        job: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self._jobs.add(job)
+
+        def done(result: T, error: EngineError | None) -> None:
+            if job.done():
+                return
+            if error is not None:
+                job.set_exception(error)
+            else:
+                job.set_result(result)
+
+        self._thread.run(work, done)
+        try:
+            return await job
+        finally:
+            self._jobs.discard(job)
+
     def cancel(self, request_ids: Sequence[str]) -> None:
         """End requests; events of theirs that are still on the way are dropped."""
         known = [id for id in request_ids if self._calls.pop(id, None)]
@@ -207,3 +236,6 @@ class EngineWorker:
     def _fail_all(self, error: ApiError) -> None:
         for call in set(self._calls.values()):
             self._fail(call, error)
+        for job in self._jobs:
+            if not job.done():
+                job.set_exception(error)

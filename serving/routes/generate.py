@@ -11,12 +11,13 @@ from fastapi.responses import JSONResponse
 from starlette.responses import Response
 
 from lifecycle.engines.base import SamplingParams
+from serving.cards import ModelCard
 from serving.errors import bad_request, model_not_found
 from serving.formats import Format
 from serving.generation import Generation, best_answers
 from serving.http import unless_disconnected
 from serving.schemas import GenerationBody
-from serving.service import ModelCard, Service
+from serving.service import Service
 from serving.settings import ServerSettings
 from serving.sse import EventStream
 from serving.structured import asked_grammar
