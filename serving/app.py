@@ -12,7 +12,7 @@ from lifecycle import __version__
 from serving.auth import ApiKeys, RequireKey
 from serving.handlers import add_handlers
 from serving.middleware import LimitBody, RequestContext
-from serving.routes import chat, completions, health, models
+from serving.routes import adapters, chat, completions, health, metrics, models
 from serving.service import Service
 from serving.settings import ServerSettings
 
@@ -37,8 +37,10 @@ def create_app(service: Service, settings: ServerSettings | None = None) -> Fast
         redirect_slashes=False,
     )
     app.state.service, app.state.settings = service, settings
-    for module in (health, models, chat, completions):
+    for module in (health, metrics, models, chat, completions):
         app.include_router(module.router)
+    if settings.adapter_root is not None:
+        app.include_router(adapters.router)
     add_handlers(app)
     _add_middleware(app, settings)
     return app
@@ -47,8 +49,8 @@ def create_app(service: Service, settings: ServerSettings | None = None) -> Fast
 def _add_middleware(app: FastAPI, settings: ServerSettings) -> None:
     """From the innermost to the outermost."""
     app.add_middleware(LimitBody, max_bytes=settings.max_body_bytes, timeout=settings.body_timeout)
-    if keys := ApiKeys(settings.api_keys):
-        app.add_middleware(RequireKey, keys=keys)
+    keys, admins = ApiKeys(settings.api_keys), ApiKeys(settings.admin_keys)
+    app.add_middleware(RequireKey, keys=keys, admins=admins)
     if settings.allowed_origins:
         # Outside the keys: a browser asks without a key whether it may ask with one.
         app.add_middleware(

@@ -29,6 +29,25 @@ def serve_parser() -> argparse.ArgumentParser:
     parser.add_argument("--port", type=count, default=8000, help="0 takes a free one (%(default)s)")
     _add_keys(parser)
     parser.add_argument(
+        "--admin-key-file",
+        type=Path,
+        metavar="FILE",
+        help="file of the operator's keys, one a line, which may load and unload adapters too",
+    )
+    parser.add_argument(
+        "--adapter-root",
+        type=Path,
+        metavar="DIR",
+        help="folder that adapters may be loaded from while the server runs, by POST "
+        "/v1/load_lora_adapter; needs --admin-key-file",
+    )
+    parser.add_argument(
+        "--evict-adapters",
+        action="store_true",
+        help="let an adapter that is loaded take the place of the one loaded so that was asked for least "
+        "recently, where no slot is free and nobody uses it",
+    )
+    parser.add_argument(
         "--allowed-origin",
         action="append",
         default=[],
@@ -70,6 +89,11 @@ def serve_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="most tokens guessed per step from what a request's text holds already, for answers that "
         "quote; the answers stay the same (%(default)s)",
+    )
+    parser.add_argument(
+        "--allow-priority",
+        action="store_true",
+        help="let requests go before others by a negative priority; without it they can only step back",
     )
     parser.add_argument(
         "--shutdown-timeout",

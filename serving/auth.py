@@ -9,11 +9,13 @@ from collections.abc import Iterable
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from serving.errors import invalid_api_key
+from serving.errors import ApiError, admin_only, invalid_api_key
 from serving.http import error_response
 
 PUBLIC = frozenset({"/health", "/livez", "/readyz"})
 """All that can be asked without a key. A new route is closed unless it is added here."""
+ADMIN = frozenset({"/v1/load_lora_adapter", "/v1/unload_lora_adapter"})
+"""What only the operator's keys may ask, whether others need keys or not."""
 
 
 class ApiKeys:
@@ -42,19 +44,30 @@ class ApiKeys:
 class RequireKey:
     """Middleware that turns away requests without a key, before anything of theirs is read."""
 
-    def __init__(self, app: ASGIApp, keys: ApiKeys) -> None:
-        self._app, self._keys = app, keys
+    def __init__(self, app: ASGIApp, keys: ApiKeys, admins: ApiKeys) -> None:
+        """Without `keys`, only what is the operator's needs one; `admins` are good for everything."""
+        self._app, self._keys, self._admins = app, keys, admins
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in PUBLIC:
-            await self._app(scope, receive, send)
+        is_closed = scope["type"] == "http" and scope["path"] not in PUBLIC
+        if is_closed and (error := self._refusal(scope)) is not None:
+            await error_response(error)(scope, receive, send)
             return
-        tenant = self._keys.tenant(Headers(scope=scope).get("authorization", ""))
-        if tenant is None:
-            await error_response(invalid_api_key())(scope, receive, send)
-            return
-        scope.setdefault("state", {})["tenant"] = tenant
         await self._app(scope, receive, send)
+
+    def _refusal(self, scope: Scope) -> ApiError | None:
+        """Why a request is turned away, if it is; else whose it is is noted."""
+        is_admin = scope["path"] in ADMIN
+        if not (self._keys or is_admin):
+            return None
+        header = Headers(scope=scope).get("authorization", "")
+        client, admin = self._keys.tenant(header), self._admins.tenant(header)
+        if client is None and admin is None:
+            return invalid_api_key()
+        if is_admin and admin is None:
+            return admin_only()
+        scope.setdefault("state", {})["tenant"] = client or admin
+        return None
 
 
 def _digest(key: bytes) -> bytes:

@@ -34,7 +34,14 @@ def serve(argv: Sequence[str]) -> int:
     keys = _api_keys(args)
     if not keys and not _is_loopback(args.host):
         log.warning("no API key: whoever can reach %s can use this server", args.host)
-    settings = ServerSettings(api_keys=keys, allowed_origins=tuple(args.allowed_origin))
+    settings = ServerSettings(
+        api_keys=keys,
+        admin_keys=_admin_keys(args),
+        adapter_root=args.adapter_root,
+        evict_adapters=args.evict_adapters,
+        allowed_origins=tuple(args.allowed_origin),
+        allow_priority=args.allow_priority,
+    )
     with bind(args.host, args.port) as listener:
         service = _open(args)
 
@@ -103,11 +110,31 @@ def _api_keys(args: argparse.Namespace) -> tuple[str, ...]:
     if args.api_key is not None:
         found, source = [args.api_key], "--api-key"
     elif args.api_key_file is not None:
-        found, source = _read_keys(args.api_key_file), str(args.api_key_file)
+        found, source = _read_keys(args.api_key_file, "--api-key-file"), str(args.api_key_file)
     elif KEY_VARIABLE in os.environ:
         found, source = [os.environ[KEY_VARIABLE]], KEY_VARIABLE
     else:
         return ()
+    return _nonempty(found, source)
+
+
+def _admin_keys(args: argparse.Namespace) -> tuple[str, ...]:
+    """The operator's keys, and whether the options that need them make sense."""
+    root, file = args.adapter_root, args.admin_key_file
+    if args.evict_adapters and root is None:
+        raise RecipeError("--evict-adapters is for adapters from --adapter-root: give that too")
+    if root is None:
+        return _nonempty(_read_keys(file, "--admin-key-file"), str(file)) if file else ()
+    if file is None:
+        raise RecipeError(
+            "--adapter-root lets its callers load adapters: give --admin-key-file, with their keys"
+        )
+    if not root.is_dir():
+        raise RecipeError(f"--adapter-root {root} is no folder")
+    return _nonempty(_read_keys(file, "--admin-key-file"), str(file))
+
+
+def _nonempty(found: Sequence[str], source: str) -> tuple[str, ...]:
     keys = tuple(key.strip() for key in found if key.strip())
     if not keys:
         # An empty key, say of an unset variable, must not open the server to everybody.
@@ -115,11 +142,11 @@ def _api_keys(args: argparse.Namespace) -> tuple[str, ...]:
     return keys
 
 
-def _read_keys(path: Path) -> list[str]:
+def _read_keys(path: Path, option: str) -> list[str]:
     try:
         return path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"--api-key-file {path} cannot be read: {error}") from None
+        raise RecipeError(f"{option} {path} cannot be read: {error}") from None
 
 
 def _is_loopback(host: str) -> bool:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from lifecycle.engines.base import Engine, Event, FinishReason, Request
+from lifecycle.engines.base import Engine, EngineStats, Event, FinishReason, Request
 from lifecycle.errors import EngineError, RequestError
 
 log = logging.getLogger("serving")
@@ -39,11 +39,17 @@ class _Cancel:
     request_ids: Sequence[str]
 
 
+@dataclass(frozen=True, slots=True)
+class _Run:
+    work: Callable[[Engine], Any]
+    done: Callable[[Any, EngineError | None], None]
+
+
 class _Stop:
     pass
 
 
-_Command = _Submit | _Cancel | _Stop
+_Command = _Submit | _Cancel | _Run | _Stop
 
 
 class EngineThread:
@@ -58,6 +64,8 @@ class EngineThread:
         self._listener = listener
         self._inbox: queue.SimpleQueue[_Command] = queue.SimpleQueue()
         self._running: set[str] = set()
+        self.stats: EngineStats = engine.stats
+        """Figures of the engine after the last step, to be read in any thread."""
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._post: Callable[..., Any]
 
@@ -75,6 +83,13 @@ class EngineThread:
         """End requests before the next step."""
         self._inbox.put(_Cancel(request_ids))
 
+    def run(
+        self, work: Callable[[Engine], Any], done: Callable[[Any, EngineError | None], None]
+    ) -> None:
+        """Do something with the engine before the next step; `done` is posted with what it gave, or with
+        its error."""
+        self._inbox.put(_Run(work, done))
+
     def stop(self) -> None:
         """End the thread after the step that it is in, and close the engine; blocks."""
         self._inbox.put(_Stop())
@@ -85,6 +100,7 @@ class EngineThread:
             while self._obey():
                 if not self._idle:
                     self._post(self._listener.on_events, self._step())
+                self.stats = self._engine.stats
         except BaseException:
             log.critical("the engine has stopped; the server must be restarted")
             self._post(self._listener.on_death)
@@ -104,6 +120,8 @@ class EngineThread:
                     self._submit(batch)
                 case _Cancel(request_ids):
                     self._cancel(request_ids)
+                case _Run(work, done):
+                    self._do(work, done)
                 case _Stop():
                     return False
         return True
@@ -133,6 +151,16 @@ class EngineThread:
         for request_id in request_ids:
             self._engine.cancel(request_id)
         self._running.difference_update(request_ids)
+
+    def _do(
+        self, work: Callable[[Engine], Any], done: Callable[[Any, EngineError | None], None]
+    ) -> None:
+        try:
+            result = work(self._engine)
+        except EngineError as error:
+            self._post(done, None, error)
+        else:
+            self._post(done, result, None)
 
     def _step(self) -> list[Event]:
         try:

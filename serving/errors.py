@@ -61,13 +61,20 @@ def invalid_api_key() -> ApiError:
     )
 
 
-def model_not_found(name: str, served: Iterable[str]) -> ApiError:
+def admin_only() -> ApiError:
+    """403: the key is right, but not one of the operator's."""
+    return ApiError(
+        403, "this needs one of the keys of --admin-key-file", code="admin_key_required"
+    )
+
+
+def model_not_found(name: str, served: Iterable[str], param: str = "model") -> ApiError:
     """404: the request names a model that is not served here."""
-    known = ", ".join(f"'{one}'" for one in served)
+    known = ", ".join(f"'{one}'" for one in served) or "none"
     return ApiError(
         404,
         f"the model '{name}' does not exist; this server has {known}",
-        param="model",
+        param=param,
         code="model_not_found",
     )
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
+from serving.cards import ModelCard
 from serving.generation import Answer, Delta, Generation, Token
-from serving.service import ModelCard
+from serving.scores import by_text, echoed_logprobs, prompt_entries
 from serving.text import TokenTexts
 
 Json = dict[str, Any]
@@ -26,6 +27,8 @@ class Format(ABC):
     num_choices: int
     include_usage: bool
     logprobs: bool
+    prompt_logprobs: int | None = None
+    """How many tokens to tell of each place of the prompts, as vLLM does; None for nothing."""
     created: int = field(default_factory=lambda: int(time.time()))
 
     object: ClassVar[str]
@@ -33,7 +36,7 @@ class Format(ABC):
 
     def whole(self, answers: Sequence[Answer], generation: Generation) -> Json:
         """The response that is no stream."""
-        choices = [self.choice(answer) for answer in answers]
+        choices = [self.choice(answer) | _stop_reason(answer) for answer in answers]
         return self._head(self.object) | {
             "choices": choices,
             "usage": self._usage(generation),
@@ -82,6 +85,13 @@ class ChatFormat(Format):
     object: ClassVar[str] = "chat.completion"
     chunk_object: ClassVar[str] = "chat.completion.chunk"
 
+    def whole(self, answers: Sequence[Answer], generation: Generation) -> Json:
+        whole = super(ChatFormat, self).whole(answers, generation)
+        if self.prompt_logprobs is None:
+            return whole
+        scores = prompt_entries(answers[0], self.prompt_logprobs, self.token_text)
+        return whole | {"prompt_logprobs": scores}
+
     def opening(self) -> list[Json]:
         delta = {"role": "assistant", "content": ""}
         return [self._piece(index, delta, (), None) for index in range(self.num_choices)]
@@ -96,7 +106,8 @@ class ChatFormat(Format):
 
     def delta(self, delta: Delta) -> Json:
         content = {"content": delta.text} if delta.text else {}
-        return self._piece(delta.index, content, delta.tokens, delta.finish_reason)
+        piece = self._piece(delta.index, content, delta.tokens, delta.finish_reason)
+        return piece | _stop_reason(delta)
 
     def _piece(
         self, index: int, delta: Json, tokens: Sequence[Token], finish_reason: str | None
@@ -130,6 +141,8 @@ class CompletionFormat(Format):
 
     echoes: Mapping[int, str] = field(default_factory=dict[int, str])
     """What is repeated before each answer, by its index."""
+    num_echoed: int | None = None
+    """How many tokens to tell of each place of what is repeated; None for nothing."""
 
     object: ClassVar[str] = "text_completion"
     chunk_object: ClassVar[str] = "text_completion"
@@ -138,11 +151,26 @@ class CompletionFormat(Format):
         return [self._choice(index, text, (), None) for index, text in self.echoes.items()]
 
     def choice(self, answer: Answer) -> Json:
-        text = self.echoes.get(answer.index, "") + answer.text
-        return self._choice(answer.index, text, answer.tokens, answer.finish_reason)
+        echo = self.echoes.get(answer.index, "")
+        tokens = answer.tokens
+        if self.num_echoed is not None and answer.end is not None:
+            # Programs that score texts ask for one token more, and leave out the last one that comes.
+            tokens = [*tokens, answer.end]
+        tokens = [replace(token, offset=token.offset + len(echo)) for token in tokens]
+        choice = self._choice(answer.index, echo + answer.text, tokens, answer.finish_reason)
+        if self.num_echoed is not None:
+            before = echoed_logprobs(answer, self.num_echoed, self.token_text)
+            choice["logprobs"] = {k: before[k] + v for k, v in choice["logprobs"].items()}
+        if self.prompt_logprobs is not None:
+            entries = prompt_entries(answer, self.prompt_logprobs, self.token_text)
+            choice["prompt_logprobs"] = entries
+        return choice
 
     def delta(self, delta: Delta) -> Json:
-        return self._choice(delta.index, delta.text, delta.tokens, delta.finish_reason)
+        echo = self.echoes.get(delta.index, "")
+        tokens = [replace(token, offset=token.offset + len(echo)) for token in delta.tokens]
+        choice = self._choice(delta.index, delta.text, tokens, delta.finish_reason)
+        return choice | _stop_reason(delta)
 
     def _choice(
         self, index: int, text: str, tokens: Sequence[Token], finish_reason: str | None
@@ -154,8 +182,11 @@ class CompletionFormat(Format):
         return {
             "tokens": [self.token_text(token.id) for token in tokens],
             "token_logprobs": [token.logprob for token in tokens],
-            "top_logprobs": [
-                {self.token_text(id): logprob for id, logprob in token.top} for token in tokens
-            ],
+            "top_logprobs": [by_text(token.top, self.token_text) for token in tokens],
             "text_offset": [token.offset for token in tokens],
         }
+
+
+def _stop_reason(part: Answer | Delta) -> Json:
+    """What `length` does not say."""
+    return {"stop_reason": "timeout"} if part.timed_out else {}

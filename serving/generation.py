@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import inf
 
-from lifecycle.engines.base import Event, Request
+from lifecycle.engines.base import Event, FinishReason, PromptLogprob, Request
 from serving.text import AnswerText
 from serving.worker import Call
 
@@ -31,6 +32,12 @@ class Delta:
     tokens: tuple[Token, ...] = ()
     finish_reason: str | None = None
     """`stop` or `length` in the last delta of an answer."""
+    timed_out: bool = False
+    """Whether the answer was cut because its time was over."""
+    prompt_logprobs: tuple[PromptLogprob, ...] = ()
+    """Those of all tokens of the prompt but the first, where asked for."""
+    end: Token | None = None
+    """The token that ended the answer, which is no part of it, where log-probabilities are asked for."""
 
 
 @dataclass(slots=True)
@@ -38,14 +45,19 @@ class Answer:
     """One answer in full."""
 
     index: int
+    prompt: Sequence[int] = ()
     text: str = ""
     tokens: list[Token] = field(default_factory=list[Token])
     finish_reason: str | None = None
+    timed_out: bool = False
+    prompt_logprobs: tuple[PromptLogprob, ...] = ()
+    end: Token | None = None
 
 
 @dataclass(slots=True)
 class _Choice:
     index: int
+    prompt: Sequence[int]
     text: AnswerText
     shown: int = 0
     finished: bool = False
@@ -62,7 +74,7 @@ class Generation:
     ) -> None:
         self._call = call
         self._choices = {
-            request.id: _Choice(index, text)
+            request.id: _Choice(index, request.prompt, text)
             for index, (request, text) in enumerate(zip(requests, texts, strict=True))
         }
         self.completion_tokens = 0
@@ -84,13 +96,16 @@ class Generation:
         Raises:
             ApiError: the engine failed.
         """
-        answers = [Answer(choice.index) for choice in self._choices.values()]
+        answers = [Answer(choice.index, choice.prompt) for choice in self._choices.values()]
         async for deltas in self:
             for delta in deltas:
                 answer = answers[delta.index]
                 answer.text += delta.text
                 answer.tokens += delta.tokens
                 answer.finish_reason = delta.finish_reason
+                answer.timed_out = delta.timed_out
+                answer.prompt_logprobs += delta.prompt_logprobs
+                answer.end = delta.end
         return answers
 
     def __aiter__(self) -> Generation:
@@ -110,21 +125,50 @@ class Generation:
             self.cached_tokens += event.cached_tokens
         if choice.finished:
             return None
-        text, tokens = "", ()
+        text = ""
         if event.token_id is not None:
             self.completion_tokens += 1
-            if event.logprob is not None:
-                token = Token(event.token_id, event.logprob, event.top_logprobs, choice.shown)
-                tokens = (token,)
             text = choice.text.push(event.token_id)
+        token = _token(event, choice.shown)
+        tokens = (token,) if token is not None and event.token_id is not None else ()
         if event.finish_reason is not None:
             text += choice.text.finish()
         reason = None if event.finish_reason is None else str(event.finish_reason)
+        timed_out = event.finish_reason is FinishReason.TIMEOUT
+        if timed_out:
+            # Clients know no other word for an answer that a limit has cut.
+            reason = str(FinishReason.LENGTH)
+        end = None if event.stop_token_id is None else token
         if choice.text.stopped:
             self._call.finish(event.request_id)
-            reason = "stop"
+            reason, timed_out = "stop", False
         choice.shown += len(text)
         choice.finished = reason is not None
-        if not (text or tokens or reason):
+        if not (text or tokens or reason or event.prompt_logprobs):
             return None
-        return Delta(choice.index, text, tokens, reason)
+        return Delta(choice.index, text, tokens, reason, timed_out, event.prompt_logprobs, end)
+
+
+def best_answers(answers: Sequence[Answer], best_of: int, n: int) -> list[Answer]:
+    """Of each prompt's `best_of` answers the `n` with the highest log-probability per token, the best
+    first; the token that ended an answer counts too."""
+    best: list[Answer] = []
+    for start in range(0, len(answers), best_of):
+        ranked = sorted(answers[start : start + best_of], key=_mean_logprob, reverse=True)
+        best += ranked[:n]
+    for index, answer in enumerate(best):
+        answer.index = index
+    return best
+
+
+def _token(event: Event, offset: int) -> Token | None:
+    """The token of an event, if its log-probability is told."""
+    id = event.stop_token_id if event.token_id is None else event.token_id
+    if id is None or event.logprob is None:
+        return None
+    return Token(id, event.logprob, event.top_logprobs, offset)
+
+
+def _mean_logprob(answer: Answer) -> float:
+    tokens = [*answer.tokens, *([answer.end] if answer.end else [])]
+    return sum(token.logprob for token in tokens) / len(tokens) if tokens else -inf

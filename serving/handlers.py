@@ -23,6 +23,8 @@ def add_handlers(app: FastAPI) -> None:
 
 async def _api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
+    if error.status == 503:
+        request.app.state.service.worker.monitor.reject(error.code or "")
     return error_response(error)
 
 

@@ -34,6 +34,9 @@ MAX_STOPS = 16
 MAX_STOP_LENGTH = 256
 MAX_BIASES = 1024
 
+MAX_TIMEOUT = 1e6
+"""Seconds."""
+
 _INT64 = 2**63
 
 
@@ -139,7 +142,9 @@ def _schema(value: object) -> object:
     return cast("object", value)
 
 
-class _Body(BaseModel):
+class Body(BaseModel):
+    """A request's body, or a part of it."""
+
     model_config = ConfigDict(
         strict=True, extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=()
     )
@@ -163,14 +168,14 @@ class _Body(BaseModel):
         return {name: value for name, value in fields.items() if value is not None}
 
 
-class StreamOptions(_Body):
+class StreamOptions(Body):
     """`stream_options`."""
 
     include_usage: bool = False
     include_obfuscation: Any = None
 
 
-class JsonSchemaFormat(_Body):
+class JsonSchemaFormat(Body):
     """`response_format.json_schema`. The schema always holds, whatever `strict` says."""
 
     name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
@@ -179,7 +184,7 @@ class JsonSchemaFormat(_Body):
     description: Text | None = None
 
 
-class ResponseFormat(_Body):
+class ResponseFormat(Body):
     """`response_format`."""
 
     type: Literal["text", "json_object", "json_schema"]
@@ -199,7 +204,7 @@ class ResponseFormat(_Body):
         return value
 
 
-class StructuredOutputs(_Body):
+class StructuredOutputs(Body):
     """`structured_outputs`, as in vLLM: exactly one of them."""
 
     json_: Annotated[Any, AfterValidator(_schema), Field(alias="json")] = None
@@ -217,7 +222,7 @@ class StructuredOutputs(_Body):
         return self
 
 
-class GenerationBody(_Body):
+class GenerationBody(Body):
     """What both routes that generate take."""
 
     model: str
@@ -250,6 +255,13 @@ class GenerationBody(_Body):
     ignore_eos: bool = False
     stop_token_ids: list[int] = Field(default=[], max_length=64)
 
+    priority: int = Field(default=0, ge=-(2**31), lt=2**31)
+    """Lower ones go first; those below 0 only where the server allows them."""
+    timeout: float | None = Field(default=None, gt=0, le=MAX_TIMEOUT)
+    """Seconds after which the answers end as they are."""
+    prompt_logprobs: int | None = Field(default=None, ge=0, le=20)
+
+    response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     guided_json: Annotated[Any, AfterValidator(_schema)] = None
     """This one and those below are vLLM's older names of what `structured_outputs` holds."""
@@ -271,13 +283,25 @@ class GenerationBody(_Body):
             raise PydanticCustomError("stream_options", 'only allowed with "stream": true')
         return value
 
+    @field_validator("prompt_logprobs")
+    @classmethod
+    def _not_in_a_stream(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value is not None and info.data.get("stream"):
+            raise PydanticCustomError("prompt_logprobs", 'not together with "stream": true')
+        return value
+
+    @property
+    def num_answers(self) -> int:
+        """How many answers are generated to each prompt."""
+        return self.n
+
     @property
     def include_usage(self) -> bool:
         """Whether a stream ends with a chunk that counts the tokens."""
         return self.stream_options is not None and self.stream_options.include_usage
 
 
-class ChatMessage(_Body):
+class ChatMessage(Body):
     """One message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
@@ -305,7 +329,6 @@ class ChatBody(GenerationBody):
     max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool = False
     top_logprobs: int = Field(default=0, ge=0, le=20)
-    response_format: ResponseFormat | None = None
 
     tools: Annotated[Any, _only([])] = []
     tool_choice: Annotated[Any, _only("none", "auto")] = "none"
@@ -347,15 +370,41 @@ class CompletionBody(GenerationBody):
     """`POST /v1/completions`."""
 
     prompt: Annotated[list[str] | list[list[int]], BeforeValidator(_prompts)]
+    max_tokens: int | None = Field(default=None, ge=0)
+    """0 asks about the prompt alone."""
     logprobs: int | None = Field(default=None, ge=0, le=5)
     echo: bool = False
+    best_of: int | None = Field(default=None, ge=1, le=MAX_CHOICES)
 
     suffix: Annotated[Any, _only("")] = ""
-    best_of: Annotated[Any, _only(1)] = 1
 
     @field_validator("echo")
     @classmethod
-    def _echo_without_logprobs(cls, value: bool, info: ValidationInfo) -> bool:
-        if value and info.data.get("logprobs") is not None:
-            raise PydanticCustomError("echo", "not together with logprobs")
+    def _scores_are_no_stream(cls, value: bool, info: ValidationInfo) -> bool:
+        if value and info.data.get("logprobs") is not None and info.data.get("stream"):
+            raise PydanticCustomError("echo", 'with logprobs not together with "stream": true')
         return value
+
+    @field_validator("best_of")
+    @classmethod
+    def _more_than_are_given(cls, value: int | None, info: ValidationInfo) -> int | None:
+        n = info.data.get("n", 1)
+        if value is not None and value < n:
+            raise PydanticCustomError("best_of", "must be n, {n}, or more", {"n": n})
+        if value is not None and value > n and info.data.get("stream"):
+            raise PydanticCustomError("best_of", 'more than n not together with "stream": true')
+        return value
+
+    @model_validator(mode="after")
+    def _asks_for_something(self) -> CompletionBody:
+        if self.max_tokens == 0 and not self.echo and self.prompt_logprobs is None:
+            raise PydanticCustomError(
+                "max_tokens",
+                "0 is only allowed with echo or prompt_logprobs; give 1 or more",
+                {"param": "max_tokens"},
+            )
+        return self
+
+    @property
+    def num_answers(self) -> int:
+        return self.best_of or self.n

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lifecycle.bundle.manifest import MANIFEST, verify_bundle
+from lifecycle.bundle.manifest import MANIFEST
 from lifecycle.data.chat import ChatTokenizer
 from lifecycle.engines import decoder
 from lifecycle.engines.base import Engine, EngineOptions, Request, SamplingParams
 from lifecycle.engines.grammar.compiler import Grammar
-from lifecycle.engines.peft import CONFIG as ADAPTER_CONFIG
-from lifecycle.engines.peft import WEIGHTS as ADAPTER_WEIGHTS
 from lifecycle.errors import DataError, EngineError
 from lifecycle.pipeline import registry
-from lifecycle.pipeline.artifact import hash_file
-from lifecycle.pipeline.files import sha256
 from serving import errors
+from serving.adapters import Adapters
+from serving.cards import ModelCard, adapter_card, model_card
+from serving.errors import ApiError
 from serving.generation import Generation
 from serving.grammars import Grammars
 from serving.sampling import Defaults
@@ -34,21 +32,6 @@ LONG_TEXT = 64 * 1024
 """Characters from which a text is tokenised with no other long one beside it."""
 MAX_LONG_TEXTS = 8
 """Long texts that may wait to be tokenised."""
-
-
-@dataclass(frozen=True, slots=True)
-class ModelCard:
-    """What is served, as the API shows it."""
-
-    name: str
-    gated: bool
-    """Whether the model has passed the gates of an evaluation."""
-    fingerprint: str | None
-    """Changes whenever the model does; None for a folder that is no bundle."""
-    created: int
-    """Unix time, in seconds, since when it is served."""
-    parent: str | None = None
-    """The name of the model that this is an adapter of."""
 
 
 class Service:
@@ -65,17 +48,21 @@ class Service:
         adapters: Sequence[ModelCard] = (),
     ) -> None:
         self.card = card
-        self.cards = {card.name: card} | {adapter.name: adapter for adapter in adapters}
-        """All that requests can name as their model."""
         self.tokenizer = tokenizer
         self.token_text = TokenTexts(tokenizer)
         self.defaults = defaults
         self.max_model_len = engine.max_model_len
         self.grammars = Grammars(engine, tokenizer)
-        self.worker = EngineWorker(engine, max_queue)
+        self.worker = EngineWorker(engine, max_queue, card.name)
+        self.adapters = Adapters(engine, self.worker, card, adapters)
         self._model_eos = engine.eos_token_ids
         self._one_long = asyncio.Semaphore(1)
         self._long_waiting = 0
+
+    @property
+    def cards(self) -> dict[str, ModelCard]:
+        """All that requests can name as their model."""
+        return {self.card.name: self.card} | self.adapters.cards
 
     async def chat_tokens(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """The prompt for the assistant's next message.
@@ -131,13 +118,14 @@ class Service:
             ApiError: the context is exceeded.
         """
         left = self.max_model_len - len(prompt)
-        if max(asked or 1, 1) > left:
+        least = 1 if asked is None else asked
+        if least > left:
             raise errors.context_length_exceeded(
-                f"the prompt has {len(prompt)} tokens and the answer may have {asked or 1} or "
+                f"the prompt has {len(prompt)} tokens and the answer may have {least} or "
                 f"more; together they exceed the context of {self.max_model_len} tokens",
                 param,
             )
-        return asked or min(left, default or left)
+        return min(left, default or left) if asked is None else asked
 
     async def generate(
         self,
@@ -149,6 +137,8 @@ class Service:
         adapter: str | None = None,
         salt: str = "",
         tenant: str = "",
+        priority: int = 0,
+        timeout: float | None = None,
         grammar: Grammar | None = None,
     ) -> Generation:
         """Begin to answer prompts, one answer each; the result must be read or closed.
@@ -160,6 +150,8 @@ class Service:
             grammar: what each answer must be.
             salt: prompts of other salts share nothing with these (see `Request.cache_salt`).
             tenant: whom they are for; where many wait, tenants take turns.
+            priority: lower ones go first.
+            timeout: seconds after which the answers end as they are.
 
         Raises:
             ApiError: the engine is busy, stopped, or refuses a prompt.
@@ -173,12 +165,26 @@ class Service:
             if grammar is not None:
                 model_eos = frozenset[int]() if params.ignore_eos else self._model_eos
                 constraint = grammar.constraint(params.stop_token_ids | model_eos)
-            id = f"{request_id}-{index}"
-            requests.append(
-                Request(id, prompt, params, adapter, salt, tenant=tenant, constraint=constraint)
+            request = Request(
+                f"{request_id}-{index}",
+                prompt,
+                params,
+                adapter,
+                salt,
+                priority=priority,
+                tenant=tenant,
+                timeout=timeout,
+                constraint=constraint,
             )
+            requests.append(request)
         # First, for a prompt may hold what is no token until the engine has taken it.
-        call = await self.worker.submit(requests)
+        try:
+            call = await self.worker.submit(requests)
+        except ApiError:
+            if adapter is not None and adapter not in self.cards:
+                # It has gone since the request came.
+                raise errors.model_not_found(adapter, self.cards) from None
+            raise
         start = self.tokenizer.continuation if continued else lambda _: self.tokenizer.stream()
         texts = [AnswerText(start(prompt), stops) for prompt, _ in prompts]
         return Generation(call, requests, texts)
@@ -204,7 +210,7 @@ def open_service(
     Raises:
         LifecycleError: the folder cannot be served.
     """
-    card = _card(path, name)
+    card = model_card(path, name)
     if engine == "onnxruntime" and not (path / decoder.FILE).is_file():
         if (path / "config.json").is_file():
             raise EngineError(
@@ -231,27 +237,11 @@ def open_service(
     return Service(card, opened, tokenizer, defaults, waiting, cards)
 
 
-def _card(path: Path, name: str | None) -> ModelCard:
-    created = int(time.time())
-    if not (path / MANIFEST).is_file():
-        return ModelCard(name or path.resolve().name, False, None, created)
-    manifest = verify_bundle(path)
-    digest = str(manifest["digest"])
-    shown = name or manifest.get("name") or path.resolve().name
-    return ModelCard(str(shown), bool(manifest.get("gated")), f"fp_{digest[:12]}", created)
-
-
 def _load_adapter(engine: Engine, base: ModelCard, name: str, folder: Path) -> ModelCard:
     if name == base.name:
         raise EngineError(f"adapter '{name}' has the name of the model; give it another")
     engine.load_adapter(name, folder)
-    # Both files: another lora_alpha is another model.
-    hashes = "".join(hash_file(folder / file) for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS))
-    print_of = None
-    if base.fingerprint is not None:
-        print_of = f"{base.fingerprint}_{sha256(hashes.encode())[:12]}"
-    # What gates have passed is the model without it.
-    return ModelCard(name, False, print_of, base.created, base.name)
+    return adapter_card(base, name, folder)
 
 
 def _warm_up(engine: Engine) -> None:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from lifecycle.engines.grammar.spec import GrammarSpec
 from serving.errors import bad_request
-from serving.schemas import ChatBody, GenerationBody
+from serving.schemas import GenerationBody
 
 
 class Asked(NamedTuple):
@@ -33,7 +33,7 @@ def asked_grammar(body: GenerationBody) -> Asked | None:
 
 
 def _asked(body: GenerationBody) -> Iterator[Asked]:
-    form = body.response_format if isinstance(body, ChatBody) else None
+    form = body.response_format
     if form is not None and form.type == "json_object":
         yield Asked("response_format", lambda: GrammarSpec("json_object"))
     if form is not None and form.json_schema is not None:

@@ -86,6 +86,10 @@ class TokenTexts:
         self._before = tokenizer.encode("a", add_special_tokens=False)
         self._length = len(tokenizer.decode(self._before))
 
+    def stream(self) -> StreamDecoder:
+        """What tells the text of many tokens, one after another."""
+        return self._tokenizer.stream()
+
     def __call__(self, token_id: int) -> str:
         """A part of a character, which has no text of its own, gives U+FFFD."""
         text = self._tokenizer.decode([*self._before, token_id], skip_special_tokens=False)

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
-from lifecycle.engines.base import Engine, Event, FinishReason, Request
-from lifecycle.errors import RequestError
+from lifecycle.engines.base import Engine, EngineStats, Event, FinishReason, Request
+from lifecycle.errors import EngineError, RequestError
 from serving import errors
 from serving.engine_thread import EngineThread
 from serving.errors import ApiError
+from serving.monitor import Monitor
 
 log = logging.getLogger("serving")
+
+T = TypeVar("T")
 
 
 class Call:
@@ -47,6 +51,7 @@ class Call:
 
     def finish(self, request_id: str) -> None:
         """Cancel one request whose further tokens nobody needs."""
+        self._worker.monitor.end(request_id, FinishReason.STOP)
         self._worker.cancel([request_id])
         self.unfinished.discard(request_id)
 
@@ -74,17 +79,25 @@ class Call:
 class EngineWorker:
     """An engine that runs in its own thread, for use from one event loop."""
 
-    def __init__(self, engine: Engine, max_queue: int) -> None:
+    def __init__(self, engine: Engine, max_queue: int, name: str = "") -> None:
+        """`name` is the model's, for the monitor."""
+        self.monitor = Monitor(name)
         self.capacity = engine.max_num_seqs + max_queue
         """Most requests that may run and wait together."""
         self._thread = EngineThread(engine, self)
         self._calls: dict[str, Call] = {}
+        self._jobs: set[asyncio.Future[Any]] = set()
         self._draining = False
         self._dead = False
 
     def start(self) -> None:
         """Start the engine's thread; its events go to the running event loop."""
         self._thread.start(asyncio.get_running_loop().call_soon_threadsafe)
+
+    @property
+    def stats(self) -> EngineStats:
+        """The engine's figures after its last step."""
+        return self._thread.stats
 
     @property
     def alive(self) -> bool:
@@ -127,6 +140,8 @@ class EngineWorker:
         self.admit(len(requests))
         call = Call(self, requests)
         self._calls.update((request.id, call) for request in requests)
+        for request in requests:
+            self.monitor.begin(request)
         self._thread.submit(requests)
         try:
             await call.accepted
@@ -135,9 +150,36 @@ class EngineWorker:
             raise
         return call
 
+    async def run(self, work: Callable[[Engine], T]) -> T:
+        """Do something with the engine in its thread, before its next step.
+
+        Raises:
+            EngineError: as `work`.
+            ApiError: the engine died, or the server drains.
+        """
+        self.admit(0)
+        job: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self._jobs.add(job)
+
+        def done(result: T, error: EngineError | None) -> None:
+            if job.done():
+                return
+            if error is not None:
+                job.set_exception(error)
+            else:
+                job.set_result(result)
+
+        self._thread.run(work, done)
+        try:
+            return await job
+        finally:
+            self._jobs.discard(job)
+
     def cancel(self, request_ids: Sequence[str]) -> None:
         """End requests; events of theirs that are still on the way are dropped."""
         known = [id for id in request_ids if self._calls.pop(id, None)]
+        for id in known:
+            self.monitor.end(id, "abort")
         if known:
             self._thread.cancel(known)
 
@@ -158,6 +200,8 @@ class EngineWorker:
         if call is None:
             return
         if refused is not None:
+            for request in batch:
+                self.monitor.forget(request.id)
             self._fail(call, errors.bad_request(str(refused)))
         elif not call.accepted.done():
             call.accepted.set_result(None)
@@ -168,6 +212,7 @@ class EngineWorker:
             call = self._calls.get(event.request_id)
             if call is None:
                 continue
+            self.monitor.take(event)
             if event.is_refused:
                 self._fail(call, errors.bad_request(event.error))
                 continue
@@ -191,3 +236,6 @@ class EngineWorker:
     def _fail_all(self, error: ApiError) -> None:
         for call in set(self._calls.values()):
             self._fail(call, error)
+        for job in self._jobs:
+            if not job.done():
+                job.set_exception(error)

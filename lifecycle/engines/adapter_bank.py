@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from lifecycle.engines.adapters import PLACES, TOKENS, AdapterLayout
 from lifecycle.engines.backend import Row
+from lifecycle.engines.base import AdapterWeights
 from lifecycle.engines.peft import PeftFolder
 from lifecycle.errors import EngineError
 
@@ -20,11 +21,27 @@ _PATIENCE = 8
 by side; that costs about as much as reading so many."""
 
 
+def read_weights(folder: Path, layout: AdapterLayout) -> AdapterWeights:
+    """Read a PEFT folder as the entries of a bank hold it.
+
+    Raises:
+        EngineError: the adapter does not fit.
+    """
+    adapter = PeftFolder(folder, layout)
+    found = {name: np.zeros(shape, np.float32) for name, shape in layout.shapes().items()}
+    for product in layout.products:
+        for k in range(len(product.modules)):
+            if (update := adapter.update(product, k)) is not None:
+                start, rank = k * layout.rank, update[0].shape[1]
+                found[product.a][:, start : start + rank], found[product.b(k)][:rank] = update
+    return found
+
+
 class AdapterBank:
     """Entries side by side in one array per input: entry 0 is zeros, for rows without adapter.
 
     The graph takes a range of entries. Which entry an adapter has may change from step to step,
-    so that those in use lie together; its slot, by which it is known outside, does not.
+    so that those in use lie together; its number, by which it is known outside, does not.
     """
 
     def __init__(self, layout: AdapterLayout) -> None:
@@ -45,43 +62,38 @@ class AdapterBank:
                 "export the model with fewer, or of a lower rank"
             ) from error
         self._entries = dict[int, int]()
-        """Slot to entry, of the loaded adapters."""
+        """Number to entry, of the loaded adapters."""
+        self._num_loaded = 0
         self._wasted = 0
 
-    def load(self, folder: Path) -> int:
-        """Read a PEFT folder into a free slot, 1 or more.
+    def load(self, weights: AdapterWeights) -> int:
+        """Take an adapter into a free entry; its number is 1 or more, and no other adapter's, so that
+        nothing that was computed with one is taken for another's.
 
         Raises:
-            EngineError: the adapter does not fit, or all slots are taken; nothing has changed.
+            EngineError: all entries are taken; nothing has changed.
         """
         count = self._layout.slots
-        slot = next((n for n in range(1, count + 1) if n not in self._entries), None)
-        if slot is None:
+        free = set(range(1, count + 1)) - set(self._entries.values())
+        if not free:
             raise EngineError(
                 f"all {count} adapter slots are taken: unload one, or export the model with more"
             )
-        adapter = PeftFolder(folder, self._layout)
-        entry = min(set(range(1, count + 1)) - set(self._entries.values()))
-        for product in self._layout.products:
-            whole = self._arrays[product.a][entry]
-            whole[:] = 0
-            for k in range(len(product.modules)):
-                b = self._arrays[product.b(k)][entry]
-                b[:] = 0
-                if (found := adapter.update(product, k)) is not None:
-                    start, rank = k * self._layout.rank, found[0].shape[1]
-                    whole[:, start : start + rank], b[:rank] = found
-        self._entries[slot] = entry
-        return slot
+        entry = min(free)
+        for name, array in self._arrays.items():
+            array[entry] = weights[name]
+        self._num_loaded += 1
+        self._entries[self._num_loaded] = entry
+        return self._num_loaded
 
-    def unload(self, slot: int) -> None:
-        """Make a slot free."""
-        del self._entries[slot]
+    def unload(self, number: int) -> None:
+        """Make the entry of an adapter free."""
+        del self._entries[number]
 
     def select(self, rows: Sequence[Row]) -> range:
         """The entries that a step over `rows` needs."""
         used = {row.adapter for row in rows if row.adapter}
-        entries = [self._entries[slot] for slot in used]
+        entries = [self._entries[number] for number in used]
         is_plain = any(not row.adapter for row in rows)
         chosen = range(0 if is_plain else min(entries), max(entries) + 1)
         self._wasted += len(chosen) - len(used) - is_plain
@@ -109,16 +121,16 @@ class AdapterBank:
         return {TOKENS: np.array(padded, np.int64), PLACES: np.array(places, np.int64)}
 
     def _gather(self, used: set[int]) -> None:
-        """Exchange entries until those of `used` slots are the first ones."""
+        """Exchange entries until those of the `used` adapters are the first ones."""
         self._wasted = 0
-        slots = {entry: slot for slot, entry in self._entries.items()}
-        free = [entry for entry in range(1, len(used) + 1) if slots.get(entry) not in used]
-        for slot in used:
-            if (entry := self._entries[slot]) <= len(used):
+        numbers = {entry: number for number, entry in self._entries.items()}
+        free = [entry for entry in range(1, len(used) + 1) if numbers.get(entry) not in used]
+        for number in used:
+            if (entry := self._entries[number]) <= len(used):
                 continue
             place = free.pop()
             for array in self._arrays.values():
                 array[[place, entry]] = array[[entry, place]]
-            if other := slots.get(place):
+            if other := numbers.get(place):
                 self._entries[other] = entry
-            self._entries[slot] = place
+            self._entries[number] = place

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from lifecycle.engines.base import AdapterWeights
+
 Block = NDArray[Any]
 """Keys and values of a range of tokens, as a backend keeps them."""
 
@@ -25,7 +27,7 @@ class Row(NamedTuple):
     is_long: bool = False
     """Whether the text is beyond the first context of a model that rotates such texts otherwise."""
     adapter: int = 0
-    """The adapter slot that the text is computed with; 0 is none."""
+    """The number of the adapter that the text is computed with; 0 is none."""
 
 
 class Backend(Protocol):
@@ -43,16 +45,33 @@ class Backend(Protocol):
         """
         ...
 
-    def load_adapter(self, folder: Path) -> int:
-        """Load a PEFT folder into a free adapter slot, which is returned: 1 or more.
+    @property
+    def adapter_slots(self) -> int:
+        """Adapters that it can hold together."""
+        ...
+
+    def read_adapter(self, folder: Path) -> AdapterWeights:
+        """Read a PEFT folder, and make ready what the first adapter needs; any thread may do that while
+        another one runs the model.
 
         Raises:
-            EngineError: the backend has no slots, none is free, or the adapter does not fit.
+            EngineError: the backend has no slots, or the adapter does not fit.
         """
         ...
 
-    def unload_adapter(self, slot: int) -> None:
-        """Make an adapter slot free that no row uses any more."""
+    def load_adapter(self, weights: AdapterWeights) -> int:
+        """Take an adapter into a free slot.
+
+        Returns:
+            Its number, 1 or more, which no other adapter has had or gets.
+
+        Raises:
+            EngineError: no slot is free, or no memory.
+        """
+        ...
+
+    def unload_adapter(self, number: int) -> None:
+        """Make the slot of an adapter free that no row uses any more."""
         ...
 
     def close(self) -> None:

@@ -7,7 +7,7 @@ benchmarks and HTTP.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 
 LONGEST_REPEAT = 64
 """Tokens of a repetition that DRY looks at."""
+AdapterWeights = Mapping[str, NDArray[np.float32]]
+"""What an adapter slot holds, as an engine keeps it."""
 
 
 class FinishReason(StrEnum):
@@ -160,6 +162,11 @@ class Event(NamedTuple):
     """With the first token: those of the prompt that were not computed, but found in the prefix cache."""
     prompt_logprobs: tuple[PromptLogprob, ...] = ()
     """With the first token, where asked for."""
+    queue_seconds: float | None = None
+    """With the first token: how long the request waited for a slot."""
+    stop_token_id: int | None = None
+    """The token that ended the request, which is no part of its output; the log-probabilities of this
+    event are its."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,9 +278,32 @@ class Engine(ABC):
         drafts were right or a constraint leaves no choice."""
 
     @abstractmethod
-    def load_adapter(self, name: str, folder: Path) -> None:
-        """Make the LoRA adapter of a PEFT folder known by a name; requests can then ask for it, and
-        one batch can mix adapters.
+    def read_adapter(self, folder: Path) -> AdapterWeights:
+        """Read the LoRA adapter of a PEFT folder and check that it fits. Any thread may do that while
+        the one that owns the engine runs steps.
+
+        Raises:
+            EngineError: the model has no slots, or the adapter does not fit.
+        """
+
+    @abstractmethod
+    def load_adapter(
+        self,
+        name: str,
+        adapter: Path | AdapterWeights,
+        *,
+        replace: bool = False,
+        evict: Collection[str] = (),
+    ) -> None:
+        """Make a LoRA adapter known by a name; requests can then ask for it, and one batch can mix
+        adapters.
+
+        Args:
+            adapter: a PEFT folder, or what `read_adapter` made of one.
+            replace: the name may be in use: it stands for the new adapter then, while the requests that
+                are there end with the old one, which keeps its slot until then.
+            evict: where no slot is free, the one of these that was asked for least recently, and that no
+                request uses, goes.
 
         Raises:
             EngineError: the model has no slots or none is free, the name is in use, or the adapter
@@ -282,10 +312,10 @@ class Engine(ABC):
 
     @abstractmethod
     def unload_adapter(self, name: str) -> None:
-        """Free the slot of an adapter.
+        """Forget a name. The requests that are there end with its adapter; then its slot is free.
 
         Raises:
-            EngineError: there is none of this name, or requests still use it.
+            EngineError: there is none of this name.
         """
 
     @property

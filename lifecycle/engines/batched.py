@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import heapq
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from contextlib import contextmanager
 from math import inf
 from pathlib import Path
@@ -13,8 +13,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from lifecycle.engines.adapter_table import AdapterTable
 from lifecycle.engines.backend import Backend, CacheBackend, Row
 from lifecycle.engines.base import (
+    AdapterWeights,
     Engine,
     EngineOptions,
     EngineStats,
@@ -75,7 +77,7 @@ class BatchedEngine(Engine):
             budget, chunk = options.prefix_cache_bytes, options.prefill_chunk
             self._prefixes = PrefixCache(budget, chunk, self._cache)
         self._scheduler = self._make_scheduler()
-        self._adapters: dict[str, int] = {}
+        self._adapters = AdapterTable(backend, lambda: self._scheduler.states())
         self._cancelled: list[Event] = []
         self._deadlines: list[tuple[float, str]] = []
         self._steps = self._prompt_tokens = self._generated_tokens = 0
@@ -157,35 +159,37 @@ class BatchedEngine(Engine):
         """What is kept of prompts, if anything is."""
         return self._prefixes
 
-    def load_adapter(self, name: str, folder: Path) -> None:
+    def read_adapter(self, folder: Path) -> AdapterWeights:
+        return self._backend.read_adapter(folder)
+
+    def load_adapter(
+        self,
+        name: str,
+        adapter: Path | AdapterWeights,
+        *,
+        replace: bool = False,
+        evict: Collection[str] = (),
+    ) -> None:
         self._require_open()
-        if name in self._adapters:
-            raise EngineError(f"there is an adapter '{name}' already: unload it first")
-        self._adapters[name] = self._backend.load_adapter(folder)
+        weights = self.read_adapter(adapter) if isinstance(adapter, Path) else adapter
+        self._adapters.load(name, weights, replace=replace, evict=evict)
 
     def unload_adapter(self, name: str) -> None:
         self._require_open()
-        slot = self.adapter_slot(name)
-        if users := sum(state.adapter == slot for state in self._scheduler.states()):
-            raise EngineError(f"adapter '{name}' is used by {users} requests")
-        self._backend.unload_adapter(slot)
-        del self._adapters[name]
-        if self._prefixes is not None:
-            # Another adapter may get this slot.
-            self._prefixes.clear()
+        self._adapters.unload(name)
 
     @property
     def adapters(self) -> tuple[str, ...]:
-        return tuple(self._adapters)
+        return self._adapters.names
 
     def logits(self, token_ids: Sequence[int], adapter: str | None = None) -> NDArray[np.float32]:
         self._require_idle()
-        slot = self.adapter_slot(adapter)
+        number = self.adapter_number(adapter)
         tokens = check_tokens(token_ids, most=self.max_model_len, vocab_size=self.vocab_size)
         result = np.empty((len(tokens), self.vocab_size), dtype=np.float32)
         for start in range(0, len(tokens), self._options.prefill_chunk):
             chunk = tokens[start : start + self._options.prefill_chunk]
-            row = Row(0, start, chunk, len(chunk), self.is_long(tokens), slot)
+            row = Row(0, start, chunk, len(chunk), self.is_long(tokens), number)
             result[start : start + len(chunk)] = self._backend.forward([row])
         return result
 
@@ -199,18 +203,13 @@ class BatchedEngine(Engine):
         """What `Row.is_long` must be for the rows of a text."""
         return self._progress.is_long(len(tokens))
 
-    def adapter_slot(self, name: str | None) -> int:
-        """The slot of a loaded adapter, as in `Row.adapter`; 0 for none.
+    def adapter_number(self, name: str | None) -> int:
+        """The number of a loaded adapter, as in `Row.adapter`; 0 for none.
 
         Raises:
             EngineError: none of this name is loaded.
         """
-        if name is None:
-            return 0
-        if name not in self._adapters:
-            known = ", ".join(self._adapters) or "none"
-            raise EngineError(f"no adapter '{name}' is loaded (loaded: {known})")
-        return self._adapters[name]
+        return 0 if name is None else self._adapters.number(name)
 
     def generate(
         self,
@@ -277,8 +276,8 @@ class BatchedEngine(Engine):
                     raise EngineError(f"prompt {index}: {event.error}")
                 if event.token_id is not None:
                     tokens[index].append(event.token_id)
-                if event.logprob is not None:
-                    logprobs[index].append(event.logprob)
+                    if event.logprob is not None:
+                        logprobs[index].append(event.logprob)
                 if event.finish_reason is not None:
                     ends[index] = event.finish_reason
                     if on_done is not None:
@@ -296,20 +295,23 @@ class BatchedEngine(Engine):
         sampler = Sampler(params, request.prompt, self.vocab_size, ends, request.constraint)
         tokens, count = list(request.prompt), len(request.prompt)
         try:
-            slot = self.adapter_slot(request.adapter)
+            adapter = self.adapter_number(request.adapter)
         except EngineError as error:
             raise RequestError(str(error)) from None
         is_long = self.is_long(tokens)
-        state = RequestState(request, sampler, tokens, count, count, is_long=is_long, adapter=slot)
+        state = RequestState(
+            request, sampler, tokens, count, count, is_long=is_long, adapter=adapter
+        )
         state.twin_key = hash(tuple(tokens))
         return state
 
     def _add(self, state: RequestState) -> None:
+        state.arrived = time.monotonic()
         self._scheduler.add(state)
         if self._prefixes is not None:
             self._prefixes.query_tokens += state.num_prompt
         if state.request.timeout is not None:
-            state.deadline = time.monotonic() + state.request.timeout
+            state.deadline = state.arrived + state.request.timeout
             heapq.heappush(self._deadlines, (state.deadline, state.request.id))
 
     @contextmanager

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from threading import Lock
 from typing import Any, Self
 
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from lifecycle.engines.adapter_bank import AdapterBank
+from lifecycle.engines.adapter_bank import AdapterBank, read_weights
 from lifecycle.engines.adapters import GRAPH as ADAPTED
 from lifecycle.engines.adapters import AdapterLayout
 from lifecycle.engines.backend import Block, Row
-from lifecycle.engines.base import EngineOptions
+from lifecycle.engines.base import AdapterWeights, EngineOptions
 from lifecycle.engines.batched import BatchedEngine
 from lifecycle.engines.decoder import GRAPH, DecoderInfo
 from lifecycle.engines.layout import MIN_WIDTH, Inputs, advance, pack
@@ -93,8 +94,10 @@ class OrtBackend:
         self._long_offset = info.max_position_embeddings if info.long_context else 0
         self._graph: _Graph | None = _Graph(open_graph(GRAPH, {}))
         self._adapted: _Graph | None = None
-        """The graph with slots, once an adapter has been loaded."""
+        """The graph with slots, once an adapter has been read."""
         self._bank: AdapterBank | None = None
+        self._opening = Lock()
+        """Of the two: whoever reads the first adapter makes them."""
         num_slots = options.max_num_seqs
         # The attention wants room for the whole width of a step behind every text, also behind
         # those that bring fewer tokens to it.
@@ -136,24 +139,31 @@ class OrtBackend:
             raise EngineError(f"ONNX Runtime failed: {error}") from error
         return logits
 
-    def load_adapter(self, folder: Path) -> int:
+    @property
+    def adapter_slots(self) -> int:
+        return 0 if self._layout is None else self._layout.slots
+
+    def read_adapter(self, folder: Path) -> AdapterWeights:
         if self._layout is None:
             raise EngineError(
                 "this model has no adapter slots: export it with adapters, such as "
                 "{slots: 8, rank: 16}, or merge the adapter"
             )
-        bank = self._bank or AdapterBank(self._layout)
-        slot = bank.load(folder)
-        if self._adapted is None:
-            self._adapted = _Graph(self._open_graph(ADAPTED, self._layout.shapes()))
-        self._bank = bank
-        return slot
+        with self._opening:
+            if self._bank is None:
+                self._bank = AdapterBank(self._layout)
+            weights = read_weights(folder, self._layout)
+            if self._adapted is None:
+                self._adapted = _Graph(self._open_graph(ADAPTED, self._layout.shapes()))
+        return weights
 
-    def unload_adapter(self, slot: int) -> None:
+    def load_adapter(self, weights: AdapterWeights) -> int:
         assert self._bank is not None
-        self._bank.unload(slot)
-        # Its slot may get other weights.
-        self._step = None
+        return self._bank.load(weights)
+
+    def unload_adapter(self, number: int) -> None:
+        assert self._bank is not None
+        self._bank.unload(number)
 
     @property
     def bytes_per_token(self) -> int:

@@ -48,12 +48,19 @@ class Progress:
         id, first = state.request.id, Event(state.request.id)
         if len(state.tokens) == state.num_prompt:
             prompt_logprobs = tuple(state.prompt_logprobs)
-            first = Event(id, cached_tokens=state.num_cached, prompt_logprobs=prompt_logprobs)
+            first = Event(
+                id,
+                cached_tokens=state.num_cached,
+                prompt_logprobs=prompt_logprobs,
+                queue_seconds=state.queue_seconds,
+            )
         if state.request.params.max_tokens == 0:
             return [first._replace(finish_reason=FinishReason.LENGTH)]
         events = self._choose(state, logits, best, tops)
         events[0] = events[0]._replace(
-            cached_tokens=first.cached_tokens, prompt_logprobs=first.prompt_logprobs
+            cached_tokens=first.cached_tokens,
+            prompt_logprobs=first.prompt_logprobs,
+            queue_seconds=first.queue_seconds,
         )
         return events
 
@@ -112,7 +119,8 @@ class Progress:
         request, token = state.request, choice.token_id
         is_eos = token in self._eos_token_ids and not request.params.ignore_eos
         if is_eos or token in request.params.stop_token_ids:
-            return Event(request.id, finish_reason=FinishReason.STOP)
+            logprobs = choice.logprob, choice.top_logprobs
+            return Event(request.id, None, *logprobs, FinishReason.STOP, stop_token_id=token)
         state.tokens.append(token)
         reason = self._reason(state)
         return Event(request.id, token, choice.logprob, choice.top_logprobs, reason)

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from transformers import DynamicCache, PreTrainedModel
 
 from lifecycle.engines.backend import Row
-from lifecycle.engines.base import EngineOptions
+from lifecycle.engines.base import AdapterWeights, EngineOptions
 from lifecycle.engines.batched import BatchedEngine
 from lifecycle.engines.limits import context_length
 from lifecycle.errors import CheckpointError, EngineError
@@ -65,13 +65,20 @@ class TorchBackend:
     def forward(self, rows: Sequence[Row]) -> NDArray[np.float32]:
         return np.concatenate([self._row(row) for row in rows])
 
-    def load_adapter(self, folder: Path) -> int:
+    @property
+    def adapter_slots(self) -> int:
+        return 0
+
+    def read_adapter(self, folder: Path) -> AdapterWeights:
         raise EngineError(
             "the PyTorch engine runs the adapter beside its model and loads no others; export the "
             "model with adapter slots"
         )
 
-    def unload_adapter(self, slot: int) -> None:
+    def load_adapter(self, weights: AdapterWeights) -> int:
+        raise NotImplementedError
+
+    def unload_adapter(self, number: int) -> None:
         raise NotImplementedError
 
     def close(self) -> None:

@@ -12,6 +12,7 @@ of the cache is put aside. And where the cache is full: then it is computed anew
 from __future__ import annotations
 
 import heapq
+import time
 from collections.abc import Callable, Iterator
 from itertools import chain
 from math import inf
@@ -149,6 +150,8 @@ class Scheduler:
     def _place(self, state: RequestState) -> None:
         self.waiting.take(state)
         state.slot = heapq.heappop(self._free)
+        if state.queue_seconds is None:
+            state.queue_seconds = time.monotonic() - state.arrived
         self.running[state.request.id] = state
         if self._parked.pop(state.request.id, None) is not None:
             assert self._cache is not None and state.parked is not None

@@ -32,10 +32,14 @@ class RequestState:
     is_long: bool = False
     """Whether the text is beyond the model's first context (see `Row`)."""
     adapter: int = 0
-    """The adapter slot that the request is computed with; 0 is none."""
+    """The number of the adapter that the request is computed with; 0 is none."""
     slot: int = -1
     order: int = 0
     """Number of the request among all that came."""
+    arrived: float = 0.0
+    """Time of `time.monotonic` at which it came."""
+    queue_seconds: float | None = None
+    """How long it waited for its first slot."""
     deadline: float = inf
     """Time of `time.monotonic` at which it ends."""
     num_cached: int = 0

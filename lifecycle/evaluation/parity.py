@@ -83,7 +83,7 @@ def _with_adapters(
             write_random_adapter(folder / "adapter", layout, seed=n)
             wanted[n] = _reference(folder, [texts[n]])[0]
             engine.load_adapter(str(n), folder / "adapter")
-    slots = [engine.adapter_slot(name) for name in engine.adapters]
+    slots = [engine.adapter_number(name) for name in engine.adapters]
     slots += [0] * (len(texts) - len(slots))
     alone = [_alone(engine, text, 0, slot) for text, slot in zip(texts, slots, strict=True)]
     mixed = _ragged(engine, texts, slots)

@@ -6,7 +6,16 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from serving.formats import ChatFormat
-from serving.routes.generate import admit, begin, choices, limited, respond, sampling, service_of
+from serving.routes.generate import (
+    admit,
+    begin,
+    choices,
+    limited,
+    respond,
+    sampling,
+    scored,
+    service_of,
+)
 from serving.schemas import ChatBody
 
 router = APIRouter()
@@ -22,7 +31,7 @@ async def chat_completions(body: ChatBody, request: Request) -> Response:
     params = sampling(service, body, body.top_logprobs if body.logprobs else None)
     asked = body.max_completion_tokens or body.max_tokens
     room = service.room(prompt, asked, service.defaults.max_tokens, "messages")
-    params = limited(params, room)
+    params = scored(limited(params, room), [prompt], body.n, body.prompt_logprobs)
     request_id: str = request.state.request_id
     prompts = choices(prompt, params, body.n)
     generation = await begin(request, body, card, prompts)
@@ -34,5 +43,6 @@ async def chat_completions(body: ChatBody, request: Request) -> Response:
         num_choices=body.n,
         include_usage=body.include_usage,
         logprobs=body.logprobs,
+        prompt_logprobs=body.prompt_logprobs,
     )
-    return await respond(request, generation, form, body.stream)
+    return await respond(request, body, generation, form)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -10,17 +11,21 @@ from fastapi.responses import JSONResponse
 from starlette.responses import Response
 
 from lifecycle.engines.base import SamplingParams
+from serving.cards import ModelCard
 from serving.errors import bad_request, model_not_found
 from serving.formats import Format
-from serving.generation import Generation
+from serving.generation import Generation, best_answers
 from serving.http import unless_disconnected
 from serving.schemas import GenerationBody
-from serving.service import ModelCard, Service
+from serving.service import Service
 from serving.settings import ServerSettings
 from serving.sse import EventStream
 from serving.structured import asked_grammar
 
 Prompt = tuple[Sequence[int], SamplingParams]
+
+MAX_SCORES = 2**16
+"""Log-probabilities of prompts in one response: up to 5 MB of it, whose writing holds up the others for 0.1 s."""
 
 _NUMBERS = {
     "temperature",
@@ -53,7 +58,7 @@ def admit(service: Service, body: GenerationBody, num_prompts: int) -> ModelCard
     card = service.cards.get(body.model)
     if card is None:
         raise model_not_found(body.model, service.cards)
-    service.worker.admit(num_prompts * body.n)
+    service.worker.admit(num_prompts * body.num_answers)
     return card
 
 
@@ -114,6 +119,12 @@ async def begin(
 ) -> Generation:
     """Begin to answer prompts as the model that the request names, for the client that sent it; see
     `Service.generate`."""
+    settings: ServerSettings = request.app.state.settings
+    if body.priority < 0 and not settings.allow_priority:
+        raise bad_request(
+            f"priority is {body.priority}; this server takes 0 or more, which go after others",
+            param="priority",
+        )
     service, asked = service_of(request), asked_grammar(body)
     grammar = None if asked is None else await service.grammars.compile(asked)
     return await service.generate(
@@ -124,8 +135,30 @@ async def begin(
         adapter=card.name if card.parent else None,
         salt=salt_of(request, body),
         tenant=_tenant(request),
+        priority=body.priority,
+        timeout=body.timeout,
         grammar=grammar,
     )
+
+
+def scored(
+    params: SamplingParams, prompts: Sequence[Sequence[int]], num_answers: int, count: int | None
+) -> SamplingParams:
+    """The parameters with the `count` likeliest tokens told of each token of the prompts; None tells
+    nothing.
+
+    Raises:
+        ApiError: that is too much.
+    """
+    if count is None:
+        return params
+    total = sum(map(len, prompts)) * num_answers * (count + 1)
+    if total > MAX_SCORES:
+        raise bad_request(
+            f"the request asks for {total} log-probabilities of prompts; {MAX_SCORES} are given at "
+            "most: send fewer prompts, or ask for fewer tokens of each place"
+        )
+    return replace(params, prompt_logprobs=count)
 
 
 def choices(prompt: Sequence[int], params: SamplingParams, n: int) -> list[Prompt]:
@@ -135,13 +168,20 @@ def choices(prompt: Sequence[int], params: SamplingParams, n: int) -> list[Promp
     return [(prompt, replace(params, seed=params.seed + index)) for index in range(n)]
 
 
-async def respond(request: Request, generation: Generation, form: Format, stream: bool) -> Response:
+async def respond(
+    request: Request, body: GenerationBody, generation: Generation, form: Format
+) -> Response:
     """The answers as a stream, or all at once."""
-    if stream:
+    if body.stream:
         settings: ServerSettings = request.app.state.settings
         return EventStream(generation, form, settings.keep_alive)
     try:
         answers = await unless_disconnected(request.receive, generation.collect())
     finally:
         generation.close()
-    return JSONResponse(form.whole(answers, generation))
+    if body.num_answers > body.n:
+        answers = best_answers(answers, body.num_answers, body.n)
+    if not any(answer.prompt_logprobs for answer in answers):
+        return JSONResponse(form.whole(answers, generation))
+    # What is told of each token of a prompt takes longer than the event loop may be held up.
+    return await asyncio.to_thread(lambda: JSONResponse(form.whole(answers, generation)))

@@ -6,9 +6,10 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 
+from serving.cards import ModelCard
 from serving.errors import model_not_found
 from serving.routes.generate import service_of
-from serving.service import ModelCard, Service
+from serving.service import Service
 
 router = APIRouter(prefix="/v1/models")
 
@@ -18,7 +19,7 @@ async def list_models(request: Request) -> dict[str, Any]:
     """The model of this server, and its adapters."""
     service = service_of(request)
     cards = service.cards.values()
-    return {"object": "list", "data": [_model(service, card) for card in cards]}
+    return {"object": "list", "data": [describe(service, card) for card in cards]}
 
 
 @router.get("/{name:path}")
@@ -27,10 +28,11 @@ async def get_model(name: str, request: Request) -> dict[str, Any]:
     service = service_of(request)
     if name not in service.cards:
         raise model_not_found(name, service.cards)
-    return _model(service, service.cards[name])
+    return describe(service, service.cards[name])
 
 
-def _model(service: Service, card: ModelCard) -> dict[str, Any]:
+def describe(service: Service, card: ModelCard) -> dict[str, Any]:
+    """A model or adapter as the API shows it."""
     return {
         "id": card.name,
         "object": "model",

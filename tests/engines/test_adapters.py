@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from lifecycle.engines.adapter_bank import AdapterBank
+from lifecycle.engines.adapter_bank import AdapterBank, read_weights
 from lifecycle.engines.adapters import AdapterLayout
 from lifecycle.engines.backend import Row
-from lifecycle.engines.base import EngineOptions, FinishReason, Request, SamplingParams
+from lifecycle.engines.base import EngineOptions, Request, SamplingParams
 from lifecycle.engines.ort import OnnxEngine
 from lifecycle.engines.pytorch import TorchEngine
 from lifecycle.errors import EngineError, RequestError
@@ -140,17 +140,6 @@ def test_an_unloaded_slot_takes_another_adapter(model: Path, folders: list[Path]
         engine.logits(PROMPT, "a1")
 
 
-def test_an_adapter_in_use_stays(model: Path, folders: list[Path]) -> None:
-    engine = _open(model, folders[:1])
-    engine.submit(Request("x", PROMPT, SamplingParams(max_tokens=3, ignore_eos=True), "a0"))
-    with pytest.raises(EngineError, match="'a0' is used by 1 request"):
-        engine.unload_adapter("a0")
-    while engine.num_running or engine.num_waiting:
-        events = engine.step()
-    assert events[-1].finish_reason is FinishReason.LENGTH
-    engine.unload_adapter("a0")
-
-
 def test_unknown_and_repeated_names_are_refused(model: Path, folders: list[Path]) -> None:
     engine = _open(model, folders[:1])
     with pytest.raises(RequestError, match=r"no adapter 'b' is loaded \(loaded: a0\)"):
@@ -245,16 +234,18 @@ def _nan(tensors: dict[str, Any]) -> None:
 def test_what_a_slot_cannot_compute_is_refused(
     change: Callable[[Path], None], said: str, model: Path, tmp_path: Path
 ) -> None:
-    """And the slot stays free."""
+    """And the slots stay free."""
     folder = tmp_path / "adapter"
     write_random_adapter(folder, _layout(model), seed=0)
-    bank = AdapterBank(_layout(model))
+    engine = OnnxEngine.open(model)
     change(folder)
     for _ in range(5):
         with pytest.raises(EngineError, match=said):
-            bank.load(folder)
+            engine.load_adapter("wrong", folder)
     write_random_adapter(tmp_path / "right", _layout(model), seed=0)
-    assert bank.load(tmp_path / "right") == 1
+    for n in range(4):
+        engine.load_adapter(str(n), tmp_path / "right")
+    assert engine.adapters == ("0", "1", "2", "3")
 
 
 def test_alpha_patterns_and_missing_modules_are_taken_as_peft_takes_them(
@@ -311,7 +302,7 @@ def test_a_pattern_that_could_be_tried_for_ever_is_refused(
 ) -> None:
     folder = _changed(folders[0], tmp_path / "a", lambda c: c.update(alpha_pattern={pattern: 4}))
     with pytest.raises(EngineError, match="alpha_pattern has .*spell it with fewer repetitions"):
-        AdapterBank(_layout(model)).load(folder)
+        read_weights(folder, _layout(model))
 
 
 @pytest.mark.parametrize("alpha", [10**400, 1e300, True], ids=["int", "float", "bool"])
@@ -320,7 +311,7 @@ def test_an_alpha_beyond_all_bounds_is_refused(
 ) -> None:
     folder = _changed(folders[0], tmp_path / "a", lambda c: c.update(lora_alpha=alpha))
     with pytest.raises(EngineError, match="lora_alpha is|not finite"):
-        AdapterBank(_layout(model)).load(folder)
+        read_weights(folder, _layout(model))
 
 
 def test_an_adapter_of_rank_nothing_is_refused(
@@ -332,19 +323,19 @@ def test_an_adapter_of_rank_nothing_is_refused(
         tensors[name] = tensor[:0] if "lora_A" in name else tensor[:, :0].copy()
     save_file(tensors, folder / "adapter_model.safetensors")
     with pytest.raises(EngineError, match="has rank 0"):
-        AdapterBank(_layout(model)).load(folder)
+        read_weights(folder, _layout(model))
 
 
 @pytest.mark.parametrize(
     ("field", "value"), [("slots", 0), ("slots", 10**12), ("rank", -1), ("rank", 10**12)]
 )
 def test_a_layout_that_no_memory_holds_is_refused(
-    field: str, value: int, model: Path, folders: list[Path], tmp_path: Path
+    field: str, value: int, model: Path, tmp_path: Path
 ) -> None:
     content = json.loads((model / "adapters.json").read_text()) | {field: value}
     (tmp_path / "adapters.json").write_text(json.dumps(content))
     with pytest.raises(EngineError, match="damaged|no memory for"):
-        AdapterBank(_layout(tmp_path)).load(folders[0])
+        AdapterBank(_layout(tmp_path))
 
 
 def test_a_header_larger_than_the_format_allows_is_not_read(
@@ -355,15 +346,15 @@ def test_a_header_larger_than_the_format_allows_is_not_read(
         file.write(struct.pack("<Q", 100_000_001))
         file.truncate(200_000_000)
     with pytest.raises(EngineError, match="its header has 100000001 bytes"):
-        AdapterBank(_layout(model)).load(folder)
+        read_weights(folder, _layout(model))
 
 
 def test_a_place_beside_the_adapter_is_led_to_it(model: Path, tmp_path: Path) -> None:
     """What `finetune` makes has the adapter in a folder of its own."""
     folder = tmp_path / "adapter"
     write_random_adapter(folder, _layout(model), seed=0)
-    bank = AdapterBank(_layout(model))
+    layout = _layout(model)
     with pytest.raises(EngineError, match=r"no PEFT adapter.*adapter is one$"):
-        bank.load(tmp_path)
+        read_weights(tmp_path, layout)
     with pytest.raises(EngineError, match=r"safetensors is a file; name the folder"):
-        bank.load(folder / "adapter_model.safetensors")
+        read_weights(folder / "adapter_model.safetensors", layout)

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lifecycle.engines.backend import Row
-from lifecycle.engines.base import EngineOptions
+from lifecycle.engines.base import AdapterWeights, EngineOptions
 from lifecycle.engines.batched import BatchedEngine
 from lifecycle.errors import EngineError
 
@@ -89,10 +89,15 @@ class ToyBackend:
         if before is None:
             self.texts.pop(slot, None)
 
-    def load_adapter(self, folder: Path) -> int:
+    adapter_slots = 0
+
+    def read_adapter(self, folder: Path) -> AdapterWeights:
         raise NotImplementedError
 
-    def unload_adapter(self, slot: int) -> None:
+    def load_adapter(self, weights: AdapterWeights) -> int:
+        raise NotImplementedError
+
+    def unload_adapter(self, number: int) -> None:
         raise NotImplementedError
 
     def close(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Awaitable, Callable
 
 import pytest
@@ -205,5 +206,38 @@ def test_events_are_coalesced_for_a_slow_reader() -> None:
         events = await anext(call)
         assert len(events) == 50
         assert events[-1].finish_reason is FinishReason.LENGTH
+
+    run(check)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_work_on_the_engine_is_done_between_steps_and_ends_with_it() -> None:
+    async def check(worker: EngineWorker, backend: ScriptedBackend) -> None:
+        assert await worker.run(lambda engine: engine.max_num_seqs) == 2
+        with pytest.raises(EngineError, match="no adapter 'a' is loaded"):
+            await worker.run(lambda engine: engine.unload_adapter("a"))
+        backend.gate.clear()
+        call = await worker.submit([request("a", 100)])
+        waiting = asyncio.create_task(worker.run(lambda engine: engine.num_running))
+        await asyncio.sleep(0.05)
+        assert not waiting.done()
+        backend.gate.set()
+        assert await waiting == 1
+        call.close()
+        gate = threading.Event()
+
+        def die(_: object) -> None:
+            gate.wait()
+            raise RuntimeError("a bug")
+
+        jobs = [asyncio.create_task(worker.run(work)) for work in (die, lambda _: None)]
+        await asyncio.sleep(0)
+        gate.set()
+        for job in jobs:
+            with pytest.raises(ApiError) as caught:
+                await job
+            assert caught.value.code == "engine_stopped"
+        with pytest.raises(ApiError):
+            await worker.run(lambda engine: engine.num_running)
 
     run(check)
