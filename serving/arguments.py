@@ -96,6 +96,13 @@ def serve_parser() -> argparse.ArgumentParser:
         help="let requests go before others by a negative priority; without it they can only step back",
     )
     parser.add_argument(
+        "--draft-model",
+        type=Path,
+        metavar="DIR",
+        help="a smaller model with the same tokenizer, which guesses up to --draft-tokens where the text holds "
+        "nothing to guess from; the answers stay the same",
+    )
+    parser.add_argument(
         "--shutdown-timeout",
         type=quantity,
         default=30.0,
@@ -125,6 +132,7 @@ def chat_parser() -> argparse.ArgumentParser:
         prefix_cache=64,
         kv_cache=None,
         draft_tokens=0,
+        draft_model=None,
     )
     return parser
 

@@ -81,6 +81,7 @@ def _open(args: argparse.Namespace) -> Service:
             prefix_cache_bytes=args.prefix_cache << 20,
             kv_cache_bytes=None if args.kv_cache is None else args.kv_cache << 20,
             draft_tokens=args.draft_tokens,
+            draft_model=args.draft_model,
         ),
         name=args.served_model_name,
         max_queue=args.max_queue,

@@ -115,6 +115,10 @@ def _add_engine(parser: Parser) -> None:
         "--draft-tokens", type=count, default=0, metavar="N",
         help="most tokens guessed per step from what a text holds already (%(default)s)",
     )  # fmt: skip
+    group.add_argument(
+        "--draft-model", type=Path, metavar="DIR",
+        help="a smaller model with the same tokenizer that guesses up to --draft-tokens",
+    )  # fmt: skip
 
 
 def check(args: argparse.Namespace) -> None:

@@ -48,7 +48,7 @@ def main(argv: list[str]) -> int:
             workloads = plan.workloads(engine.vocab_size)
             report = Report(
                 model=_about_model(folder, info),
-                engine={"name": args.engine, **asdict(options)},
+                engine=_about_engine(args.engine, options),
                 workload=plan.to_json(),
                 environment=_environment(),
             )
@@ -90,6 +90,7 @@ def _options(plan: Plan) -> EngineOptions:
         prefix_cache_bytes=args.prefix_cache << 20,
         kv_cache_bytes=args.kv_cache << 20 or None,
         draft_tokens=args.draft_tokens,
+        draft_model=args.draft_model,
     )
 
 
@@ -97,6 +98,11 @@ def _about_model(folder: Path, info: DecoderInfo | None) -> dict[str, Any]:
     known = ("architecture", "scheme", "kv_dtype")
     about = {key: None if info is None else getattr(info, key) for key in known}
     return {"name": folder.resolve().name, "path": str(folder), **about}
+
+
+def _about_engine(name: str, options: EngineOptions) -> dict[str, Any]:
+    draft = options.draft_model
+    return {"name": name, **asdict(options), "draft_model": draft and str(draft)}
 
 
 def _environment() -> dict[str, Any]:

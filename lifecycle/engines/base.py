@@ -214,6 +214,8 @@ class EngineStats:
     """Guessed, and computed with the token before them."""
     accepted_tokens: int
     """Of those, the ones that were right."""
+    draft_cache_bytes: int
+    """Taken by keys and values of the draft model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,8 +240,11 @@ class EngineOptions:
     """Where requests decode, a step that computes prompts too takes at most so many times as long as one
     that does not, as far as 2 tokens of a prompt allow; None is no bound."""
     draft_tokens: int = 0
-    """Most tokens of a request guessed per step from what its text holds already (prompt lookup); the
-    output stays what it is without."""
+    """Most tokens of a request guessed per step, from what its text holds already (prompt lookup) or by
+    `draft_model`; the output stays what it is without."""
+    draft_model: Path | None = None
+    """The folder of a smaller model with the same tokenizer, which guesses tokens where that is expected
+    to save time. Its cache has the same slots, beside `kv_cache_bytes`."""
 
 
 class Engine(ABC):

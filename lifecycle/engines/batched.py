@@ -7,6 +7,7 @@ import heapq
 import time
 from collections.abc import Callable, Collection, Generator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from math import inf
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from lifecycle.engines.base import (
     SamplingParams,
     Score,
 )
+from lifecycle.engines.draft_model import Draft, DraftModel
 from lifecycle.engines.limits import check_request, check_tokens
 from lifecycle.engines.pace import Pace
 from lifecycle.engines.prefix_cache import PrefixCache
@@ -54,11 +56,14 @@ class BatchedEngine(Engine):
         eos_token_ids: frozenset[int],
         long_context: int | None = None,
         sliding_window: int | None = None,
+        draft: Draft | None = None,
     ) -> None:
         """
         Args:
             long_context: texts of more tokens are long (see `Row.is_long`).
             sliding_window: tokens that every layer looks back on at most; None if some layer sees all.
+            draft: a model that guesses; with one, `backend` takes rows that begin before the end of what
+                their slot holds also where its cache cannot be copied.
         """
         self.vocab_size = vocab_size
         self.max_model_len = max_model_len
@@ -70,8 +75,10 @@ class BatchedEngine(Engine):
         self._window = sliding_window
         self._progress = Progress(eos_token_ids, max_model_len, long_context)
         self._pace = Pace()
-        most = options.draft_tokens if self._cache is not None else 0
-        self._speculation = Speculation(most, max_model_len)
+        if self._cache is None and draft is None:
+            options = replace(options, draft_tokens=0)
+        model = DraftModel(draft) if draft is not None else None
+        self._speculation = Speculation(options, max_model_len, model)
         self._prefixes: PrefixCache | None = None
         if options.prefix_cache_bytes and self._cache is not None:
             budget, chunk = options.prefix_cache_bytes, options.prefill_chunk
@@ -134,7 +141,7 @@ class BatchedEngine(Engine):
 
     @property
     def stats(self) -> EngineStats:
-        cache, prefixes, tally = self._cache, self._prefixes, self._speculation.tally
+        cache, prefixes = self._cache, self._prefixes
         tokens, per_token = self._scheduler.cache_tokens, cache.bytes_per_token if cache else 0
         most = self._max_cache_tokens()
         return EngineStats(
@@ -150,8 +157,9 @@ class BatchedEngine(Engine):
             prompt_tokens=self._prompt_tokens,
             generated_tokens=self._generated_tokens,
             preemptions=self._scheduler.num_preemptions,
-            draft_tokens=tally.guessed,
-            accepted_tokens=tally.right,
+            draft_tokens=self._speculation.guessed,
+            accepted_tokens=self._speculation.right,
+            draft_cache_bytes=self._speculation.cache_bytes,
         )
 
     @property
@@ -262,6 +270,7 @@ class BatchedEngine(Engine):
             self._cancelled = []
             self._prefixes = self._cache = None
             self._scheduler = self._make_scheduler()
+            self._speculation.close()
             self._backend.close()
 
     def _run(self, total: int, on_done: Callable[[int, int], None] | None) -> list[Generation]:
@@ -336,6 +345,7 @@ class BatchedEngine(Engine):
             max_cache_tokens=self._max_cache_tokens() if self._options.kv_cache_bytes else inf,
             window=self._window,
             reuse=reuse,
+            on_release=self._speculation.release,
         )
 
     def _max_cache_tokens(self) -> int:

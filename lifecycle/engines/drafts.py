@@ -1,4 +1,4 @@
-"""Guesses of what comes next, taken from what the text holds already (prompt lookup).
+"""Guesses of what comes next: how often they are right, and how many of them are worth their time.
 
 A guess costs a token of a step, and saves a step when it is right. The request chooses its tokens as it
 always does, with the same random numbers, and a guess counts only if it is what was chosen: so the output
@@ -7,7 +7,8 @@ is the same with and without, greedy or drawn.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from lifecycle.engines.pace import Pace
 
@@ -21,7 +22,7 @@ begin to quote."""
 
 
 class Tally:
-    """Guesses of all requests of an engine."""
+    """Guesses of one kind, of all requests of an engine."""
 
     def __init__(self) -> None:
         self.guessed = self.right = 0
@@ -31,14 +32,38 @@ class Tally:
         """The share that was right; a half before there were any."""
         return (self.right + 4) / (self.guessed + 8)
 
+    def note(self, num_guessed: int, num_right: int) -> None:
+        """Take note of how many of the tokens guessed for one request came."""
+        self.guessed += num_guessed
+        self.right += num_right
 
-class Lookup:
-    """The places of the last tokens of one text, and how often guesses from there were right."""
+
+class Record:
+    """How often guesses of one kind were right for one text."""
 
     def __init__(self, tally: Tally) -> None:
         self._tally = tally
         self.acceptance = tally.acceptance
         """Estimated share of guesses that are right, each given that those before it were."""
+
+    def note(self, num_guessed: int, num_right: int) -> None:
+        """Take note of how many of the guessed tokens came."""
+        self._tally.note(num_guessed, num_right)
+        for _ in range(num_right):
+            self.acceptance += _WEIGHT * (1.0 - self.acceptance)
+        if num_right < num_guessed:
+            self.acceptance -= _WEIGHT * self.acceptance
+
+    def rest(self) -> None:
+        """Nothing was guessed in a step."""
+        self.acceptance += _DRIFT * (self._tally.acceptance - self.acceptance)
+
+
+class Lookup(Record):
+    """Prompt lookup: guesses taken from what a text holds already, by the places of its last tokens."""
+
+    def __init__(self, tally: Tally) -> None:
+        super().__init__(tally)
         self._places: list[dict[tuple[int, ...], int]] = [{} for _ in _LENGTHS]
         self._size = 0
 
@@ -61,44 +86,60 @@ class Lookup:
             guessed.append(guessed[-period])
         return guessed
 
-    def note(self, num_guessed: int, num_right: int) -> None:
-        """Take note of how many of the guessed tokens came."""
-        self._tally.guessed += num_guessed
-        self._tally.right += num_right
-        for _ in range(num_right):
-            self.acceptance += _WEIGHT * (1.0 - self.acceptance)
-        if num_right < num_guessed:
-            self.acceptance -= _WEIGHT * self.acceptance
 
-    def rest(self) -> None:
-        """Nothing was guessed in a step."""
-        self.acceptance += _DRIFT * (self._tally.acceptance - self.acceptance)
+class Offer(NamedTuple):
+    """What could be guessed for one request."""
+
+    acceptance: float
+    most: int
+    """Tokens that can be guessed."""
+    is_asked: bool = False
+    """Whether a draft model has to be asked for them."""
+
+
+class Lengths(NamedTuple):
+    """How many tokens to guess for each request."""
+
+    lengths: list[int]
+    saved: float
+    """Seconds that this is expected to save for each token of the step."""
 
 
 def choose_lengths(
-    acceptances: Sequence[float], most: Sequence[int], num_decode: int, pace: Pace
-) -> list[int]:
+    offers: Sequence[Offer],
+    num_decode: int,
+    pace: Pace,
+    ask_seconds: Callable[[int], float | None] | None = None,
+) -> Lengths:
     """How many tokens to guess for each request, so that the step gives the most tokens per second.
 
     Args:
-        acceptances: of the requests that have guesses.
-        most: how many each has.
+        offers: of the requests for which something can be guessed.
         num_decode: tokens of the step without guesses; each gives one.
+        ask_seconds: what the draft model takes to guess one token for so many requests.
     """
-    lengths, best = [0] * len(most), [0] * len(most)
+    lengths, best = [0] * len(offers), [0] * len(offers)
     seconds = pace.decode_seconds(num_decode)
     if seconds is None:
-        return best
-    chances, given = list(acceptances), float(num_decode)
-    highest = given / seconds
-    for tokens in range(num_decode + 1, num_decode + sum(most) + 1):
+        return Lengths(best, 0.0)
+    plain = least = seconds / num_decode
+    chances, given = [offer.acceptance for offer in offers], float(num_decode)
+    asking, asked = list[int](), 0.0
+    for tokens in range(num_decode + 1, num_decode + sum(offer.most for offer in offers) + 1):
         # The likeliest guess that is left; each is less likely than the one before it.
-        i = max((i for i in range(len(most)) if lengths[i] < most[i]), key=lambda i: chances[i])
+        left = (i for i, offer in enumerate(offers) if lengths[i] < offer.most)
+        i = max(left, key=chances.__getitem__)
+        if offers[i].is_asked and ask_seconds is not None:
+            if lengths[i] == len(asking):
+                asking.append(0)
+            before = ask_seconds(asking[lengths[i]]) or 0.0
+            asking[lengths[i]] += 1
+            asked += (ask_seconds(asking[lengths[i]]) or 0.0) - before
         lengths[i] += 1
         given += chances[i]
-        chances[i] *= acceptances[i]
+        chances[i] *= offers[i].acceptance
         seconds = pace.decode_seconds(tokens)
         assert seconds is not None
-        if given / seconds > highest:
-            highest, best = given / seconds, lengths.copy()
-    return best
+        if (seconds + asked) / given < least:
+            least, best = (seconds + asked) / given, lengths.copy()
+    return Lengths(best, plain - least)

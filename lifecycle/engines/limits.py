@@ -68,6 +68,11 @@ def context_length(options: EngineOptions, model_limit: int) -> int:
         value = getattr(options, name)
         if not _is_integer(value) or value < 0:
             raise EngineError(f"{name} is {value!r}; it must be an integer, 0 or more")
+    if options.draft_model is not None and not options.draft_tokens:
+        raise EngineError(
+            f"draft_model is {options.draft_model} and draft_tokens is 0, so it could not guess "
+            "anything: set draft_tokens, such as to 5, or leave draft_model out"
+        )
     if options.max_stall is not None and not options.max_stall > 1:
         raise EngineError(f"max_stall is {options.max_stall!r}; it must be a number above 1")
     wanted = options.max_model_len

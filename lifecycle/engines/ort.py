@@ -22,6 +22,8 @@ from lifecycle.engines.backend import Block, Row
 from lifecycle.engines.base import AdapterWeights, EngineOptions
 from lifecycle.engines.batched import BatchedEngine
 from lifecycle.engines.decoder import GRAPH, DecoderInfo
+from lifecycle.engines.draft_model import Draft
+from lifecycle.engines.draft_pair import check_pair
 from lifecycle.engines.layout import MIN_WIDTH, Inputs, advance, pack
 from lifecycle.engines.limits import context_length
 from lifecycle.engines.ort_session import (
@@ -53,22 +55,15 @@ class OnnxEngine(BatchedEngine):
         options = options or EngineOptions()
         info = DecoderInfo.load(path)
         max_model_len = context_length(options, info.max_position_embeddings)
-        providers, layout = providers or info.providers, AdapterLayout.load(path)
-
-        def open_graph(name: str, more: Mapping[str, Sequence[int]]) -> ort.InferenceSession:
-            session = open_session(path / name, providers, options.threads)
-            check_signature(session, info, path / name, more)
-            return session
-
-        backend = OrtBackend(open_graph, info, options, max_model_len, layout)
         return cls(
-            backend,
+            _backend(path, info, options, max_model_len, providers, AdapterLayout.load(path)),
             options=options,
             vocab_size=info.vocab_size,
             max_model_len=max_model_len,
             eos_token_ids=frozenset(info.eos_token_ids),
             long_context=info.long_context,
             sliding_window=info.sliding_window,
+            draft=_draft(path, info, options, max_model_len, providers),
         )
 
 
@@ -196,6 +191,40 @@ class OrtBackend:
                 binding.bind(self._bank.weights(entries))
             graph.bindings[key] = binding
         return graph.bindings[key]
+
+
+def _backend(
+    path: Path,
+    info: DecoderInfo,
+    options: EngineOptions,
+    max_model_len: int,
+    providers: Sequence[str] | None,
+    layout: AdapterLayout | None = None,
+) -> OrtBackend:
+    def open_graph(name: str, more: Mapping[str, Sequence[int]]) -> ort.InferenceSession:
+        session = open_session(path / name, providers or info.providers, options.threads)
+        check_signature(session, info, path / name, more)
+        return session
+
+    return OrtBackend(open_graph, info, options, max_model_len, layout)
+
+
+def _draft(
+    path: Path,
+    info: DecoderInfo,
+    options: EngineOptions,
+    max_model_len: int,
+    providers: Sequence[str] | None,
+) -> Draft | None:
+    """The draft model of a model, where there is to be one."""
+    folder = options.draft_model
+    if folder is None:
+        return None
+    draft = DecoderInfo.load(folder)
+    check_pair(path, info.vocab_size, folder, draft.vocab_size)
+    most = min(max_model_len, draft.max_position_embeddings)
+    backend = _backend(folder, draft, options, most, providers)
+    return Draft(backend, most, draft.long_context)
 
 
 class _Graph:

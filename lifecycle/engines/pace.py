@@ -17,20 +17,33 @@ class Pace:
         self._decode: dict[int, float] = {}
         self._known: list[int] = []
         self._prompt_token: float | None = None
+        self._first: tuple[int, float] | None = None
+        """Tokens and seconds of the last step of prompts alone before any other."""
+        self.seconds = 0.0
+        """Of all steps together."""
 
     def note(self, num_decode: int, num_prompt: int, seconds: float) -> None:
         """Take note of a step with so many tokens of decoding requests, drafts among them, and of
         prompts."""
+        self.seconds += seconds
         if num_prompt:
-            base = self.decode_seconds(num_decode) if num_decode else 0.0
-            if base is not None and seconds > base:
-                self._prompt_token = _mean(
-                    self._prompt_token, (seconds - base) / num_prompt, _PROMPT_WEIGHT
-                )
+            self._note_prompt(num_decode, num_prompt, seconds)
             return
         if num_decode not in self._decode:
             insort(self._known, num_decode)
         self._decode[num_decode] = _mean(self._decode.get(num_decode), seconds)
+        if self._first is not None:
+            first, self._first = self._first, None
+            self._note_prompt(0, *first)
+
+    def _note_prompt(self, num_decode: int, num_prompt: int, seconds: float) -> None:
+        # The first token of a step that has no other costs what the step does.
+        base = self.decode_seconds(num_decode or 1)
+        more = num_prompt if num_decode else num_prompt - 1
+        if base is None:
+            self._first = (num_prompt, seconds)
+        elif more and seconds > base:
+            self._prompt_token = _mean(self._prompt_token, (seconds - base) / more, _PROMPT_WEIGHT)
 
     def decode_seconds(self, num_tokens: int) -> float | None:
         """Of a step with so many decoding tokens: measured, or between the nearest measurements, or
@@ -44,10 +57,15 @@ class Pace:
         low, high = max(place - 1, 0), min(place, len(self._known) - 1)
         if low == high:
             more = max(num_tokens - self._known[low], 0)
-            return self._decode[self._known[low]] + more * (self._prompt_token or 0.0)
+            return self._decode[self._known[low]] + more * self.prompt_token_seconds
         left, right = self._known[low], self._known[high]
         part = (num_tokens - left) / (right - left)
         return self._decode[left] + part * (self._decode[right] - self._decode[left])
+
+    @property
+    def prompt_token_seconds(self) -> float:
+        """What a token of a prompt adds to a step; 0 before it is known."""
+        return self._prompt_token or 0.0
 
     def prompt_room(self, num_decode: int, max_stall: float) -> int | None:
         """Tokens of prompts beside so many decoding ones that make a step at most `max_stall` times

@@ -68,8 +68,26 @@ class Progress:
         self, state: RequestState, logits: Floats, best: list[int], tops: list[float]
     ) -> list[Event]:
         """Choose a token, and one more for each guess that was chosen as guessed."""
-        base, draft, events = len(state.tokens), state.draft, list[Event]()
+        base, draft = len(state.tokens), state.draft
         state.draft = []
+        events = self._follow(state, draft, logits, best, tops)
+        right = _common(draft, state.tokens[base:])
+        # Nothing is computed of a text that begins anew as a long one.
+        if state.num_computed:
+            state.num_computed += right
+        if state.guesser is not None and draft:
+            state.guesser.note(len(draft), right)
+        return events
+
+    def _follow(
+        self,
+        state: RequestState,
+        draft: list[int],
+        logits: Floats,
+        best: list[int],
+        tops: list[float],
+    ) -> list[Event]:
+        base, events = len(state.tokens), list[Event]()
         at = 0
         while at < len(best) and state.tokens[base:] == draft[:at]:
             row = logits[at]
@@ -86,10 +104,6 @@ class Progress:
                 state.recompute()
                 return events
             at = len(state.tokens) - base
-        right = _common(draft, state.tokens[base:])
-        state.num_computed += right
-        if state.lookup is not None and draft:
-            state.lookup.note(len(draft), right)
         return events
 
     def _append(self, state: RequestState, choice: Choice | None) -> list[Event]:

@@ -24,6 +24,8 @@ from transformers import DynamicCache, PreTrainedModel
 from lifecycle.engines.backend import Row
 from lifecycle.engines.base import AdapterWeights, EngineOptions
 from lifecycle.engines.batched import BatchedEngine
+from lifecycle.engines.draft_model import Draft
+from lifecycle.engines.draft_pair import check_pair
 from lifecycle.engines.limits import context_length
 from lifecycle.errors import CheckpointError, EngineError
 
@@ -43,13 +45,15 @@ class TorchEngine(BatchedEngine):
         if options.threads is not None:
             torch.set_num_threads(options.threads)
         config: Any = model.config
+        max_model_len = context_length(options, config.max_position_embeddings)
         return cls(
             TorchBackend(model),
             options=options,
             vocab_size=config.vocab_size,
-            max_model_len=context_length(options, config.max_position_embeddings),
+            max_model_len=max_model_len,
             eos_token_ids=_eos_token_ids(model),
             long_context=_long_context(config),
+            draft=_draft(path, config, options, max_model_len),
         )
 
 
@@ -98,6 +102,8 @@ class TorchBackend:
         model: Any = self._model
         if row.start == 0:
             self._caches[row.slot] = DynamicCache(config=model.config)
+        elif (beyond := self._caches[row.slot].get_seq_length() - row.start) > 0:
+            self._caches[row.slot].crop(-beyond)
         rotation = _rotated_as_long(model.config) if row.is_long else nullcontext()
         try:
             with rotation:
@@ -111,6 +117,29 @@ class TorchBackend:
         except RuntimeError as error:
             raise EngineError(f"PyTorch failed: {error}") from error
         return output.logits[0, : row.num_logits].float().numpy()
+
+
+def _draft(path: Path, config: Any, options: EngineOptions, max_model_len: int) -> Draft | None:
+    """The draft model of a model, where there is to be one."""
+    from lifecycle.training.models import load_model
+
+    folder = options.draft_model
+    if folder is None:
+        return None
+    try:
+        model = load_model(folder)
+    except CheckpointError as error:
+        raise EngineError(f"draft_model: {error}") from error
+    draft: Any = model.config
+    check_pair(path, config.vocab_size, folder, draft.vocab_size)
+    for name, each in ((path, config), (folder, draft)):
+        if DynamicCache(config=each).is_sliding.count(True):
+            raise EngineError(
+                f"draft_model: {name} has sliding windows, whose tokens PyTorch's cache cannot take "
+                "back; leave draft_model out, or export both models and run them in ONNX Runtime"
+            )
+    most = min(max_model_len, draft.max_position_embeddings)
+    return Draft(TorchBackend(model), most, _long_context(draft))
 
 
 def _cache_argument(model: Any) -> str:

@@ -8,6 +8,7 @@ own generator, so its tokens depend on its seed alone and not on its neighbours.
 from __future__ import annotations
 
 import secrets
+from collections import deque
 from collections.abc import Sequence
 from math import isfinite, log
 from typing import NamedTuple
@@ -54,6 +55,8 @@ class Sampler:
         self.is_plain = self.is_greedy and self._adjust is None and constraint is None
         seed = secrets.randbits(64) if params.seed is None else params.seed % 2**64
         self._random = np.random.Generator(np.random.Philox(seed))
+        self._drawn = deque[float]()
+        """Random numbers of the next tokens, as far as they were looked at."""
 
     def choose(self, logits: Floats) -> int | None:
         """A token for finite-topped `logits` [vocab_size], which are left as they are; None if the
@@ -67,13 +70,32 @@ class Sampler:
         if self.is_greedy:
             token = int(logits.argmax())
         else:
-            tokens, weights = candidates(logits, self.params)
-            token = _draw(weights, self._random.random())
-            token = token if tokens is None else int(tokens[token])
+            token = _pick(logits, self.params, self._uniform())
+            self._drawn.popleft()
         if self._constraint is not None:
             self._constraint.accept(token)
         self._note(token)
         return token
+
+    def propose(self, logits: Floats, ahead: int) -> int | None:
+        """What would be chosen by the `logits` [vocab_size] of a draft model, `ahead` tokens after the next
+        one: by the random number of that place and the adjustments of this one, and without the constraint.
+        None if they are not finite, or nothing could come."""
+        with np.errstate(over="ignore"):
+            if self._adjust is not None:
+                logits = self._adjust.apply(logits)
+            best = int(logits.argmax())
+            if not isfinite(logits[best]):
+                return None
+            if self.is_greedy:
+                return best
+            return _pick(logits, self.params, self._uniform(ahead))
+
+    def _uniform(self, ahead: int = 0) -> float:
+        """The random number in [0, 1) of the token `ahead` places after the next one."""
+        while len(self._drawn) <= ahead:
+            self._drawn.append(self._random.random())
+        return self._drawn[ahead]
 
     def note(self, token: int) -> None:
         """Take note of a token that came without being chosen."""
@@ -234,6 +256,13 @@ def _keep_typical(weights: Floats, share: float) -> None:
     ranked = np.argsort(np.abs(surprise - (chances * surprise).sum()), kind="stable")
     last = int(np.searchsorted(np.cumsum(chances[ranked]), share))
     weights[left[ranked[last + 1 :]]] = 0.0
+
+
+def _pick(logits: Floats, params: SamplingParams, uniform: float) -> int:
+    """The token of a random number in [0, 1)."""
+    tokens, weights = candidates(logits, params)
+    place = _draw(weights, uniform)
+    return place if tokens is None else int(tokens[place])
 
 
 def _draw(weights: Floats, uniform: float) -> int:

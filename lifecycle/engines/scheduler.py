@@ -37,6 +37,7 @@ class Scheduler:
         max_cache_tokens: float = inf,
         window: int | None = None,
         reuse: Reuse | None = None,
+        on_release: Callable[[int], None] | None = None,
     ) -> None:
         """
         Args:
@@ -45,12 +46,14 @@ class Scheduler:
                 context.
             window: tokens of a text that it holds at most; None is all.
             reuse: may take a request further in its prompt, just before it would be computed.
+            on_release: is told of each slot whose request leaves it.
         """
         self._prefill_chunk = prefill_chunk
         self._cache = cache
         self._max_cache_tokens = max_cache_tokens
         self._window = inf if window is None else window
         self._reuse = reuse
+        self._on_release = on_release
         # The lowest free slot is taken first: slots in use stay together, so a runtime that
         # computes slots 0 to n - 1 has few idle ones among them.
         self._free = list(range(num_slots))
@@ -211,6 +214,8 @@ class Scheduler:
     def _release(self, state: RequestState) -> None:
         if self._cache is not None:
             self._cache.forget(state.slot)
+        if self._on_release is not None:
+            self._on_release(state.slot)
         heapq.heappush(self._free, state.slot)
         state.slot = -1
 

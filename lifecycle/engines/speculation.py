@@ -1,48 +1,89 @@
-"""Which requests get how many guessed tokens in the next step."""
+"""Which requests get how many guessed tokens in the next step, and who guesses them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-from lifecycle.engines.drafts import Lookup, Tally, choose_lengths
+from lifecycle.engines.asking import Asking
+from lifecycle.engines.base import EngineOptions
+from lifecycle.engines.draft_model import DraftModel
+from lifecycle.engines.drafts import Lookup, Offer, Tally, choose_lengths
 from lifecycle.engines.pace import Pace
 from lifecycle.engines.state import RequestState
 
 
 class Speculation:
-    """Drafts for the requests of one engine, `most` tokens each at most; 0 is none."""
+    """Drafts for the requests of one engine: from their own texts, else from a draft model."""
 
-    def __init__(self, most: int, max_model_len: int) -> None:
-        self._most, self._max_model_len = most, max_model_len
-        self.tally = Tally()
+    def __init__(
+        self, options: EngineOptions, max_model_len: int, model: DraftModel | None = None
+    ) -> None:
+        """`options.draft_tokens` are guessed for a request at most; 0 is none."""
+        self._most, self._max_model_len = options.draft_tokens, max_model_len
+        self._tally = Tally()
+        self._asking = Asking(model, options) if model is not None else None
+
+    @property
+    def guessed(self) -> int:
+        """Tokens guessed so far."""
+        return self._tally.guessed + (self._asking.tally.guessed if self._asking else 0)
+
+    @property
+    def right(self) -> int:
+        """Those of them that came."""
+        return self._tally.right + (self._asking.tally.right if self._asking else 0)
+
+    @property
+    def cache_bytes(self) -> int:
+        """What the draft model's keys and values take."""
+        return self._asking.model.cache_bytes if self._asking else 0
 
     def draft(self, states: Iterable[RequestState], pace: Pace) -> None:
         """Set the drafts of those that decode."""
-        if not self._most:
-            return
+        states = list(states)
         decoding = [state for state in states if not state.is_prefilling]
-        guesses = [self._guess(state) for state in decoding]
-        able = [place for place, guess in enumerate(guesses) if guess]
-        lengths = dict.fromkeys(range(len(decoding)), 0)
-        if able:
-            acceptances = [_lookup(decoding[place]).acceptance for place in able]
-            num_decode = sum(len(state.tokens) - state.num_computed for state in decoding)
-            most = [len(guesses[place]) for place in able]
-            lengths |= zip(able, choose_lengths(acceptances, most, num_decode, pace), strict=True)
-        for place, state in enumerate(decoding):
-            state.draft = guesses[place][: lengths[place]]
-            if guesses[place] and not state.draft:
-                _lookup(state).rest()
+        if not self._most or not decoding:
+            return
+        asking = self._asking
+        if asking is not None and not asking.begin(pace, is_alone=len(decoding) == len(states)):
+            asking = None
+        offers = [self._offer(state, asking) for state in decoding]
+        num_decode = sum(len(state.tokens) - state.num_computed for state in decoding)
+        ask_seconds = asking.model.ask_seconds if asking is not None else None
+        lengths, saved = choose_lengths(offers, num_decode, pace, ask_seconds)
+        wanted: list[tuple[RequestState, int]] = []
+        for state, offer, length in zip(decoding, offers, lengths, strict=True):
+            if offer.is_asked:
+                state.draft = []
+                wanted.append((state, length))
+            else:
+                state.draft, state.guesser = state.draft[:length], state.lookup
+            if state.lookup is not None and offer.most and not state.draft:
+                state.lookup.rest()
+        if asking is not None and wanted:
+            num_other = sum(len(state.draft) for state in decoding)
+            asking.ask(wanted, saved, num_decode, num_other, pace)
 
-    def _guess(self, state: RequestState) -> list[int]:
+    def release(self, slot: int) -> None:
+        """Take note of a slot whose request has left it."""
+        if self._asking is not None:
+            self._asking.model.release(slot)
+
+    def close(self) -> None:
+        """Free the draft model."""
+        if self._asking is not None:
+            self._asking.model.close()
+
+    def _offer(self, state: RequestState, asking: Asking | None) -> Offer:
+        """What can be guessed for a request; what its own text says is its draft then."""
         if state.lookup is None:
-            state.lookup = Lookup(self.tally)
+            state.lookup = Lookup(self._tally)
         # The last token of a request is chosen and never computed.
         count = len(state.tokens)
         left = min(state.num_prompt + state.request.params.max_tokens, self._max_model_len) - count
-        return state.lookup.guess(state.tokens, min(self._most, left - 1))
-
-
-def _lookup(state: RequestState) -> Lookup:
-    assert state.lookup is not None
-    return state.lookup
+        most = min(self._most, left - 1)
+        state.draft = state.lookup.guess(state.tokens, most)
+        found = Offer(state.lookup.acceptance if state.draft else 0.0, len(state.draft))
+        asked = asking.offer(state, most) if asking is not None else None
+        is_better = asked is not None and asked.most > 0 and asked.acceptance > found.acceptance
+        return asked if asked is not None and is_better else found

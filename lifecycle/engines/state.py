@@ -7,7 +7,7 @@ from math import inf
 
 from lifecycle.engines.backend import Block, Row
 from lifecycle.engines.base import PromptLogprob, Request
-from lifecycle.engines.drafts import Lookup
+from lifecycle.engines.drafts import Lookup, Record
 from lifecycle.engines.sampling import Sampler
 
 GRAIN = 2
@@ -51,7 +51,11 @@ class RequestState:
     parked: Block | None = None
     """Its part of the cache, while another request has its slot."""
     lookup: Lookup | None = None
-    """What guesses its next tokens."""
+    """What guesses its next tokens from its own text."""
+    asked: Record | None = None
+    """How often a draft model was right about it."""
+    guesser: Record | None = None
+    """Which of the two the draft is from."""
     draft: list[int] = field(default_factory=list[int])
     """Guessed tokens that the next step computes behind the newest one."""
     prompt_logprobs: list[PromptLogprob] = field(default_factory=list[PromptLogprob])

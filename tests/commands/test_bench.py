@@ -73,6 +73,7 @@ SCHEMA = closed(
         kv_cache_bytes=or_null(INTEGER),
         max_stall=or_null(NUMBER),
         draft_tokens=INTEGER,
+        draft_model=or_null(TEXT),
     ),
     workload=closed(
         kind={"enum": ["closed-loop", "poisson", "trace"]},
@@ -159,6 +160,11 @@ def test_the_json_keys_are_documented() -> None:
     for schema in (SCHEMA, POINT, TRACE_INFO):
         for key in schema["properties"]:
             assert f"`{key}`" in text, key
+
+
+def test_a_draft_model_is_taken_and_named(bench, decoder: str) -> None:
+    _, found = bench(*SMALL, "--draft-model", decoder, "--draft-tokens", "2")
+    assert found["engine"]["draft_model"] == decoder and found["engine"]["draft_tokens"] == 2
 
 
 def test_random_arrivals(bench) -> None:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from lifecycle.engines.base import Event, FinishReason, Request, SamplingParams
+from lifecycle.engines.draft_model import Draft
 from lifecycle.engines.state import GRAIN
 from lifecycle.errors import EngineError
 from tests.engines.toy import VOCAB, ToyBackend, ToyEngine, continuation
@@ -31,6 +32,13 @@ engines = st.fixed_dictionaries(
         "long_context": st.none() | st.integers(4, CONTEXT),
     }
 )
+drafts = st.none() | st.fixed_dictionaries(
+    {
+        "agreement": st.sampled_from([0.0, 0.5, 1.0]),
+        "max_model_len": st.integers(CONTEXT // 2, CONTEXT),
+        "long_context": st.none() | st.integers(4, CONTEXT),
+    }
+)
 
 
 class SchedulerMachine(RuleBasedStateMachine):
@@ -44,8 +52,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.ends: dict[str, FinishReason] = {}
         self.cancelled: set[str] = set()
 
-    @initialize(options=engines)
-    def open(self, options: dict[str, Any]) -> None:
+    @initialize(options=engines, draft=drafts)
+    def open(self, options: dict[str, Any], draft: dict[str, Any] | None) -> None:
+        self.guesser: ToyBackend | None = None
+        if draft is not None:
+            self.guesser = ToyBackend(draft.pop("agreement"))
+            options = {**options, "draft": Draft(self.guesser, **draft)}
         self.engine = ToyEngine.make(SLOTS, CONTEXT, CHUNK, **options)
         # Without a budget only the slots are bounded, not what is put aside.
         budget = options["kv_cache_bytes"]
@@ -108,6 +120,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert self.ends.keys() == self.prompts.keys(), "a request never ended"
         assert self.engine.stats.cache_tokens == 0
         assert not self.engine.backend.texts, "a slot was not given back"
+        assert self.guesser is None or not self.guesser.texts, "the draft model keeps a text"
         for id, prompt in self.prompts.items():
             whole = continuation(prompt, self.limits[id])
             output, reason = self.outputs[id], self.ends[id]

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from lifecycle.engines.backend import Row
 from lifecycle.engines.base import AdapterWeights, EngineOptions
 from lifecycle.engines.batched import BatchedEngine
+from lifecycle.engines.draft_model import Draft
 from lifecycle.errors import EngineError
 
 VOCAB = 17
@@ -35,10 +36,17 @@ def continuation(prompt: Sequence[int], limit: int) -> list[int]:
     return text[len(prompt) :]
 
 
+def guessed_token(text: Sequence[int], agreement: float) -> int:
+    """What a draft model that agrees with so large a share of the texts says comes next."""
+    agrees = zlib.crc32(bytes(text), 1) % 1000 < 1000 * agreement
+    return (next_token(text) + (not agrees)) % VOCAB
+
+
 class ToyBackend:
     """Texts by slot. `fail_next` makes the next step fail; `poison` makes a text's row NaN."""
 
-    def __init__(self) -> None:
+    def __init__(self, agreement: float = 1.0) -> None:
+        self.agreement = agreement
         self.texts: dict[int, list[int]] = {}
         self.steps: list[list[Row]] = []
         self.fail_next = False
@@ -64,7 +72,7 @@ class ToyBackend:
         text += row.tokens
         logits = np.zeros((row.num_logits, VOCAB), dtype=np.float32)
         for back in range(row.num_logits):
-            logits[-1 - back, next_token(text[: len(text) - back])] = 1.0
+            logits[-1 - back, guessed_token(text[: len(text) - back], self.agreement)] = 1.0
         if self.poison is not None and text[0] == self.poison:
             logits[:] = np.nan
         return logits
@@ -117,10 +125,12 @@ class ToyEngine(BatchedEngine):
         prefill_chunk: int = 4,
         *,
         long_context: int | None = None,
+        backend: ToyBackend | None = None,
+        draft: Draft | None = None,
         **options: Any,
     ):
         """`options` are those of `EngineOptions`."""
-        backend = ToyBackend()
+        backend = backend or ToyBackend()
         engine = cls(
             backend,
             options=EngineOptions(max_num_seqs, prefill_chunk=prefill_chunk, **options),
@@ -128,6 +138,7 @@ class ToyEngine(BatchedEngine):
             max_model_len=max_model_len,
             eos_token_ids=frozenset({EOS}),
             long_context=long_context,
+            draft=draft,
         )
         engine.backend = backend
         return engine

@@ -1,0 +1,158 @@
+"""When a draft model is asked, so that it gains much or costs little.
+
+What it costs and what its guesses save is measured. It may lose a small share of the engine's time and no more:
+out of that share come the first guesses, texts that are computed in the hope of guesses, and a guess now and
+then where none would pay, since texts change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from lifecycle.engines.base import EngineOptions
+from lifecycle.engines.draft_model import NEAR, DraftModel, ModelTally
+from lifecycle.engines.drafts import Offer, Record, choose_lengths
+from lifecycle.engines.pace import Pace
+from lifecycle.engines.state import RequestState
+
+_SHARE = 0.015
+"""Of the engine's time that the model may lose."""
+_START, _MOST = 0.25, 5.0
+"""Seconds that it may lose before it has gained any, and at a time."""
+_PLAIN_EVERY = 64
+"""Steps after which one is made without it: what that takes is what guesses are measured by."""
+_LEAST = 0.03
+"""Share of a step that guesses have to save: less may be an error of the measurement."""
+_LONG = 64
+"""Tokens that a request is expected to bring yet; if it has brought more, so many."""
+_MARGIN = 2.0
+"""How many times what a text costs to compute it has to save, since nobody knows how long it will be."""
+
+Wanted = Sequence[tuple[RequestState, int]]
+
+
+class _Asked(NamedTuple):
+    """What the model was asked before the last step."""
+
+    num_decode: int
+    num_other: int
+    """Guesses that were not the model's."""
+    num_guessed: int
+    seconds: float
+    num_right: int
+    """Right guesses of all steps before."""
+
+
+class Asking:
+    """Decides for whom a draft model guesses, and keeps count of what it gains."""
+
+    def __init__(self, model: DraftModel, options: EngineOptions) -> None:
+        self.model, self.tally = model, ModelTally()
+        self._chunk, self._max_stall = options.prefill_chunk, options.max_stall
+        self._balance = _START
+        self._counted = 0.0
+        """Seconds of the engine that have been added to it."""
+        self._asked: _Asked | None = None
+        self._since_plain = 0
+
+    def begin(self, pace: Pace, *, is_alone: bool) -> bool:
+        """Before each step: count what the last one has gained; whether the model may be asked now.
+        `is_alone` says whether the step computes no prompts: those take their steps in any case, and
+        who decodes beside them saves none by guesses."""
+        self._balance += _SHARE * (pace.seconds - self._counted)
+        self._counted = pace.seconds
+        if self._asked is not None:
+            self._balance += self._gained(self._asked, pace)
+            self._since_plain += 1
+        self._balance = min(self._balance, _MOST)
+        self._asked = None
+        if self._since_plain >= _PLAIN_EVERY:
+            self._since_plain = 0
+            return False
+        return is_alone and self.model.is_working and pace.decode_seconds(1) is not None
+
+    def offer(self, state: RequestState, most: int) -> Offer:
+        """What the model could guess for a request that wants `most` tokens."""
+        if state.asked is None:
+            state.asked = Record(self.tally)
+        most = min(most, self.model.max_model_len - len(state.tokens))
+        # The share of one request is from few guesses: who was lucky would be believed.
+        acceptance = (state.asked.acceptance + self.tally.acceptance) / 2
+        return Offer(acceptance, max(most, 0), is_asked=True)
+
+    def ask(
+        self, wanted: Wanted, saved: float, num_decode: int, num_other: int, pace: Pace
+    ) -> None:
+        """Set the drafts of requests.
+
+        Args:
+            wanted: those that the model may guess for, and how many tokens would pay.
+            saved: seconds that this would save for each token.
+            num_decode: tokens of the step without guesses.
+            num_other: guesses in it that are not the model's.
+        """
+        plain = pace.decode_seconds(num_decode) or 0.0
+        chosen = self._worth_it(wanted, saved) if saved * num_decode >= _LEAST * plain else ()
+        chosen = chosen or self._trial(wanted, num_decode, pace)
+        guesses: list[list[int]] = []
+        if chosen:
+            before, right = self.model.pace.seconds, self.tally.right
+            guesses = self.model.propose(chosen, self._room(num_decode, pace))
+            num_guessed = sum(map(len, guesses))
+            seconds = self.model.pace.seconds - before
+            self._asked = _Asked(num_decode, num_other, num_guessed, seconds, right)
+        for (state, _), guess in zip(chosen, guesses, strict=True):
+            state.draft, state.guesser = guess, state.asked
+        for state, _ in wanted:
+            if not state.draft and state.asked is not None:
+                state.asked.rest()
+
+    def _gained(self, asked: _Asked, pace: Pace) -> float:
+        """Seconds that the guesses have saved."""
+        plain, count = pace.decode_seconds(asked.num_decode) or 0.0, asked.num_decode
+        base = pace.decode_seconds(count + asked.num_other) or 0.0
+        longer = (pace.decode_seconds(count + asked.num_other + asked.num_guessed) or 0.0) - base
+        right = self.tally.right - asked.num_right
+        return right * plain / count - longer - asked.seconds
+
+    def _worth_it(self, wanted: Wanted, saved: float) -> Wanted:
+        """Those whose text is computed already, or costs less than it will save."""
+        budget = self._balance
+        chosen: list[tuple[RequestState, int]] = []
+        for state, length in wanted if budget > 0 else ():
+            late = self.model.behind(state)
+            cost = 0.0 if late <= NEAR else late * self.model.pace.prompt_token_seconds
+            if length and _MARGIN * cost <= saved * _expected(state) and cost <= budget:
+                budget -= cost
+                chosen.append((state, length))
+        return chosen
+
+    def _trial(self, wanted: Wanted, num_decode: int, pace: Pace) -> Wanted:
+        """One guess for the request for which it costs least, once there is time to lose for it."""
+        able = [state for state, _ in wanted if self.offer(state, 1).most]
+        if not able or self._balance <= 0:
+            return []
+        state = min(able, key=self.model.behind)
+        at_best = [Offer(1.0, self.offer(state, NEAR).most, is_asked=True)]
+        if not any(choose_lengths(at_best, num_decode, pace, self.model.ask_seconds).lengths):
+            return []
+        late = self.model.behind(state) * self.model.pace.prompt_token_seconds
+        plain = pace.decode_seconds(num_decode) or 0.0
+        longer = (pace.decode_seconds(num_decode + 1) or 0.0) - plain
+        cost = late + self.model.ask_seconds(1) + max(longer, 0.0)
+        return [(state, 1)] if cost <= self._balance else []
+
+    def _room(self, num_decode: int, pace: Pace) -> int:
+        """Tokens of late texts that a step may compute: as prompts, they must not hold the others up."""
+        token = self.model.pace.prompt_token_seconds
+        if self._max_stall is None or not token:
+            return self._chunk
+        seconds = (self._max_stall - 1.0) * (pace.decode_seconds(num_decode) or 0.0)
+        return min(self._chunk, max(int(seconds / token), NEAR))
+
+
+def _expected(state: RequestState) -> int:
+    """Tokens that a request is expected to bring yet."""
+    brought = len(state.tokens) - state.num_prompt
+    return min(state.request.params.max_tokens - brought, max(brought, _LONG))

@@ -1,0 +1,323 @@
+"""A second model guesses: the output stays, and where guesses do not pay they cost little."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lifecycle.engines.backend import Row
+from lifecycle.engines.base import EngineOptions, Generation, Request, SamplingParams
+from lifecycle.engines.batched import BatchedEngine
+from lifecycle.engines.draft_model import Draft, DraftModel
+from lifecycle.engines.draft_pair import check_pair
+from lifecycle.engines.ort import OnnxEngine
+from lifecycle.engines.pace import Pace
+from lifecycle.engines.pytorch import TorchEngine
+from lifecycle.errors import EngineError
+from lifecycle.graph.export import export_decoder
+from lifecycle.graph.targets import Cpu
+from tests.engines.conftest import Model
+from tests.engines.toy import VOCAB, ToyBackend, ToyEngine, next_token
+
+
+class Clock:
+    """The time of a test."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        monkeypatch.setattr(time, "perf_counter", lambda: self.now)
+
+
+class Timed(ToyBackend):
+    """A toy whose steps take `step` seconds, and `token` for each token more than one."""
+
+    def __init__(self, clock: Clock, step: float, token: float, agreement: float = 1.0) -> None:
+        super().__init__(agreement)
+        self.clock, self.step, self.token = clock, step, token
+
+    def forward(self, rows: Sequence[Row]) -> NDArray[np.float32]:
+        count = sum(len(row.tokens) for row in rows)
+        self.clock.now += self.step + self.token * (count - 1)
+        return super().forward(rows)
+
+
+def speed(
+    monkeypatch: pytest.MonkeyPatch,
+    agreement: float,
+    *,
+    batch: int = 1,
+    prompt: int = 20,
+    output: int = 400,
+    rounds: int = 10,
+    cost: float = 0.2,
+) -> float:
+    """How many times as fast requests are with a draft model that takes `cost` of the model's time."""
+    prompts = [[1 + (n * 7 + i) % 16 for i in range(prompt)] for n in range(rounds)]
+    params = SamplingParams(max_tokens=output, ignore_eos=True)
+    seconds: list[float] = []
+    texts: list[object] = []
+    for has_draft in (False, True):
+        clock = Clock(monkeypatch)
+        guesser = Timed(clock, cost * 0.02, cost * 0.002, agreement)
+        engine = ToyEngine.make(
+            batch,
+            2048,
+            128,
+            backend=Timed(clock, 0.02, 0.002),
+            draft=Draft(guesser, 2048) if has_draft else None,
+            draft_tokens=6 if has_draft else 0,
+        )
+        texts.append(engine.generate(prompts, params))
+        seconds.append(clock.now)
+    assert texts[0] == texts[1]
+    return seconds[0] / seconds[1]
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_guesses_that_never_come_cost_little(monkeypatch: pytest.MonkeyPatch, batch: int) -> None:
+    assert speed(monkeypatch, 0.0, batch=batch) >= 0.97
+
+
+def test_a_text_is_not_computed_for_less_than_it_costs(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert speed(monkeypatch, 1.0, prompt=1000, output=20) >= 0.97
+
+
+def test_guesses_that_come_are_worth_their_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert speed(monkeypatch, 1.0) > 2
+    assert speed(monkeypatch, 0.8, batch=4, rounds=20) > 1.1
+    assert speed(monkeypatch, 0.8, prompt=300, rounds=6) > 1.2
+
+
+def test_a_model_that_begins_to_agree_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    guesser = Timed(clock, 0.004, 0.0004, agreement=0.0)
+    engine = ToyEngine.make(
+        1, 1024, backend=Timed(clock, 0.02, 0.002), draft=Draft(guesser, 1024), draft_tokens=6
+    )
+    params = SamplingParams(max_tokens=300, ignore_eos=True)
+    engine.generate([[n] * 4 for n in range(1, 5)], params)
+    guesser.agreement = 1.0
+    engine.generate([[n] * 4 for n in range(5, 10)], params)
+    before = engine.stats
+    engine.generate([[10] * 4], params)
+    after = engine.stats
+    assert after.generated_tokens - before.generated_tokens > 2 * (after.steps - before.steps)
+
+
+def test_a_failing_draft_model_ends_no_request(
+    always: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    guesser = ToyBackend()
+    engine = ToyEngine.make(2, 64, draft=Draft(guesser, 64), draft_tokens=3)
+    for n in (1, 2):
+        engine.submit(Request(str(n), [n], SamplingParams(max_tokens=50, ignore_eos=True)))
+    guesser.fail_next = True
+    tokens: dict[str, list[int | None]] = {"1": [], "2": []}
+    while engine.num_running or engine.num_waiting:
+        for event in engine.step():
+            tokens[event.request_id].append(event.token_id)
+    assert all(len(found) == 50 and None not in found for found in tokens.values())
+    assert not guesser.fail_next and not guesser.texts
+    assert "the draft model is not asked any more: the runtime gave up" in caplog.text
+
+
+def test_closing_the_engine_closes_the_draft_model() -> None:
+    guesser = ToyBackend()
+    ToyEngine.make(draft=Draft(guesser, 24), draft_tokens=3).close()
+    assert guesser.closed
+
+
+def test_its_cache_is_counted_and_given_back(always: None) -> None:
+    guesser = ToyBackend()
+    engine = ToyEngine.make(1, 64, draft=Draft(guesser, 64), draft_tokens=3)
+    engine.submit(Request("r", [5, 6], SamplingParams(max_tokens=60, ignore_eos=True)))
+    most = 0
+    while engine.num_running or engine.num_waiting:
+        engine.step()
+        held = sum(map(len, guesser.texts.values()))
+        assert engine.stats.draft_cache_bytes == held * guesser.bytes_per_token
+        most = max(most, held)
+    assert most > 10 and engine.stats.draft_cache_bytes == 0
+
+
+@pytest.fixture
+def always(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guesses take no time, so that as many are made as may be."""
+    monkeypatch.setattr(time, "perf_counter", lambda: 0.0)
+    monkeypatch.setattr(Pace, "decode_seconds", lambda self, num_tokens: 1.0)
+    monkeypatch.setattr(DraftModel, "ask_seconds", lambda self, num_requests: 0.0)
+
+
+REQUESTS = [
+    ([1], SamplingParams(max_tokens=120, ignore_eos=True)),
+    ([1, 403, 407], SamplingParams(max_tokens=90, temperature=1.0, seed=5)),
+    ([1, 400], SamplingParams(max_tokens=150, temperature=0.8, top_p=0.9, seed=6, ignore_eos=True)),
+    ([1] * 70, SamplingParams(max_tokens=60, temperature=0.7, top_k=20, seed=7, logprobs=2)),
+    ([1, 300, 20], SamplingParams(max_tokens=70, repetition_penalty=1.3, min_tokens=50)),
+    ([1, 9], SamplingParams(max_tokens=100, temperature=1.2, seed=8, presence_penalty=0.5)),
+]
+
+
+def run(engine: BatchedEngine) -> list[Generation]:
+    """The answers to `REQUESTS`, without the last bits of their log-probabilities."""
+    prompts, params = zip(*REQUESTS, strict=True)
+    return [replace(one, logprobs=()) for one in engine.generate(prompts, list(params))]
+
+
+@pytest.fixture(scope="session")
+def noise(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    """A random model with the vocabulary of stories260K."""
+    return smaller(tmp_path_factory.mktemp("noise"), LlamaForCausalLM(LlamaConfig(
+        vocab_size=512, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=100,
+    )))  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def pruned(stories: Model, tmp_path_factory: pytest.TempPathFactory) -> Model:
+    """stories260K without its last layer."""
+    model = LlamaForCausalLM.from_pretrained(stories.checkpoint)
+    model.model.layers = model.model.layers[:-1]
+    model.config.num_hidden_layers -= 1
+    model.config.layer_types = None
+    return smaller(tmp_path_factory.mktemp("pruned"), model)
+
+
+def smaller(folder: Path, model: LlamaForCausalLM) -> Model:
+    checkpoint, graph = folder / "hf", folder / "onnx"
+    model.save_pretrained(checkpoint)
+    graph.mkdir()
+    export_decoder(checkpoint, graph, Cpu())
+    return Model(checkpoint, graph)
+
+
+@pytest.mark.parametrize("kind", ["stories", "pruned", "noise"])
+def test_the_output_is_the_same(
+    stories: Model, request: pytest.FixtureRequest, always: None, kind: str
+) -> None:
+    draft: Model = request.getfixturevalue(kind)
+    expected = run(OnnxEngine.open(stories.graph, EngineOptions(3)))
+    for draft_tokens in (1, 4):
+        options = EngineOptions(3, draft_tokens=draft_tokens, draft_model=draft.graph)
+        engine = OnnxEngine.open(stories.graph, options)
+        assert run(engine) == expected
+        stats = engine.stats
+        assert stats.draft_tokens > 100
+        share = stats.accepted_tokens / stats.draft_tokens
+        low, high = {"stories": (0.9, 1.0), "pruned": (0.02, 0.9), "noise": (0.0, 0.3)}[kind]
+        assert low <= share <= high
+
+
+@pytest.mark.parametrize("engine_class", [OnnxEngine, TorchEngine])
+def test_a_model_is_right_about_itself(
+    stories: Model, always: None, engine_class: type[BatchedEngine]
+) -> None:
+    """Drawn tokens too: the guess is drawn with the same random number."""
+    folder = stories.graph if engine_class is OnnxEngine else stories.checkpoint
+    params = [
+        SamplingParams(max_tokens=50, temperature=n / 4, seed=n, ignore_eos=True) for n in range(4)
+    ]
+    texts: list[list[Generation]] = []
+    for options in (EngineOptions(4), EngineOptions(4, draft_tokens=4, draft_model=folder)):
+        with closing(engine_class.open(folder, options)) as engine:
+            texts.append(engine.generate([[1, 403 + n] for n in range(4)], params))
+            stats = engine.stats
+    assert texts[0] == texts[1]
+    assert stats.draft_tokens > 100
+    assert stats.accepted_tokens >= 0.98 * stats.draft_tokens
+
+
+def test_tokens_are_drawn_as_often_as_they_are_likely(always: None) -> None:
+    """Chi-square over many seeds, though the draft model thinks something else likely."""
+    guesser = ToyBackend(agreement=0.0)
+    engine = ToyEngine.make(1, 16, draft=Draft(guesser, 16), draft_tokens=3)
+    count = 1500
+    params = [
+        SamplingParams(max_tokens=3, temperature=0.7, seed=seed, ignore_eos=True)
+        for seed in range(count)
+    ]
+    found = engine.generate([[1, 2, 3]] * count, params)
+    assert engine.stats.draft_tokens > count / 2
+    weights = np.ones(VOCAB)
+    weights[next_token([1, 2, 3])] = np.exp(1 / 0.7)
+    for place in range(3):
+        if place:
+            # The likeliest token depends on the ones before it: count it alone.
+            likely = [
+                one.token_ids[place] == next_token([1, 2, 3, *one.token_ids[:place]])
+                for one in found
+            ]
+            chance = weights.max() / weights.sum()
+            observed, expected = [sum(likely)], [count * chance]
+            observed.append(count - observed[0])
+            expected.append(count - expected[0])
+            limit = 10.83
+        else:
+            tokens = [one.token_ids[0] for one in found]
+            observed = np.bincount(tokens, minlength=VOCAB).tolist()
+            expected = (count * weights / weights.sum()).tolist()
+            limit = 39.25
+        # One of a thousand lies above the limit by chance; the seeds are fixed.
+        assert sum((o - e) ** 2 / e for o, e in zip(observed, expected, strict=True)) < limit
+
+
+def test_another_vocabulary_is_refused(stories: Model, random_model: Model) -> None:
+    options = EngineOptions(draft_tokens=4, draft_model=random_model.graph)
+    with pytest.raises(
+        EngineError, match=r"vocabulary of 160 tokens, the model .* one of 512"
+    ) as e:
+        OnnxEngine.open(stories.graph, options)
+    assert str(random_model.graph) in str(e.value) and str(stories.graph) in str(e.value)
+    options = EngineOptions(draft_tokens=4, draft_model=random_model.checkpoint)
+    with pytest.raises(EngineError, match=r"vocabulary of 160 tokens, the model .* one of 512"):
+        TorchEngine.open(stories.checkpoint, options)
+
+
+def test_another_tokenizer_is_refused_and_another_template_is_not(tmp_path: Path) -> None:
+    folders = [tmp_path / "model", tmp_path / "draft"]
+    tokenizer: dict[str, Any] = {
+        "padding": None,
+        "added_tokens": [{"id": 0, "content": "<end>"}],
+        "model": {"type": "BPE", "vocab": {"a": 1, "b": 2}},
+    }
+
+    def write(folder: Path, **changes: Any) -> None:
+        folder.mkdir(exist_ok=True)
+        (folder / "tokenizer.json").write_text(json.dumps({**tokenizer, **changes}))
+
+    def check() -> None:
+        check_pair(folders[0], 3, folders[1], 3)
+
+    write(folders[0])
+    check()
+    write(folders[1], padding={"length": 8})
+    check()
+    write(folders[1], model={"type": "BPE", "vocab": {"b": 1, "a": 2}})
+    with pytest.raises(EngineError, match=r"draft has another tokenizer .*model: .* in 'model'"):
+        check()
+    write(folders[1], added_tokens=[{"id": 0, "content": "<stop>"}])
+    with pytest.raises(EngineError, match=r"differ in 'added_tokens'"):
+        check()
+    (folders[1] / "tokenizer.json").write_text("[")
+    with pytest.raises(EngineError, match=r"draft/tokenizer.json is damaged"):
+        check()
+
+
+def test_a_draft_model_that_may_not_guess_or_is_none_is_refused(
+    stories: Model, tmp_path: Path
+) -> None:
+    with pytest.raises(EngineError, match=r"draft_tokens is 0, .* set draft_tokens"):
+        OnnxEngine.open(stories.graph, EngineOptions(draft_model=stories.graph))
+    for engine, folder in ((OnnxEngine, stories.graph), (TorchEngine, stories.checkpoint)):
+        with pytest.raises(EngineError, match=str(tmp_path)):
+            engine.open(folder, EngineOptions(draft_tokens=2, draft_model=tmp_path))
