@@ -322,6 +322,7 @@ class BatchedEngine(Engine):
         if state.request.timeout is not None:
             state.deadline = state.arrived + state.request.timeout
             heapq.heappush(self._deadlines, (state.deadline, state.request.id))
+            self._forget_met_deadlines()
 
     @contextmanager
     def _running(self, requests: Sequence[Request]) -> Generator[None]:
@@ -434,6 +435,13 @@ class BatchedEngine(Engine):
                 self._scheduler.remove(state)
                 events.append(Event(id, finish_reason=FinishReason.TIMEOUT))
         return events
+
+    def _forget_met_deadlines(self) -> None:
+        """Keep no more deadlines of requests that have ended than of those that have not."""
+        if len(self._deadlines) > 2 * (self.num_running + self.num_waiting) + 16:
+            live = ((state.deadline, state.request.id) for state in self._scheduler.states())
+            self._deadlines = [pair for pair in live if pair[0] < inf]
+            heapq.heapify(self._deadlines)
 
     def _require_open(self) -> None:
         if not self._is_open:

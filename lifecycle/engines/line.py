@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator
+from itertools import takewhile
 
 from lifecycle.engines.state import RequestState
 
@@ -62,11 +63,15 @@ class WaitingLine:
         """Put a request into its line, where it stands by when it came."""
         key = (state.request.priority, state.request.tenant)
         line = self._lines.setdefault(key, OrderedDict())
+        is_newest = not line or next(reversed(line.values())).order < state.order
         line[state.request.id] = state
         self._where[state.request.id] = key
-        # Those that were here before stand behind it: it comes back from a slot.
-        for id in [id for id, other in line.items() if other.order > state.order]:
-            line.move_to_end(id)
+        if is_newest:
+            return
+        # It comes back from a slot: few that wait came before it.
+        earlier = takewhile(lambda other: other.order < state.order, line.values())
+        for other in reversed([*earlier, state]):
+            line.move_to_end(other.request.id, last=False)
 
     def take(self, state: RequestState) -> None:
         """Take a request out of its line, if it is in one."""

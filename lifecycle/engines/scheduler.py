@@ -118,6 +118,9 @@ class Scheduler:
         from what was computed for it."""
         if self._cache is None or leader.num_prefill != leader.num_prompt:
             return []
+        # A prompt that is scored has logits before it is finished.
+        if leader.is_prefilling:
+            return []
         twins = [other for other in self.running.values() if _follows(other, leader)]
         room = max((self._max_cache_tokens - self.cache_tokens) / leader.num_prompt, 0)
         return twins[: int(min(room, len(twins)))]

@@ -84,6 +84,7 @@ class RequestState:
     def recompute(self) -> None:
         """Begin again with all tokens so far."""
         self.num_computed, self.num_prefill = 0, len(self.tokens)
+        self.num_cached = 0
         self.prefix_keys.clear()
         self.draft.clear()
         self.parked = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from math import inf
 from typing import Any
 
@@ -12,12 +13,15 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from lifecycle.engines.base import Event, FinishReason, Request, SamplingParams
 from lifecycle.engines.draft_model import Draft
-from lifecycle.engines.state import GRAIN
+from lifecycle.engines.line import WaitingLine
+from lifecycle.engines.sampling import Sampler
+from lifecycle.engines.state import GRAIN, RequestState
 from lifecycle.errors import EngineError
 from tests.engines.toy import VOCAB, ToyBackend, ToyEngine, continuation
 
 CONTEXT, SLOTS, CHUNK = 24, 3, 4
 BYTES = ToyBackend.bytes_per_token
+FREE = SamplingParams(max_tokens=5, ignore_eos=True)
 
 # Few different tokens make prompts that begin alike, and repeat themselves.
 prompts = st.lists(st.integers(1, 3), min_size=1, max_size=CONTEXT - 1) | st.lists(
@@ -277,3 +281,70 @@ def test_a_text_that_repeats_itself_takes_fewer_steps() -> None:
     found, count = steps(5)
     assert found == [7] * 60
     assert count < 50
+
+
+def test_a_prompt_that_is_being_scored_is_shared_only_when_it_is_finished() -> None:
+    engine = ToyEngine.make(3, 24, 4)
+    prompt = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]
+    scored = SamplingParams(max_tokens=3, prompt_logprobs=0)
+    engine.submit(Request("scored", prompt, scored))
+    engine.submit(Request("twin", prompt, SamplingParams(max_tokens=3)))
+    found: dict[str, list[int]] = {"scored": [], "twin": []}
+    for event in run(engine):
+        if event.token_id is not None:
+            found[event.request_id].append(event.token_id)
+    assert found["scored"] == found["twin"] == continuation(prompt, 3)
+
+
+def test_what_is_found_twice_is_told_once() -> None:
+    engine = ToyEngine.make(2, 24, 4, kv_cache_bytes=26 * BYTES, prefix_cache_bytes=100 * BYTES)
+    params = SamplingParams(max_tokens=2, ignore_eos=True)
+    engine.generate([[1] * 9], params)
+    engine.submit(Request("leaves", [1] * 18, params, priority=1))
+    engine.step()
+    # There is a slot for it, but no room: the other one begins again, and finds what it found and
+    # computed.
+    engine.submit(Request("comes", [2] * 10, params))
+    cached = [event.cached_tokens for event in run(engine) if event.request_id == "leaves"]
+    assert engine.stats.preemptions == 1
+    assert cached == [12, 0]
+
+
+def test_a_long_line_is_entered_as_quickly_as_a_short_one() -> None:
+    def seconds(count: int) -> float:
+        line, sampler = WaitingLine(), Sampler(FREE, [1], VOCAB)
+        states = [RequestState(Request(str(n), [1]), sampler, [1], 1, 1) for n in range(count)]
+        begun = time.process_time()
+        for order, state in enumerate(states):
+            state.order = order
+            line.enter(state)
+        return (time.process_time() - begun) / count
+
+    assert seconds(16_000) < 4 * seconds(2000)
+
+
+def test_a_request_that_comes_back_stands_where_it_came() -> None:
+    engine = ToyEngine.make(max_num_seqs=2, max_model_len=40)
+    for name in "abcd":
+        params = SamplingParams(max_tokens=6, ignore_eos=True)
+        engine.submit(Request(name, [ord(name) % VOCAB] * 3, params, priority=1))
+    engine.step()
+    for name in "xy":
+        engine.submit(Request(name, [3], SamplingParams(max_tokens=2, ignore_eos=True)))
+    engine.step()
+    assert engine.num_waiting == 4
+    ends = [event.request_id for event in run(engine) if event.finish_reason]
+    assert ends == ["x", "y", "a", "b", "c", "d"]
+
+
+def test_deadlines_that_were_met_are_forgotten() -> None:
+    engine = ToyEngine.make()
+    engine.submit(Request("stays", [1], SamplingParams(max_tokens=20, ignore_eos=True), timeout=60))
+    for n in range(100):
+        engine.submit(Request(str(n), [1], SamplingParams(max_tokens=1), timeout=600))
+        engine.cancel(str(n))
+        engine.step()
+    assert len(engine._deadlines) < 30  # pyright: ignore[reportPrivateUsage]
+    engine.submit(Request("late", [1], timeout=0.0))
+    ends = {event.request_id: event.finish_reason for event in run(engine) if event.finish_reason}
+    assert ends["late"] is FinishReason.TIMEOUT
