@@ -11,10 +11,13 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import NamedTuple, Protocol, Self
+from typing import TYPE_CHECKING, NamedTuple, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from lifecycle.engines.beams import Beam, BeamParams
 
 LONGEST_REPEAT = 64
 """Tokens of a repetition that DRY looks at."""
@@ -375,6 +378,25 @@ class Engine(ABC):
         Raises:
             RequestError: a prompt can never be served; nothing has been run.
             EngineError: the runtime failed, or the output of a prompt is no finite number.
+        """
+
+    @abstractmethod
+    def beam_search(
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams,
+        beams: BeamParams | None = None,
+        adapter: str | None = None,
+        on_done: Callable[[int, int], None] | None = None,
+    ) -> list[list[Beam]]:
+        """The likeliest texts after each prompt, the best first, at most `num_beams` of each; as many
+        prompts run together as the slots have room for. `params` holds what does not belong to
+        chance: lengths, ends, penalties, bias and bans. Needs an idle engine, and leaves one behind.
+
+        Raises:
+            RequestError: as `generate`, or a parameter means nothing to a beam search, or there are
+                fewer slots, or less of the cache, than the beams take.
+            EngineError: as `generate`, or no adapter of this name is loaded.
         """
 
     @abstractmethod

@@ -28,6 +28,8 @@ from lifecycle.engines.base import (
     SamplingParams,
     Score,
 )
+from lifecycle.engines.beam_slots import run_searches
+from lifecycle.engines.beams import Beam, BeamParams, start_searches
 from lifecycle.engines.draft_model import Draft, DraftModel
 from lifecycle.engines.limits import check_request, check_tokens
 from lifecycle.engines.pace import Pace
@@ -35,6 +37,7 @@ from lifecycle.engines.prefix_cache import PrefixCache
 from lifecycle.engines.progress import Progress, failed
 from lifecycle.engines.sampling import Floats, Sampler, largest
 from lifecycle.engines.scheduler import Batch, Scheduler
+from lifecycle.engines.slot_room import SlotRoom
 from lifecycle.engines.speculation import Speculation
 from lifecycle.engines.state import RequestState
 from lifecycle.errors import EngineError, RequestError
@@ -264,6 +267,20 @@ class BatchedEngine(Engine):
                         on_done(len(found), len(requests))
         return [found[index] for index in range(len(requests))]
 
+    def beam_search(
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams,
+        beams: BeamParams | None = None,
+        adapter: str | None = None,
+        on_done: Callable[[int, int], None] | None = None,
+    ) -> list[list[Beam]]:
+        self._require_idle()
+        beams = beams or BeamParams()
+        searches = start_searches(self, prompts, params, beams)
+        run_searches(searches, beams.num_beams, self._room(adapter), on_done)
+        return [search.finished for search in searches]
+
     def close(self) -> None:
         if self._is_open:
             self._is_open = False
@@ -272,6 +289,17 @@ class BatchedEngine(Engine):
             self._scheduler = self._make_scheduler()
             self._speculation.close()
             self._backend.close()
+
+    def _room(self, adapter: str | None = None) -> SlotRoom:
+        """All slots, for work past the scheduler."""
+        return SlotRoom(
+            self._backend,
+            num_slots=self.max_num_seqs,
+            max_tokens=self._max_cache_tokens(),
+            chunk=self._options.prefill_chunk,
+            is_long=self._progress.is_long,
+            adapter=self.adapter_number(adapter),
+        )
 
     def _run(self, total: int, on_done: Callable[[int, int], None] | None) -> list[Generation]:
         """Step until the requests "0" to "total - 1" have ended."""

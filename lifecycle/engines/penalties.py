@@ -28,17 +28,23 @@ class Adjustments:
     """The adjustments of one request, and what they know of its tokens."""
 
     def __init__(
-        self, params: SamplingParams, prompt: Sequence[int], vocab_size: int, ends: frozenset[int]
+        self,
+        params: SamplingParams,
+        prompt: Sequence[int],
+        vocab_size: int,
+        ends: frozenset[int],
+        output: Sequence[int] = (),
     ) -> None:
-        """`ends` are the tokens that would end the request."""
+        """`ends` are the tokens that would end the request, `output` those chosen so far."""
         self._params, self._prompt, self._vocab_size = params, prompt, vocab_size
         self._banned, self._ends = _ids(params.banned_token_ids), _ids(ends)
         self._biased = _ids(params.logit_bias)
         self._bias = np.array([params.logit_bias[i] for i in self._biased.tolist()], np.float32)
         # A turn of a conversation ends as the one before did, and must.
         self._breakers = params.dry_breakers | ends
-        self._counts = Counter[int]()
-        self._num_output = 0
+        self._counts = Counter[int](output)
+        self._num_output = len(output)
+        self._begun = [*prompt, *output] if output else prompt
         # Made with the first token: a request that waits in line takes no memory for them.
         self._seen: NDArray[np.bool_] | None = None
         self._history: Ids | None = None
@@ -89,7 +95,7 @@ class Adjustments:
         """Which tokens the prompt and the output hold, [vocab_size]."""
         if self._seen is None:
             self._seen = np.zeros(self._vocab_size, dtype=np.bool_)
-            self._seen[np.asarray(self._prompt)] = True
+            self._seen[np.asarray(self._begun)] = True
         return self._seen
 
     def _dry(self, logits: Floats) -> None:
@@ -97,7 +103,7 @@ class Adjustments:
         make a repetition longer loses multiplier * base ** (length - allowed)."""
         params = self._params
         if self._history is None:
-            self._history = np.array(self._prompt, np.int64)
+            self._history = np.array(self._begun, np.int64)
         history = self._history[: len(self._prompt) + self._num_output]
         tokens, lengths = continuations(history[-_READ:], self._breakers)
         counted = lengths >= params.dry_allowed_length

@@ -31,6 +31,8 @@ def adjusted(
     before = LOGITS.copy()
     found = adjustments.apply(LOGITS)
     np.testing.assert_array_equal(LOGITS, before)
+    at_once = Adjustments(SamplingParams(**params), prompt, SIZE, frozenset(ends), output)
+    np.testing.assert_array_equal(at_once.apply(LOGITS), found)
     return found
 
 

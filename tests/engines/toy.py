@@ -83,7 +83,7 @@ class ToyBackend:
         return np.array(text)
 
     def write_cache(self, slot: int, start: int, block: NDArray[np.int64]) -> None:
-        text = self.texts.get(slot, []) if start else []
+        text = self.texts.get(slot, [])[:start]
         assert len(text) == start
         self.texts[slot] = text + block.tolist()
 
