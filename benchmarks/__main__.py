@@ -23,7 +23,8 @@ def main() -> int:
     print(
         "\nOn a run of the quickstart: python -m benchmarks.batch_invariance BUNDLE and "
         "python -m benchmarks.kill_resume quickstart; on a checkpoint: "
-        "python -m benchmarks.quality FOLDER and python -m benchmarks.outlier FOLDER; with a "
+        "python -m benchmarks.quality FOLDER, python -m benchmarks.outlier FOLDER and "
+        "python -m benchmarks.soak FOLDER; with a "
         "tokenizer.json: python -m benchmarks.constrained --tokenizer FILE and "
         "python -m benchmarks.json_schema SUITE FILE"
     )

@@ -10,6 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lifecycle.engines.base import AdapterWeights
+from lifecycle.errors import EngineError
+
+COPY_ERRORS = (EngineError, MemoryError)
+"""What copying a cache may raise. Copies only save work: where one fails, it is done."""
 
 Block = NDArray[Any]
 """Keys and values of a range of tokens, as a backend keeps them."""
@@ -82,7 +86,7 @@ class Backend(Protocol):
 @runtime_checkable
 class CacheBackend(Backend, Protocol):
     """A backend whose cache can be copied by ranges of tokens, and that takes rows which begin before
-    the end of what their slot holds: what stands behind is forgotten."""
+    the end of what their slot holds: what stands behind is forgotten. Copies may raise `COPY_ERRORS`."""
 
     @property
     def bytes_per_token(self) -> int:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lifecycle.engines.adapter_table import AdapterTable
-from lifecycle.engines.backend import Backend, CacheBackend, Row
+from lifecycle.engines.backend import COPY_ERRORS, Backend, CacheBackend, Row
 from lifecycle.engines.base import (
     AdapterWeights,
     Engine,
@@ -436,16 +436,24 @@ class BatchedEngine(Engine):
         """Take those that have the prompt which `state` has just finished to where it is."""
         if self._cache is None or len(state.tokens) > state.num_prompt:
             return []
-        twins = self._scheduler.twins(state)
-        for twin in twins:
-            self._cache.copy_cache(state.slot, twin.slot, state.num_computed)
+        twins: list[RequestState] = []
+        for twin in self._scheduler.twins(state):
+            try:
+                self._cache.copy_cache(state.slot, twin.slot, state.num_computed)
+            except COPY_ERRORS:
+                twin.recompute()
+                continue
             twin.num_computed = twin.num_cached = state.num_computed
+            twins.append(twin)
         return twins
 
     def _tell(
         self, state: RequestState, logits: Floats, best: list[int], tops: list[float]
     ) -> list[Event]:
-        events = self._progress.advance(state, logits, best, tops)
+        try:
+            events = self._progress.advance(state, logits, best, tops)
+        except MemoryError:
+            events = [failed(state, "no memory to choose a token")]
         self._generated_tokens += sum(event.token_id is not None for event in events)
         if events and events[-1].finish_reason is not None:
             self._scheduler.remove(state)

@@ -110,6 +110,15 @@ class OrtBackend:
         """What the last step was bound to: its graph, slots and adapters."""
 
     def forward(self, rows: Sequence[Row]) -> NDArray[np.float32]:
+        try:
+            return self._forward(rows)
+        except Exception as error:
+            # Whatever it failed at, the next step binds its inputs anew.
+            self._step = None
+            text = str(error) or "no memory for the step"
+            raise EngineError(f"ONNX Runtime failed: {text}") from error
+
+    def _forward(self, rows: Sequence[Row]) -> NDArray[np.float32]:
         decodes = all(len(row.tokens) == row.num_logits == 1 for row in rows)
         entries = None
         if self._bank is not None and any(row.adapter for row in rows):
@@ -128,10 +137,7 @@ class OrtBackend:
                 binding.binding.bind_cpu_input(name, self._inputs[name])
         self._step = step
         logits = binding.fetch(len(self._inputs["logit_index"]))
-        try:
-            graph.session.run_with_iobinding(binding.binding)
-        except Exception as error:
-            raise EngineError(f"ONNX Runtime failed: {error}") from error
+        graph.session.run_with_iobinding(binding.binding)
         return logits
 
     @property

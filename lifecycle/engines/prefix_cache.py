@@ -12,7 +12,7 @@ from hashlib import blake2b
 
 import numpy as np
 
-from lifecycle.engines.backend import Block, CacheBackend, Row
+from lifecycle.engines.backend import COPY_ERRORS, Block, CacheBackend, Row
 from lifecycle.engines.state import RequestState
 
 
@@ -38,7 +38,10 @@ class PrefixCache:
             key = self._key(state, start // chunk)
             if key not in self._blocks:
                 break
-            self._backend.write_cache(state.slot, start, self._blocks[key])
+            try:
+                self._backend.write_cache(state.slot, start, self._blocks[key])
+            except COPY_ERRORS:
+                break
             state.num_computed += chunk
             state.num_cached += chunk
             self.hit_tokens += chunk
@@ -56,7 +59,10 @@ class PrefixCache:
         key = self._key(state, start // self._chunk)
         if key in self._blocks:
             return
-        block = self._backend.read_cache(row.slot, start, stop)
+        try:
+            block = self._backend.read_cache(row.slot, start, stop)
+        except COPY_ERRORS:
+            return
         if block.nbytes > self._budget:
             return
         self._blocks[key] = block

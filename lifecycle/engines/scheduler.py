@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from itertools import chain
 from math import inf
 
-from lifecycle.engines.backend import CacheBackend, Row
+from lifecycle.engines.backend import COPY_ERRORS, Block, CacheBackend, Row
 from lifecycle.engines.line import WaitingLine
 from lifecycle.engines.state import GRAIN, RequestState
 
@@ -161,8 +161,11 @@ class Scheduler:
         self.running[state.request.id] = state
         if self._parked.pop(state.request.id, None) is not None:
             assert self._cache is not None and state.parked is not None
-            self._cache.write_cache(state.slot, 0, state.parked)
-            state.parked = None
+            try:
+                self._cache.write_cache(state.slot, 0, state.parked)
+                state.parked = None
+            except COPY_ERRORS:
+                state.recompute()
 
     def _has_room(self, state: RequestState) -> bool:
         """Whether `state` goes into the cache beside the prompts that are in slots, with some room to
@@ -206,13 +209,22 @@ class Scheduler:
         self.num_preemptions += 1
         del self.running[state.request.id]
         state.draft.clear()
-        if park and self._cache is not None and state.num_computed:
-            state.parked = self._cache.read_cache(state.slot, 0, state.num_computed)
+        state.parked = self._copy(state) if park else None
+        if state.parked is not None:
             self._parked[state.request.id] = state
         else:
             state.recompute()
         self._release(state)
         self.waiting.push(state)
+
+    def _copy(self, state: RequestState) -> Block | None:
+        """What the cache holds for a request, if it can be copied."""
+        if self._cache is None or not state.num_computed:
+            return None
+        try:
+            return self._cache.read_cache(state.slot, 0, state.num_computed)
+        except COPY_ERRORS:
+            return None
 
     def _release(self, state: RequestState) -> None:
         if self._cache is not None:

@@ -1,0 +1,33 @@
+"""A short soak of the real engine; `python -m benchmarks.soak` is the long one."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.soak import soak
+from benchmarks.watched import SoakError, Watched
+from lifecycle.engines.backend import Row
+from lifecycle.engines.ort import OnnxEngine
+from tests.engines.conftest import Model
+
+
+def test_no_request_is_lost_and_nothing_is_kept(stories: Model) -> None:
+    found = soak(stories.graph, 500, seed=1)
+    assert sum(found["ends"].values()) == 500
+    assert set(found["ends"]) == {"stop", "length", "cancelled", "timeout"}
+    assert found["compared"] > 20 and found["different"] == 0
+    # What it is about did happen.
+    for name in ("preemptions", "prefix_hit_tokens", "accepted_tokens"):
+        assert found[name] > 10, name
+
+
+def test_a_slot_in_two_hands_is_seen(stories: Model) -> None:
+    backend = OnnxEngine.open(stories.graph)._backend  # pyright: ignore[reportPrivateUsage]
+    watched = Watched(backend)  # type: ignore[arg-type]
+    watched.forward([Row(0, 0, [1, 2, 3], 1)])
+    with pytest.raises(SoakError, match=r"in two hands: \[0, 0\]"):
+        watched.forward([Row(0, 3, [4], 1), Row(0, 3, [5], 1)])
+    with pytest.raises(SoakError, match="slot 1 holds 0 tokens, 3 are taken"):
+        watched.forward([Row(1, 3, [4], 1)])
+    with pytest.raises(SoakError, match="slot 0 holds 3 tokens, 4 are taken"):
+        watched.copy_cache(0, 1, 4)
