@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lifecycle.engines.backend import Block, CacheBackend, Row
+from lifecycle.engines.base import AdapterWeights
 from lifecycle.engines.ort import OnnxEngine
 
 
@@ -74,13 +75,22 @@ class Watched:
         """As `CacheBackend.bytes_per_token`."""
         return self._backend.bytes_per_token
 
-    def load_adapter(self, folder: Path) -> int:
-        """As `Backend.load_adapter`."""
-        return self._backend.load_adapter(folder)
+    @property
+    def adapter_slots(self) -> int:
+        """As `Backend.adapter_slots`."""
+        return self._backend.adapter_slots
 
-    def unload_adapter(self, slot: int) -> None:
+    def read_adapter(self, folder: Path) -> AdapterWeights:
+        """As `Backend.read_adapter`."""
+        return self._backend.read_adapter(folder)
+
+    def load_adapter(self, weights: AdapterWeights) -> int:
+        """As `Backend.load_adapter`."""
+        return self._backend.load_adapter(weights)
+
+    def unload_adapter(self, number: int) -> None:
         """As `Backend.unload_adapter`."""
-        self._backend.unload_adapter(slot)
+        self._backend.unload_adapter(number)
 
     def close(self) -> None:
         """As `Backend.close`."""

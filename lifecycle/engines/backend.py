@@ -84,6 +84,22 @@ class Backend(Protocol):
 
 
 @runtime_checkable
+class HiddenBackend(Backend, Protocol):
+    """A backend that gives what a model makes of a text before its output head."""
+
+    hidden_size: int
+
+    def hidden_states(self, rows: Sequence[Row]) -> NDArray[np.float32]:
+        """As `forward`, with the normed hidden states, [L, hidden_size], in place of logits; rows have
+        no adapter.
+
+        Raises:
+            EngineError: the model was exported without them, or the runtime failed.
+        """
+        ...
+
+
+@runtime_checkable
 class CacheBackend(Backend, Protocol):
     """A backend whose cache can be copied by ranges of tokens, and that takes rows which begin before
     the end of what their slot holds: what stands behind is forgotten. Copies may raise `COPY_ERRORS`."""

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from lifecycle.engines.beams import Beam, BeamParams
+    from lifecycle.engines.embeddings import Pooling
 
 LONGEST_REPEAT = 64
 """Tokens of a repetition that DRY looks at."""
@@ -397,6 +398,23 @@ class Engine(ABC):
             RequestError: as `generate`, or a parameter means nothing to a beam search, or there are
                 fewer slots, or less of the cache, than the beams take.
             EngineError: as `generate`, or no adapter of this name is loaded.
+        """
+
+    @abstractmethod
+    def embed(
+        self,
+        prompts: Sequence[Sequence[int]],
+        pooling: Pooling = "mean",
+        normalize: bool = True,
+    ) -> NDArray[np.float32]:
+        """A vector for each prompt, [n, hidden_size], from the states that the output head reads: their
+        mean over all tokens, those of the last token, or those of the first ("cls"), to which a decoder
+        shows nothing else; of length 1 if normalised. Without any adapter loaded for requests. Needs an
+        idle engine.
+
+        Raises:
+            RequestError: a prompt is empty or too long, or there is no such pooling.
+            EngineError: as `generate`, or the model was exported without hidden states.
         """
 
     @abstractmethod

@@ -31,6 +31,7 @@ from lifecycle.engines.base import (
 from lifecycle.engines.beam_slots import run_searches
 from lifecycle.engines.beams import Beam, BeamParams, start_searches
 from lifecycle.engines.draft_model import Draft, DraftModel
+from lifecycle.engines.embeddings import Pooling, embed_texts
 from lifecycle.engines.limits import check_request, check_tokens
 from lifecycle.engines.pace import Pace
 from lifecycle.engines.prefix_cache import PrefixCache
@@ -280,6 +281,22 @@ class BatchedEngine(Engine):
         searches = start_searches(self, prompts, params, beams)
         run_searches(searches, beams.num_beams, self._room(adapter), on_done)
         return [search.finished for search in searches]
+
+    def embed(
+        self,
+        prompts: Sequence[Sequence[int]],
+        pooling: Pooling = "mean",
+        normalize: bool = True,
+    ) -> NDArray[np.float32]:
+        self._require_idle()
+        most, vocab_size = self.max_model_len, self.vocab_size
+        texts: list[list[int]] = []
+        for number, prompt in enumerate(prompts):
+            try:
+                texts.append(check_tokens(prompt, most=most, vocab_size=vocab_size))
+            except RequestError as error:
+                raise RequestError(f"prompt {number}: {error}") from None
+        return embed_texts(texts, pooling, normalize, self._room())
 
     def close(self) -> None:
         if self._is_open:

@@ -26,6 +26,9 @@ rounded before they are attended to, so what a text gives does not depend on how
 
 Outputs: `logits` float32 [L, vocab_size]; `present.{i}.key`, `.value`, which may be bound
 to the memory of the past.
+
+A folder may have a second graph over the same weights, `hidden.onnx`: it has no output head, and gives
+`hidden_states` float32 [L, hidden_size], normed, in place of `logits`.
 """
 
 from __future__ import annotations
@@ -39,6 +42,7 @@ from lifecycle.errors import EngineError
 
 FILE = "decoder.json"
 GRAPH = "model.onnx"
+HIDDEN_GRAPH, HIDDEN_STATES = "hidden.onnx", "hidden_states"
 WEIGHTS = "model.onnx.data"
 FORMAT = 2
 

@@ -21,7 +21,7 @@ from lifecycle.engines.adapters import AdapterLayout
 from lifecycle.engines.backend import Block, Row
 from lifecycle.engines.base import AdapterWeights, EngineOptions
 from lifecycle.engines.batched import BatchedEngine
-from lifecycle.engines.decoder import GRAPH, DecoderInfo
+from lifecycle.engines.decoder import GRAPH, HIDDEN_GRAPH, HIDDEN_STATES, DecoderInfo
 from lifecycle.engines.draft_model import Draft
 from lifecycle.engines.draft_pair import check_pair
 from lifecycle.engines.layout import MIN_WIDTH, Inputs, advance, pack
@@ -85,11 +85,13 @@ class OrtBackend:
         self._open_graph = open_graph
         self._layout = layout
         self._max_model_len = max_model_len
-        self._vocab_size = info.vocab_size
         self._long_offset = info.max_position_embeddings if info.long_context else 0
-        self._graph: _Graph | None = _Graph(open_graph(GRAPH, {}))
+        self._graph: _Graph | None = _Graph(open_graph(GRAPH, {}), "logits", info.vocab_size)
         self._adapted: _Graph | None = None
         """The graph with slots, once an adapter has been read."""
+        self._hidden: _Graph | None = None
+        """The graph without a head, once hidden states have been asked for."""
+        self.hidden_size = info.hidden_size
         self._bank: AdapterBank | None = None
         self._opening = Lock()
         """Of the two: whoever reads the first adapter makes them."""
@@ -110,21 +112,32 @@ class OrtBackend:
         """What the last step was bound to: its graph, slots and adapters."""
 
     def forward(self, rows: Sequence[Row]) -> NDArray[np.float32]:
+        return self._run(rows)
+
+    def hidden_states(self, rows: Sequence[Row]) -> NDArray[np.float32]:
+        if self._hidden is None:
+            session = self._open_graph(HIDDEN_GRAPH, {})
+            self._hidden = _Graph(session, HIDDEN_STATES, self.hidden_size)
+        return self._run(rows, self._hidden)
+
+    def _run(self, rows: Sequence[Row], graph: _Graph | None = None) -> NDArray[np.float32]:
+        """What a graph makes of rows; None takes the one that their adapters need."""
         try:
-            return self._forward(rows)
+            return self._compute(rows, graph)
         except Exception as error:
             # Whatever it failed at, the next step binds its inputs anew.
             self._step = None
             text = str(error) or "no memory for the step"
             raise EngineError(f"ONNX Runtime failed: {text}") from error
 
-    def _forward(self, rows: Sequence[Row]) -> NDArray[np.float32]:
-        decodes = all(len(row.tokens) == row.num_logits == 1 for row in rows)
+    def _compute(self, rows: Sequence[Row], graph: _Graph | None) -> NDArray[np.float32]:
         entries = None
-        if self._bank is not None and any(row.adapter for row in rows):
-            entries = self._bank.select(rows)
-        graph = self._graph if entries is None else self._adapted
+        if graph is None:
+            if self._bank is not None and any(row.adapter for row in rows):
+                entries = self._bank.select(rows)
+            graph = self._graph if entries is None else self._adapted
         assert graph is not None
+        decodes = all(len(row.tokens) == row.num_logits == 1 for row in rows)
         binding = self._binding(graph, 1 + max(row.slot for row in rows), entries)
         step = (binding, [(row.slot, row.adapter) for row in rows]) if decodes else None
         if decodes and step == self._step:
@@ -136,9 +149,9 @@ class OrtBackend:
             for name in graph.step_inputs & self._inputs.keys():
                 binding.binding.bind_cpu_input(name, self._inputs[name])
         self._step = step
-        logits = binding.fetch(len(self._inputs["logit_index"]))
+        found = binding.fetch(len(self._inputs["logit_index"]))
         graph.session.run_with_iobinding(binding.binding)
-        return logits
+        return found
 
     @property
     def adapter_slots(self) -> int:
@@ -150,12 +163,14 @@ class OrtBackend:
                 "this model has no adapter slots: export it with adapters, such as "
                 "{slots: 8, rank: 16}, or merge the adapter"
             )
+        assert self._graph is not None
         with self._opening:
             if self._bank is None:
                 self._bank = AdapterBank(self._layout)
             weights = read_weights(folder, self._layout)
             if self._adapted is None:
-                self._adapted = _Graph(self._open_graph(ADAPTED, self._layout.shapes()))
+                session = self._open_graph(ADAPTED, self._layout.shapes())
+                self._adapted = _Graph(session, "logits", self._graph.width)
         return weights
 
     def load_adapter(self, weights: AdapterWeights) -> int:
@@ -183,7 +198,7 @@ class OrtBackend:
         self.cache.forget(slot, before)
 
     def close(self) -> None:
-        self._graph = self._adapted = self._bank = self._step = None
+        self._graph = self._adapted = self._hidden = self._bank = self._step = None
         self.cache.clear()
 
     def _binding(self, graph: _Graph, num_rows: int, entries: range | None) -> _Binding:
@@ -192,7 +207,7 @@ class OrtBackend:
         if key not in graph.bindings:
             if len(graph.bindings) >= _MAX_BINDINGS:
                 graph.bindings.clear()
-            binding = _Binding(graph.session, self.cache.rows(num_rows), self._vocab_size)
+            binding = _Binding(graph, self.cache.rows(num_rows))
             if self._bank is not None and entries is not None:
                 binding.bind(self._bank.weights(entries))
             graph.bindings[key] = binding
@@ -208,8 +223,13 @@ def _backend(
     layout: AdapterLayout | None = None,
 ) -> OrtBackend:
     def open_graph(name: str, more: Mapping[str, Sequence[int]]) -> ort.InferenceSession:
+        output = (HIDDEN_STATES, info.hidden_size) if name == HIDDEN_GRAPH else None
+        if output and not (path / name).is_file():
+            raise EngineError(
+                f"{path} gives no hidden states: export the model with hidden_states: true"
+            )
         session = open_session(path / name, providers or info.providers, options.threads)
-        check_signature(session, info, path / name, more)
+        check_signature(session, info, path / name, more, output)
         return session
 
     return OrtBackend(open_graph, info, options, max_model_len, layout)
@@ -236,27 +256,24 @@ def _draft(
 class _Graph:
     """A session, and what it has been bound to by rows and adapters."""
 
-    def __init__(self, session: ort.InferenceSession) -> None:
-        self.session = session
+    def __init__(self, session: ort.InferenceSession, output: str, width: int) -> None:
+        """`output` is what it gives besides its cache, [L, width]."""
+        self.session, self.output, self.width = session, output, width
         self.step_inputs = {i.name for i in session.get_inputs()}
         self.bindings: dict[tuple[int, range | None], _Binding] = {}
 
 
 class _Binding:
-    """The cache and the logits of steps over so many slots, bound once."""
+    """The cache and the output of steps over so many slots, bound once."""
 
-    def __init__(
-        self,
-        session: ort.InferenceSession,
-        cache: dict[str, NDArray[Any]],
-        vocab_size: int,
-    ) -> None:
-        self.binding = ort.IOBinding(session)
+    def __init__(self, graph: _Graph, cache: dict[str, NDArray[Any]]) -> None:
+        self.binding = ort.IOBinding(graph.session)
+        self._output = graph.output
         for name, array in cache.items():
             value = ort.OrtValue.ortvalue_from_numpy(array)
             self.binding.bind_ortvalue_input(name, value)
             self.binding.bind_ortvalue_output(present_name(name), value)
-        self._logits = np.empty((0, vocab_size), np.float32)
+        self._found = np.empty((0, graph.width), np.float32)
         self._bound_rows = -1
 
     def bind(self, weights: Mapping[str, NDArray[np.float32]]) -> None:
@@ -265,12 +282,12 @@ class _Binding:
             self.binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
 
     def fetch(self, count: int) -> NDArray[np.float32]:
-        """Where the next run writes `count` rows of logits."""
-        if count > len(self._logits):
-            self._logits = np.empty((count, self._logits.shape[1]), np.float32)
-        logits = self._logits[:count]
+        """Where the next run writes `count` rows of its output."""
+        if count > len(self._found):
+            self._found = np.empty((count, self._found.shape[1]), np.float32)
+        found = self._found[:count]
         if count != self._bound_rows:
             self._bound_rows = count
-            address = logits.ctypes.data
-            self.binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, address)
-        return logits
+            address = found.ctypes.data
+            self.binding.bind_output(self._output, "cpu", 0, np.float32, found.shape, address)
+        return found

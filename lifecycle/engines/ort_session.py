@@ -84,9 +84,11 @@ def check_signature(
     info: DecoderInfo,
     graph: Path,
     more: Mapping[str, Sequence[int]] | None = None,
+    output: tuple[str, int] | None = None,
 ) -> None:
     """Compare the inputs and outputs of a graph with its description; `more` inputs, by the last
-    two of their dimensions, belong to its adapter slots.
+    two of their dimensions, belong to its adapter slots. `output` is what it gives besides its cache, and how wide that is;
+    by default logits.
 
     Raises:
         EngineError: names the first tensor that is missing, unknown or of another shape.
@@ -102,15 +104,16 @@ def check_signature(
     more = more or {}
     slots = {TOKENS, PLACES, *more} if more else set[str]()
     wrong = {*STEP_INPUTS, *cache, *slots} ^ (inputs.keys() - {"position_ids"})
-    wrong |= {"logits", *map(present_name, cache)} ^ outputs.keys()
+    name, width = output or ("logits", info.vocab_size)
+    wrong |= {name, *map(present_name, cache)} ^ outputs.keys()
     wrong |= {
         name
         for name in inputs.keys() & set(cache)
         if inputs[name][::2] != (cache_type, info.num_kv_heads, info.cache_width)
     }
     wrong |= {n for n in inputs.keys() & more.keys() if inputs[n][2:] != tuple(more[n])}
-    if outputs.get("logits", [info.vocab_size])[-1] != info.vocab_size:
-        wrong.add("logits")
+    if outputs.get(name, [width])[-1] != width:
+        wrong.add(name)
     if wrong:
         raise EngineError(
             f"{graph} does not match decoder.json: see its tensor '{min(wrong)}'; "

@@ -63,11 +63,16 @@ class TorchBackend:
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
         self._cache_argument = _cache_argument(model)
+        config: Any = model.config
+        self.hidden_size: int = config.hidden_size
         self._make_long_frequencies()
         self._caches: dict[int, DynamicCache] = {}
 
     def forward(self, rows: Sequence[Row]) -> NDArray[np.float32]:
-        return np.concatenate([self._row(row) for row in rows])
+        return np.concatenate([self._logits(row) for row in rows])
+
+    def hidden_states(self, rows: Sequence[Row]) -> NDArray[np.float32]:
+        return np.concatenate([self._hidden(row) for row in rows])
 
     @property
     def adapter_slots(self) -> int:
@@ -97,26 +102,34 @@ class TorchBackend:
             if beyond and getattr(module, "rope_type", None) == "longrope":
                 module(torch.zeros(1), position_ids=torch.tensor([[beyond]]))
 
+    def _logits(self, row: Row) -> NDArray[np.float32]:
+        # 0 would mean all of them.
+        output = self._run(self._model, row, logits_to_keep=max(row.num_logits, 1))
+        return output.logits[0, : row.num_logits].float().numpy()
+
+    def _hidden(self, row: Row) -> NDArray[np.float32]:
+        output = self._run(self._model.base_model, row)
+        return output.last_hidden_state[0, len(row.tokens) - row.num_logits :].float().numpy()
+
     @torch.inference_mode()
-    def _row(self, row: Row) -> NDArray[np.float32]:
-        model: Any = self._model
+    def _run(self, module: Any, row: Row, **options: int) -> Any:
+        """What a module, the model or its inner one, makes of a row."""
+        config = self._model.config
         if row.start == 0:
-            self._caches[row.slot] = DynamicCache(config=model.config)
+            self._caches[row.slot] = DynamicCache(config=config)
         elif (beyond := self._caches[row.slot].get_seq_length() - row.start) > 0:
             self._caches[row.slot].crop(-beyond)
-        rotation = _rotated_as_long(model.config) if row.is_long else nullcontext()
+        rotation = _rotated_as_long(config) if row.is_long else nullcontext()
         try:
             with rotation:
-                output = model(
+                return module(
                     input_ids=torch.tensor([row.tokens]),
                     **{self._cache_argument: self._caches[row.slot]},
                     use_cache=True,
-                    # 0 would mean all of them.
-                    logits_to_keep=max(row.num_logits, 1),
+                    **options,
                 )
         except RuntimeError as error:
             raise EngineError(f"PyTorch failed: {error}") from error
-        return output.logits[0, : row.num_logits].float().numpy()
 
 
 def _draft(path: Path, config: Any, options: EngineOptions, max_model_len: int) -> Draft | None:

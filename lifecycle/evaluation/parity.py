@@ -49,6 +49,21 @@ def measure_parity(model: Path, graph: Path) -> dict[str, float]:
         engine.close()
 
 
+def measure_hidden(model: Path, graph: Path) -> float:
+    """The same distance of the hidden states' means, of texts that run together and in chunks. `graph`
+    must have hidden states."""
+    from lifecycle.engines.pytorch import TorchEngine
+
+    texts = _texts(DecoderInfo.load(graph))
+    means: list[NDArray[np.float32]] = []
+    # One after the other, or both models would be in memory.
+    for open_engine in (lambda: TorchEngine.open(model), lambda: _open(graph, _CHUNK)):
+        engine = open_engine()
+        means.append(engine.embed(texts, normalize=False))
+        engine.close()
+    return _distance(means[1:], means[:1])
+
+
 def measure_adapters(model: Path, graph: Path) -> float:
     """The same distance where the texts of a batch have different random adapters, the last one
     none, at different speeds; and where each is alone, chunk by chunk. The reference is PEFT's.
@@ -108,13 +123,15 @@ def _reference(model: Path, texts: Sequence[list[int]]) -> list[Logits]:
         engine.close()
 
 
-def _open(graph: Path) -> BatchedEngine:
+def _open(graph: Path, chunk: int = max(_LENGTHS)) -> BatchedEngine:
     from lifecycle.engines.ort import OnnxEngine
 
     info = DecoderInfo.load(graph)
     room = min(info.max_position_embeddings, max(_LENGTHS))
     providers = ["CPUExecutionProvider"] if missing_providers(graph) else info.providers
-    return OnnxEngine.open(graph, EngineOptions(len(_LENGTHS) + 1, room, max(_LENGTHS)), providers)
+    return OnnxEngine.open(
+        graph, EngineOptions(len(_LENGTHS) + 1, room, prefill_chunk=chunk), providers
+    )
 
 
 def missing_providers(graph: Path) -> list[str]:

@@ -14,6 +14,7 @@ import onnx_ir as ir
 from lifecycle.engines import adapters
 from lifecycle.engines.adapters import AdapterLayout, Module, Product
 from lifecycle.engines.decoder import GRAPH
+from lifecycle.graph.hidden import save_hidden, take_hidden
 from lifecycle.graph.nodes import IR_VERSION, GraphNodes, save_model
 
 _PREFIX = "adapters."
@@ -77,12 +78,15 @@ def graph_file(folder: Path) -> str:
 
 
 def save_graphs(graph: ir.Graph, folder: Path, ir_version: int = IR_VERSION) -> None:
-    """Write `model.onnx`, and before it `adapters.onnx` if the graph has slots. `graph` loses
-    them."""
+    """Write `model.onnx`, before it `adapters.onnx` if the graph has slots, and behind it `hidden.onnx`
+    if it gives hidden states. `graph` loses them."""
+    hidden_size = take_hidden(graph)
     if any(value.name == adapters.TOKENS for value in graph.inputs):
         save_model(graph, folder / adapters.GRAPH, ir_version)
         _remove_slots(graph)
     save_model(graph, folder / GRAPH, ir_version)
+    if hidden_size is not None:
+        save_hidden(graph, hidden_size, folder, ir_version)
 
 
 def _remove_slots(graph: ir.Graph) -> None:

@@ -14,6 +14,7 @@ from lifecycle.engines.adapters import AdapterLayout
 from lifecycle.graph.adapters import AdapterSlots
 from lifecycle.graph.attention import FLOAT, INT32, INT64, AttentionBuilder, StepInputs
 from lifecycle.graph.feed_forward import feed_forward
+from lifecycle.graph.hidden import WANTED, read_hidden
 from lifecycle.graph.nodes import GraphNodes
 from lifecycle.graph.parts import Parts
 from lifecycle.graph.spec import DecoderSpec
@@ -28,15 +29,19 @@ def build_decoder(
     weights: WeightFile,
     target: Target,
     slots: tuple[int, int] | None = None,
+    hidden_states: bool = False,
 ) -> tuple[ir.Graph, AdapterLayout | None]:
     """The graph that `lifecycle.engines.decoder` describes; with `slots`, a number of LoRA adapters
-    and their rank, that of `lifecycle.engines.adapters`.
+    and their rank, that of `lifecycle.engines.adapters`; with `hidden_states`, one that gives them too.
 
     Raises:
         CheckpointError: a tensor is missing or of another shape than the spec says.
     """
     builder = _DecoderBuilder(spec, source, weights, target, slots)
-    return builder.build(), builder.slots.layout if builder.slots else None
+    graph = builder.build()
+    if hidden_states:
+        read_hidden(builder.g, spec.hidden_size)
+    return graph, builder.slots.layout if builder.slots else None
 
 
 class _DecoderBuilder:
@@ -138,7 +143,7 @@ class _DecoderBuilder:
     def _head(self, normed: ir.Value, embedding: ir.Value, logit_index: ir.Value) -> None:
         """The logits of the wanted tokens, [L, vocab]."""
         g, spec, cap = self.g, self.spec, self.spec.logit_softcap
-        wanted = g.node("Gather", "wanted", normed, logit_index)
+        wanted = g.node("Gather", WANTED, normed, logit_index)
         # Before the product: the hidden states are narrower than the logits.
         wanted = self.parts.scaled("wanted.scaled", wanted, spec.logit_scale / (cap or 1))
         head = embedding if spec.tied_embeddings else g.initializer(self.source.head())

@@ -27,12 +27,15 @@ def export_decoder(
     target: Target,
     on_write: Callable[[int, int], None] | None = None,
     slots: tuple[int, int] | None = None,
+    *,
+    hidden_states: bool = False,
 ) -> DecoderInfo:
     """Write `model.onnx`, `model.onnx.data` and `decoder.json` of the model in `source`.
 
     Weights are float32. Memory stays at a few blocks of `safetensors_file.BLOCK` elements, whatever
     the size of the model. `on_write(bytes, all)` follows the writing of the weights. `slots` is a
-    number of LoRA adapters and their rank; there are then `adapters.onnx` and `adapters.json` too.
+    number of LoRA adapters and their rank; there are then `adapters.onnx` and `adapters.json` too; with
+    `hidden_states` there is `hidden.onnx`.
 
     Raises:
         UnsupportedArchitectureError: the graph builder does not know the architecture.
@@ -48,7 +51,7 @@ def export_decoder(
         tensors = TensorSource(spec, checkpoint, weights)
         if spec.tied_embeddings:
             tensors.require_tied()
-        graph, layout = build_decoder(spec, tensors, weights, target, slots)
+        graph, layout = build_decoder(spec, tensors, weights, target, slots, hidden_states)
     tensors.require_all_read()
     save_graphs(graph, out)
     if layout is not None:

@@ -14,8 +14,10 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from lifecycle.engines.decoder import HIDDEN_GRAPH, DecoderInfo
 from lifecycle.engines.limits import usable_cores
 from lifecycle.graph.adapters import graph_file
+from lifecycle.graph.hidden import read_hidden
 from lifecycle.graph.nodes import MICROSOFT, GraphNodes
 from lifecycle.graph.weights import WeightFile, move_weights
 
@@ -83,6 +85,8 @@ class GraphRewrite:
         model = ir.load(folder / graph_file(folder))
         self.graph, self.ir_version = model.graph, model.ir_version
         self.graph.opset_imports.setdefault(MICROSOFT, 1)
+        if (folder / HIDDEN_GRAPH).is_file():
+            read_hidden(GraphNodes(self.graph), DecoderInfo.load(folder).hidden_size)
         self._weights = weights
         self.folder = folder
         self.quantized_elements = 0

@@ -53,6 +53,9 @@ class Export(Stage):
     adapters: AdapterSlots | None = None
     """Slots for LoRA adapters; null exports none. Steps without an adapter run the same graph as
     without slots."""
+    hidden_states: bool = False
+    """Write `hidden.onnx` too, the graph without its output head, which embeddings are made with; the
+    weights are shared."""
     parity: float = Field(1e-4, gt=0)
     """Most that a logit may differ from PyTorch's, as a part of the largest one, however a text
     is fed: at once, in chunks, among others, or with a part of it taken back."""
@@ -77,7 +80,10 @@ class Export(Stage):
         started = time.perf_counter()
         ctx.progress.phase("weights, bytes")
         slots = (self.adapters.slots, self.adapters.rank) if self.adapters else None
-        info = export_decoder(model.path, ctx.out, self.target, ctx.progress.update, slots)
+        info = export_decoder(
+            *(model.path, ctx.out, self.target, ctx.progress.update, slots),
+            hidden_states=self.hidden_states,
+        )
         check_graph(ctx.out)
         for name in COMPANIONS:
             if (model.path / name).is_file():
@@ -94,7 +100,12 @@ class Export(Stage):
         if self.no_parity is not None:
             ctx.progress.log(f"not compared with PyTorch: {self.no_parity}")
             return {"no_parity": self.no_parity}
-        from lifecycle.evaluation.parity import measure_adapters, measure_parity, missing_providers
+        from lifecycle.evaluation.parity import (
+            measure_adapters,
+            measure_hidden,
+            measure_parity,
+            missing_providers,
+        )
 
         ctx.progress.phase("comparing with PyTorch")
         if missing := missing_providers(ctx.out):
@@ -102,6 +113,8 @@ class Export(Stage):
         found = measure_parity(model.path, ctx.out)
         if self.adapters is not None:
             found["adapters"] = measure_adapters(model.path, ctx.out)
+        if self.hidden_states:
+            found["hidden states"] = measure_hidden(model.path, ctx.out)
         worst = max(found.values())
         if worst > self.parity:
             ways = ", ".join(f"{name} {value:.2g}" for name, value in found.items())

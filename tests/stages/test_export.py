@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from lifecycle.engines.adapters import AdapterLayout
+from lifecycle.engines.ort import OnnxEngine
 from lifecycle.errors import StageError
 from lifecycle.evaluation.parity import measure_parity
 from lifecycle.graph.export import export_decoder
@@ -106,4 +107,26 @@ def test_slots_that_differ_are_no_artifact(
     monkeypatch.setattr("lifecycle.engines.peft.PeftFolder._scale", lambda *_: 1.0)
     stage = Export.model_validate({"model": "base", "adapters": {"slots": 1, "rank": 4}})
     with pytest.raises(StageError, match=r"differ by .*adapters"):
+        run_stage(stage, base=base)
+
+
+def test_hidden_states_are_exported_compared_and_kept(base: HfModel, run_stage: RunStage) -> None:
+    made = run_stage(
+        Export.model_validate({"model": "base", "hidden_states": True, "parity": 1e-5}), base=base
+    )
+    assert "hidden.onnx" in {entry.path for entry in made.files}
+    settings = {"model": "onnx", "scheme": "int8-rowwise"}
+    quantized = run_stage(Quantize.model_validate(settings), onnx=made)
+    assert OnnxEngine.open(quantized.path).embed([[5, 6, 7]]).shape == (1, 64)
+
+
+def test_hidden_states_that_differ_are_no_artifact(
+    base: HfModel, run_stage: RunStage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Read before the last norm, for one."""
+    from lifecycle.graph import hidden
+
+    monkeypatch.setattr(hidden, "WANTED", "embed_tokens")
+    stage = Export.model_validate({"model": "base", "hidden_states": True})
+    with pytest.raises(StageError, match=r"differ by .*hidden states"):
         run_stage(stage, base=base)
