@@ -58,10 +58,9 @@ class AdapterToy(ToyBackend):
     def _row(self, row: Row) -> NDArray[np.float32]:
         seed = self.loaded[row.adapter]
         marked = row._replace(tokens=[token + seed * VOCAB for token in row.tokens])
-        logits = super()._row(marked)
-        text = self.texts[row.slot]
+        text = self.extend(marked)
         assert {token // VOCAB for token in text} == {seed}, "computed with another adapter"
-        logits[:] = 0
+        logits = np.zeros((row.num_logits, VOCAB), np.float32)
         plain = [token % VOCAB for token in text]
         for back in range(row.num_logits):
             logits[-1 - back, _next(plain[: len(plain) - back], seed)] = 1.0

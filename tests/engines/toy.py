@@ -62,7 +62,8 @@ class ToyBackend:
         assert rows and len({row.slot for row in rows}) == len(rows), "a slot is shared"
         return np.concatenate([self._row(row) for row in rows])
 
-    def _row(self, row: Row) -> NDArray[np.float32]:
+    def extend(self, row: Row) -> list[int]:
+        """The text of a slot with the tokens of a row."""
         if row.start == 0:
             self.texts[row.slot] = []
         text = self.texts[row.slot]
@@ -70,6 +71,10 @@ class ToyBackend:
         del text[row.start :]
         assert len(row.tokens) > 0
         text += row.tokens
+        return text
+
+    def _row(self, row: Row) -> NDArray[np.float32]:
+        text = self.extend(row)
         logits = np.zeros((row.num_logits, VOCAB), dtype=np.float32)
         for back in range(row.num_logits):
             logits[-1 - back, guessed_token(text[: len(text) - back], self.agreement)] = 1.0
