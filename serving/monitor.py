@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from math import inf
 
-from lifecycle.engines.base import EngineStats, Event, FinishReason, Request
+from lifecycle.engines.base import Event, FinishReason, Request
+from lifecycle.engines.stats import EngineStats
 from serving.metrics import Family, Histogram, Sample, Type, write
 
 MAX_MODELS = 100

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from lifecycle.engines.beams import Beam, BeamParams
     from lifecycle.engines.embeddings import Pooling
+    from lifecycle.engines.stats import EngineStats
 
 LONGEST_REPEAT = 64
 """Tokens of a repetition that DRY looks at."""
@@ -190,36 +191,6 @@ class Score:
     """The sum over its tokens, natural logarithm."""
     is_greedy: bool
     """Whether each of its tokens is the most likely one of its place."""
-
-
-@dataclass(frozen=True, slots=True)
-class EngineStats:
-    """What an engine holds now, and what it has done since it was opened."""
-
-    num_running: int
-    num_waiting: int
-    cache_tokens: int
-    """Tokens whose keys and values are held for requests."""
-    cache_bytes: int
-    """What they take; 0 where the engine cannot tell."""
-    cache_capacity_bytes: int
-    """What they may take at most."""
-    prefix_bytes: int
-    """Held by the prefix cache."""
-    prefix_hit_tokens: int
-    prefix_query_tokens: int
-    """Tokens of prompts that were looked for."""
-    steps: int
-    prompt_tokens: int
-    """Computed, not found."""
-    generated_tokens: int
-    preemptions: int
-    draft_tokens: int
-    """Guessed, and computed with the token before them."""
-    accepted_tokens: int
-    """Of those, the ones that were right."""
-    draft_cache_bytes: int
-    """Taken by keys and values of the draft model."""
 
 
 @dataclass(frozen=True, slots=True)

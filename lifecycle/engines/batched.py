@@ -5,8 +5,7 @@ from __future__ import annotations
 
 import heapq
 import time
-from collections.abc import Callable, Collection, Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from math import inf
 from pathlib import Path
@@ -14,13 +13,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from lifecycle.engines import offline
 from lifecycle.engines.adapter_table import AdapterTable
 from lifecycle.engines.backend import COPY_ERRORS, Backend, CacheBackend, Row
 from lifecycle.engines.base import (
     AdapterWeights,
     Engine,
     EngineOptions,
-    EngineStats,
     Event,
     FinishReason,
     Generation,
@@ -31,7 +30,7 @@ from lifecycle.engines.base import (
 from lifecycle.engines.beam_slots import run_searches
 from lifecycle.engines.beams import Beam, BeamParams, start_searches
 from lifecycle.engines.draft_model import Draft, DraftModel
-from lifecycle.engines.embeddings import Pooling, embed_texts
+from lifecycle.engines.embeddings import Pooling, check_texts, embed_texts
 from lifecycle.engines.limits import check_request, check_tokens
 from lifecycle.engines.pace import Pace
 from lifecycle.engines.prefix_cache import PrefixCache
@@ -41,6 +40,7 @@ from lifecycle.engines.scheduler import Batch, Scheduler
 from lifecycle.engines.slot_room import SlotRoom
 from lifecycle.engines.speculation import Speculation
 from lifecycle.engines.state import RequestState
+from lifecycle.engines.stats import EngineStats
 from lifecycle.errors import EngineError, RequestError
 
 _FORGET_EVERY = 256
@@ -230,12 +230,7 @@ class BatchedEngine(Engine):
         on_done: Callable[[int, int], None] | None = None,
     ) -> list[Generation]:
         self._require_idle()
-        if isinstance(params, SamplingParams):
-            params = [params] * len(prompts)
-        pairs = zip(prompts, params, strict=True)
-        requests = [Request(str(index), *pair) for index, pair in enumerate(pairs)]
-        with self._running(requests):
-            return self._run(len(prompts), on_done)
+        return offline.generate(self, prompts, params, on_done)
 
     def score(
         self,
@@ -243,30 +238,7 @@ class BatchedEngine(Engine):
         on_done: Callable[[int, int], None] | None = None,
     ) -> list[Score]:
         self._require_idle()
-        requests: list[Request] = []
-        for index, (context, continuation) in enumerate(pairs):
-            if not len(context) or not len(continuation):
-                empty = "continuation" if len(context) else "context"
-                raise RequestError(
-                    f"pair {index} has an empty {empty}; it needs at least one token"
-                )
-            params = SamplingParams(
-                max_tokens=0, prompt_logprobs=0, prompt_logprobs_from=len(context)
-            )
-            requests.append(Request(str(index), [*context, *continuation], params))
-        found: dict[int, Score] = {}
-        with self._running(requests):
-            while len(found) < len(requests):
-                for event in self.step():
-                    index = int(event.request_id)
-                    if event.finish_reason is FinishReason.ERROR:
-                        raise EngineError(f"pair {index}: {event.error}")
-                    parts = event.prompt_logprobs
-                    is_greedy = all(part.rank == 1 for part in parts)
-                    found[index] = Score(sum(part.logprob for part in parts), is_greedy)
-                    if on_done is not None:
-                        on_done(len(found), len(requests))
-        return [found[index] for index in range(len(requests))]
+        return offline.score(self, pairs, on_done)
 
     def beam_search(
         self,
@@ -289,13 +261,7 @@ class BatchedEngine(Engine):
         normalize: bool = True,
     ) -> NDArray[np.float32]:
         self._require_idle()
-        most, vocab_size = self.max_model_len, self.vocab_size
-        texts: list[list[int]] = []
-        for number, prompt in enumerate(prompts):
-            try:
-                texts.append(check_tokens(prompt, most=most, vocab_size=vocab_size))
-            except RequestError as error:
-                raise RequestError(f"prompt {number}: {error}") from None
+        texts = check_texts(prompts, most=self.max_model_len, vocab_size=self.vocab_size)
         return embed_texts(texts, pooling, normalize, self._room())
 
     def close(self) -> None:
@@ -317,26 +283,6 @@ class BatchedEngine(Engine):
             is_long=self._progress.is_long,
             adapter=self.adapter_number(adapter),
         )
-
-    def _run(self, total: int, on_done: Callable[[int, int], None] | None) -> list[Generation]:
-        """Step until the requests "0" to "total - 1" have ended."""
-        tokens: list[list[int]] = [[] for _ in range(total)]
-        logprobs: list[list[float]] = [[] for _ in range(total)]
-        ends: dict[int, FinishReason] = {}
-        while len(ends) < total:
-            for event in self.step():
-                index = int(event.request_id)
-                if event.finish_reason is FinishReason.ERROR:
-                    raise EngineError(f"prompt {index}: {event.error}")
-                if event.token_id is not None:
-                    tokens[index].append(event.token_id)
-                    if event.logprob is not None:
-                        logprobs[index].append(event.logprob)
-                if event.finish_reason is not None:
-                    ends[index] = event.finish_reason
-                    if on_done is not None:
-                        on_done(len(ends), total)
-        return [Generation(tuple(tokens[i]), ends[i], tuple(logprobs[i])) for i in range(total)]
 
     def _state(self, request: Request) -> RequestState:
         request = check_request(
@@ -368,19 +314,6 @@ class BatchedEngine(Engine):
             state.deadline = state.arrived + state.request.timeout
             heapq.heappush(self._deadlines, (state.deadline, state.request.id))
             self._forget_met_deadlines()
-
-    @contextmanager
-    def _running(self, requests: Sequence[Request]) -> Generator[None]:
-        """Inside, requests run; whatever happens, none is left behind."""
-        states = [self._state(request) for request in requests]
-        for state in states:
-            self._add(state)
-        try:
-            yield
-        finally:
-            for state in states:
-                if self._scheduler.find(state.request.id) is state:
-                    self._scheduler.remove(state)
 
     def _make_scheduler(self) -> Scheduler:
         reuse = self._prefixes.reuse if self._prefixes is not None else None

@@ -10,10 +10,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lifecycle.engines.backend import HiddenBackend, Row
+from lifecycle.engines.limits import check_tokens
 from lifecycle.engines.slot_room import SlotRoom
 from lifecycle.errors import EngineError, RequestError
 
 Pooling = Literal["mean", "last", "cls"]
+
+
+def check_texts(prompts: Sequence[Sequence[int]], *, most: int, vocab_size: int) -> list[list[int]]:
+    """The token ids of `prompts`.
+
+    Raises:
+        RequestError: one is empty or too long, or has a token that does not exist.
+    """
+    texts: list[list[int]] = []
+    for number, prompt in enumerate(prompts):
+        try:
+            texts.append(check_tokens(prompt, most=most, vocab_size=vocab_size))
+        except RequestError as error:
+            raise RequestError(f"prompt {number}: {error}") from None
+    return texts
 
 
 def embed_texts(

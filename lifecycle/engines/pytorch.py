@@ -29,6 +29,11 @@ from lifecycle.engines.draft_pair import check_pair
 from lifecycle.engines.limits import context_length
 from lifecycle.errors import CheckpointError, EngineError
 
+_NO_SLOTS = (
+    "the PyTorch engine runs the adapter beside its model and loads no others; export the model with "
+    "adapter slots"
+)
+
 
 class TorchEngine(BatchedEngine):
     """A Hugging Face folder, with its adapter if it has one, in float32 on the CPU."""
@@ -79,16 +84,13 @@ class TorchBackend:
         return 0
 
     def read_adapter(self, folder: Path) -> AdapterWeights:
-        raise EngineError(
-            "the PyTorch engine runs the adapter beside its model and loads no others; export the "
-            "model with adapter slots"
-        )
+        raise EngineError(_NO_SLOTS)
 
     def load_adapter(self, weights: AdapterWeights) -> int:
-        raise NotImplementedError
+        raise EngineError(_NO_SLOTS)
 
     def unload_adapter(self, number: int) -> None:
-        raise NotImplementedError
+        raise EngineError(_NO_SLOTS)
 
     def close(self) -> None:
         self._caches.clear()
