@@ -369,18 +369,19 @@ class BatchedEngine(Engine):
             self._scheduler.waiting.serve(state.request.tenant, count)
             if self._prefixes is not None:
                 self._prefixes.keep(state, row)
-            self._forget_old(state, count)
+            self._forget_old(state)
         self._steps += 1
         self._prompt_tokens += num_prompt
         self._pace.note(num_decode, num_prompt, seconds)
 
-    def _forget_old(self, state: RequestState, count: int) -> None:
+    def _forget_old(self, state: RequestState) -> None:
         """Give back the memory of what no token looks back on any more, now and then."""
         if self._window is None or self._cache is None:
             return
         before = state.num_computed - self._window
-        if before > 0 and state.num_computed % _FORGET_EVERY < count:
+        if before - state.num_forgotten >= _FORGET_EVERY:
             self._cache.forget(state.slot, before)
+            state.num_forgotten = before
 
     def _share(self, state: RequestState) -> list[RequestState]:
         """Take those that have the prompt which `state` has just finished to where it is."""

@@ -29,6 +29,8 @@ class RequestState:
     """Tokens to compute before the next one is chosen: the prompt, or more after `recompute`."""
     num_computed: int = 0
     """Tokens in the cache."""
+    num_forgotten: int = 0
+    """Of those, the first ones whose memory has been given back."""
     is_long: bool = False
     """Whether the text is beyond the model's first context (see `Row`)."""
     adapter: int = 0
@@ -84,7 +86,7 @@ class RequestState:
     def recompute(self) -> None:
         """Begin again with all tokens so far."""
         self.num_computed, self.num_prefill = 0, len(self.tokens)
-        self.num_cached = 0
+        self.num_cached = self.num_forgotten = 0
         self.prefix_keys.clear()
         self.draft.clear()
         self.parked = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ import pytest
 from numpy.typing import NDArray
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from lifecycle.engines import speculation
 from lifecycle.engines.backend import Row
 from lifecycle.engines.base import EngineOptions, Generation, Request, SamplingParams
 from lifecycle.engines.batched import BatchedEngine
@@ -148,6 +150,29 @@ def test_its_cache_is_counted_and_given_back(always: None) -> None:
         assert engine.stats.draft_cache_bytes == held * guesser.bytes_per_token
         most = max(most, held)
     assert most > 10 and engine.stats.draft_cache_bytes == 0
+
+
+def test_what_is_behind_the_window_is_given_back(
+    always: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where accepted guesses jump over the moment at which it is looked at."""
+    choose, steps = speculation.choose_lengths, itertools.count()
+
+    def now_and_then(*args: Any) -> tuple[list[int], float]:
+        lengths, saved = choose(*args)
+        return (lengths if next(steps) % 4 == 0 else [0] * len(lengths)), saved
+
+    monkeypatch.setattr(speculation, "choose_lengths", now_and_then)
+    draft = Draft(ToyBackend(), 1500)
+    engine = ToyEngine.make(1, 1500, sliding_window=40, draft=draft, draft_tokens=5)
+    engine.submit(Request("r", [5], SamplingParams(max_tokens=1400, ignore_eos=True)))
+    held = 0
+    while engine.num_running or engine.num_waiting:
+        if 0 in engine.backend.texts:
+            kept = len(engine.backend.texts[0]) - engine.backend.forgotten.get(0, 0)
+            held = max(held, kept)
+        engine.step()
+    assert 40 <= held < 40 + 256 + 2 * 6
 
 
 @pytest.fixture
