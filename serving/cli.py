@@ -82,6 +82,7 @@ def _open(args: argparse.Namespace) -> Service:
             kv_cache_bytes=None if args.kv_cache is None else args.kv_cache << 20,
             draft_tokens=args.draft_tokens,
             draft_model=args.draft_model,
+            packed_weights=args.packed_weights,
         ),
         name=args.served_model_name,
         max_queue=args.max_queue,

@@ -220,6 +220,10 @@ class EngineOptions:
     draft_model: Path | None = None
     """The folder of a smaller model with the same tokenizer, which guesses tokens where that is expected
     to save time. Its cache has the same slots, beside `kv_cache_bytes`."""
+    packed_weights: Path | None = None
+    """A folder that keeps weights as this machine's kernels want them, about twice the size of the model.
+    They are mapped from there: an engine opens sooner, and the processes and graphs of one model have them
+    in memory once. Only for graphs on the CPU, and no folder that others may write to."""
 
 
 class Engine(ABC):

@@ -228,7 +228,9 @@ def _backend(
             raise EngineError(
                 f"{path} gives no hidden states: export the model with hidden_states: true"
             )
-        session = open_session(path / name, providers or info.providers, options.threads)
+        session = open_session(
+            path / name, providers or info.providers, options.threads, options.packed_weights
+        )
         check_signature(session, info, path / name, more, output)
         return session
 
