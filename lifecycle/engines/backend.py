@@ -32,6 +32,8 @@ class Row(NamedTuple):
     """Whether the text is beyond the first context of a model that rotates such texts otherwise."""
     adapter: int = 0
     """The number of the adapter that the text is computed with; 0 is none."""
+    num_prompt: int = 0
+    """How many of `tokens`, the first ones, belong to the prompt; they may have a graph of their own."""
 
 
 class Backend(Protocol):

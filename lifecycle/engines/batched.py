@@ -60,12 +60,14 @@ class BatchedEngine(Engine):
         eos_token_ids: frozenset[int],
         long_context: int | None = None,
         sliding_window: int | None = None,
+        has_prompt_graph: bool = False,
         draft: Draft | None = None,
     ) -> None:
         """
         Args:
             long_context: texts of more tokens are long (see `Row.is_long`).
             sliding_window: tokens that every layer looks back on at most; None if some layer sees all.
+            has_prompt_graph: whether `backend` computes the tokens of prompts by a graph of their own.
             draft: a model that guesses; with one, `backend` takes rows that begin before the end of what
                 their slot holds also where its cache cannot be copied.
         """
@@ -78,7 +80,7 @@ class BatchedEngine(Engine):
         self._cache = backend if isinstance(backend, CacheBackend) else None
         self._window = sliding_window
         self._progress = Progress(eos_token_ids, max_model_len, long_context)
-        self._pace = Pace()
+        self._pace = Pace(has_prompt_graph=has_prompt_graph)
         if self._cache is None and draft is None:
             options = replace(options, draft_tokens=0)
         model = DraftModel(draft) if draft is not None else None

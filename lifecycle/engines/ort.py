@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import Any, Self
@@ -21,7 +22,13 @@ from lifecycle.engines.adapters import AdapterLayout
 from lifecycle.engines.backend import Block, Row
 from lifecycle.engines.base import AdapterWeights, EngineOptions
 from lifecycle.engines.batched import BatchedEngine
-from lifecycle.engines.decoder import GRAPH, HIDDEN_GRAPH, HIDDEN_STATES, DecoderInfo
+from lifecycle.engines.decoder import (
+    GRAPH,
+    HIDDEN_GRAPH,
+    HIDDEN_STATES,
+    PREFILL_GRAPH,
+    DecoderInfo,
+)
 from lifecycle.engines.draft_model import Draft
 from lifecycle.engines.draft_pair import check_pair
 from lifecycle.engines.layout import MIN_WIDTH, Inputs, advance, pack
@@ -33,6 +40,7 @@ from lifecycle.engines.ort_session import (
     open_session,
     present_name,
 )
+from lifecycle.engines.prompt_graph import run_parts
 from lifecycle.engines.slot_cache import SlotCache
 from lifecycle.errors import EngineError
 
@@ -63,6 +71,7 @@ class OnnxEngine(BatchedEngine):
             eos_token_ids=frozenset(info.eos_token_ids),
             long_context=info.long_context,
             sliding_window=info.sliding_window,
+            has_prompt_graph=info.prefill_scheme is not None,
             draft=_draft(path, info, options, max_model_len, providers),
         )
 
@@ -87,6 +96,9 @@ class OrtBackend:
         self._max_model_len = max_model_len
         self._long_offset = info.max_position_embeddings if info.long_context else 0
         self._graph: _Graph | None = _Graph(open_graph(GRAPH, {}), "logits", info.vocab_size)
+        self._prefill: _Graph | None = None
+        if info.prefill_scheme is not None:
+            self._prefill = _Graph(open_graph(PREFILL_GRAPH, {}), "logits", info.vocab_size)
         self._adapted: _Graph | None = None
         """The graph with slots, once an adapter has been read."""
         self._hidden: _Graph | None = None
@@ -112,7 +124,9 @@ class OrtBackend:
         """What the last step was bound to: its graph, slots and adapters."""
 
     def forward(self, rows: Sequence[Row]) -> NDArray[np.float32]:
-        return self._run(rows)
+        if self._prefill is None:
+            return self._run(rows)
+        return run_parts(rows, partial(self._run, graph=self._prefill), self._run)
 
     def hidden_states(self, rows: Sequence[Row]) -> NDArray[np.float32]:
         if self._hidden is None:
@@ -198,7 +212,8 @@ class OrtBackend:
         self.cache.forget(slot, before)
 
     def close(self) -> None:
-        self._graph = self._adapted = self._hidden = self._bank = self._step = None
+        self._graph = self._prefill = self._adapted = self._hidden = None
+        self._bank = self._step = None
         self.cache.clear()
 
     def _binding(self, graph: _Graph, num_rows: int, entries: range | None) -> _Binding:

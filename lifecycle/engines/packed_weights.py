@@ -103,12 +103,14 @@ def _place(graph: Path, folder: Path) -> Path:
     and another ONNX Runtime."""
     model = graph.parent.resolve()
     state = hashlib.sha256(f"{ort.__version__}\0{_processor()}".encode())
+    owner = hashlib.sha256(os.fsencode(model))
     for name in check_external_data(graph):
         found = (model / name).stat()
         state.update(f"\0{name}\0{found.st_size}\0{found.st_mtime_ns}\0{found.st_ino}".encode())
-    owner = hashlib.sha256(os.fsencode(model)).hexdigest()[:16]
+        owner.update(f"\0{name}".encode())
     content = hashlib.sha256(graph.read_bytes()).hexdigest()[:16]
-    return folder / f"{owner}-{state.hexdigest()[:16]}" / f"{graph.stem}-{content}.onnx"
+    entry = f"{owner.hexdigest()[:16]}-{state.hexdigest()[:16]}"
+    return folder / entry / f"{graph.stem}-{content}.onnx"
 
 
 def _processor() -> str:
@@ -126,7 +128,7 @@ def _make(graph: Path, kept: Path, options: Any) -> None:
     entry = kept.parent
     entry.mkdir(parents=True, exist_ok=True)
     for other in entry.parent.glob(f"{entry.name.partition('-')[0]}-*"):
-        # Of the same model, before it or the machine changed. Who has mapped it keeps it.
+        # Of the same weights, before it or the machine changed. Who has mapped it keeps it.
         if other != entry:
             shutil.rmtree(other, ignore_errors=True)
     for part in (kept, *entry.glob(f"{kept.stem}-*.data")):

@@ -111,4 +111,5 @@ class RequestState:
             tokens += self.draft
         first = max(self.first_logit, start)
         count = max(start + len(tokens) - first, 0)
-        return Row(self.slot, start, tokens, count, self.is_long, self.adapter)
+        num_prompt = min(max(self.num_prompt - start, 0), len(tokens))
+        return Row(self.slot, start, tokens, count, self.is_long, self.adapter, num_prompt)
