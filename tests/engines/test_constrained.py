@@ -25,6 +25,7 @@ from lifecycle.engines.grammar.compiler import Grammar, GrammarCompiler
 from lifecycle.engines.grammar.spec import GrammarSpec
 from lifecycle.engines.ort import OnnxEngine
 from lifecycle.errors import RequestError
+from tests.engines.clock import StepClock
 from tests.engines.conftest import Model
 from tests.engines.grammars import PERSON, compiler_of, encode
 from tests.engines.toy import EOS, VOCAB, ToyEngine
@@ -120,12 +121,13 @@ def test_a_constraint_that_fails_ends_its_request_alone() -> None:
     assert tokens_of(found["b"]) == plain
 
 
-def test_a_constraint_with_twins_drafts_and_preemption() -> None:
+def test_a_constraint_with_twins_drafts_and_preemption(monkeypatch: pytest.MonkeyPatch) -> None:
     """One prompt for several, each with its own constraint, through everything an engine does with them."""
     texts = [[n, 1, 2, 1, 2, 1, 2, n, EOS + 1] for n in range(3, 7)]
     engine = ToyEngine.make(
         max_num_seqs=2, max_model_len=24, draft_tokens=4, kv_cache_bytes=8 * 24, long_context=8
     )
+    StepClock(monkeypatch).times(engine.backend, 1.0)
     requests = [
         Request(str(n), [9, 9, 9, 9, 9], priority=-n, constraint=Recital(text, run=n % 3))
         for n, text in enumerate(texts)
@@ -196,13 +198,16 @@ def test_a_cut_answer_ends_by_length(made: Any, person: Grammar, stories: Model)
     assert len(tokens_of(events)) == 12 and events[-1].finish_reason is FinishReason.LENGTH
 
 
-def test_drafts_change_nothing(made: Any, person: Grammar, stories: Model) -> None:
+def test_drafts_change_nothing(
+    made: Any, person: Grammar, stories: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tokenizer, _ = made
     prompt = [1, *encode(tokenizer, '{"name":"a","age":1,"tags":["a","a","a"],"kind":"cat"}\n')]
     answers: list[list[list[int]]] = []
     for draft_tokens in (0, 4):
         options = EngineOptions(max_num_seqs=2, draft_tokens=draft_tokens)
         engine = OnnxEngine.open(stories.graph, options)
+        StepClock(monkeypatch).times(engine._backend, 1.0)
         found = finish(engine, *(request(person, prompt, seed) for seed in range(4)))
         answers.append([tokens_of(found[str(seed)]) for seed in range(4)])
         assert (engine.stats.draft_tokens > 0) == (draft_tokens > 0)
