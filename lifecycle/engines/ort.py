@@ -24,7 +24,7 @@ from lifecycle.engines.batched import BatchedEngine
 from lifecycle.engines.decoder import GRAPH, HIDDEN_GRAPH, HIDDEN_STATES, DecoderInfo
 from lifecycle.engines.draft_model import Draft
 from lifecycle.engines.draft_pair import check_pair
-from lifecycle.engines.layout import MIN_WIDTH, Inputs, advance, pack
+from lifecycle.engines.layout import Inputs, advance, pack
 from lifecycle.engines.limits import context_length
 from lifecycle.engines.ort_session import (
     CACHE_TYPES,
@@ -34,6 +34,7 @@ from lifecycle.engines.ort_session import (
     present_name,
 )
 from lifecycle.engines.slot_cache import SlotCache
+from lifecycle.engines.state import LONGEST_RUN
 from lifecycle.errors import EngineError
 
 _MAX_BINDINGS = 64
@@ -98,7 +99,7 @@ class OrtBackend:
         num_slots = options.max_num_seqs
         # The attention wants room for the whole width of a step behind every text, also behind
         # those that bring fewer tokens to it.
-        capacity = max_model_len + max(options.prefill_chunk, MIN_WIDTH)
+        capacity = max_model_len + max(options.prefill_chunk, LONGEST_RUN) + options.draft_tokens
         self.cache = SlotCache(
             cache_names(info),
             slots=num_slots,
