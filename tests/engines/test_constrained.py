@@ -117,7 +117,8 @@ def test_no_banned_token_is_forced() -> None:
     request = Request("a", [7], params, constraint=Recital([3, 4, 5, 6], run=3))
     events = finish(ToyEngine.make(), request)["a"]
     assert tokens_of(events) == [3, 4]
-    assert events[-1].finish_reason is FinishReason.ERROR and not events[-1].is_refused
+    assert events[-1].finish_reason is FinishReason.ERROR
+    assert events[-1].is_refused and "no token may come next" in events[-1].error
 
 
 def test_log_probabilities_are_those_of_the_model_for_every_token() -> None:
