@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -203,8 +204,30 @@ def test_hostile_patterns_cost_no_step_much(compiler: GrammarCompiler, pattern: 
             if constraint.is_complete:
                 constraint = grammar.constraint(frozenset({END}))
     except RequestError as error:
-        assert "outgrown its limits" in str(error)
+        assert "outgrown its limits" in str(error) or "too long to follow" in str(error)
     assert slowest < 0.25
+
+
+@pytest.mark.parametrize("milliseconds", [3, 30])
+def test_a_grammar_that_is_slow_to_follow_ends_its_answer(
+    compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch, milliseconds: int
+) -> None:
+    """By a clock that goes on with each call: a mask, a token and a look for forced ones take three ticks,
+    and a token earns 10 ms."""
+    clock = count(0, milliseconds / 1000)
+    monkeypatch.setattr("lifecycle.engines.grammar.constraint.thread_time", lambda: next(clock))
+    constraint = compiler.compile(GrammarSpec("regex", "[ab]{300}")).constraint(frozenset({END}))
+    tokens = 0
+    try:
+        while not constraint.is_complete:
+            constraint.accept(int(constraint.mask().argmax()))
+            assert not constraint.forced()
+            tokens += 1
+    except RequestError as error:
+        assert "too long to follow" in str(error)
+    assert constraint.is_complete == (milliseconds == 3)
+    # What is spent before it is earned is a fifth of a second.
+    assert milliseconds == 3 or tokens == 2
 
 
 def test_a_grammar_that_has_outgrown_its_limits_is_made_anew(data_dir: Path) -> None:
