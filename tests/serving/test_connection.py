@@ -358,3 +358,25 @@ def test_long_texts_are_tokenised_one_at_a_time_and_only_so_many_wait(
             thread.join()
             assert error_of(results[0], 400)["code"] == "context_length_exceeded"
         assert most[1] == 1
+
+
+def test_as_many_texts_are_tokenised_as_there_are_places(
+    make_service: MakeService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with served(make_service, slots=1, max_queue=1) as (http, service, _):
+        encode, going, begun = service.tokenizer.encode, threading.Event(), list[str]()
+
+        def slow(text: str, **options: bool) -> list[int]:
+            begun.append(text)
+            going.wait(10)
+            return encode(text, **options)
+
+        monkeypatch.setattr(service.tokenizer, "encode", slow)
+        waiting = [in_background(lambda: http.post(ROUTE, json=SHORT)) for _ in range(2)]
+        wait_until(lambda: len(begun) == 2)
+        assert error_of(http.post(ROUTE, json=SHORT), 503)["code"] == "queue_full"
+        going.set()
+        for thread, results in waiting:
+            thread.join()
+            assert results[0].status_code == 200
+        assert http.post(ROUTE, json=SHORT).status_code == 200
