@@ -128,6 +128,22 @@ def test_a_failed_step_is_a_plain_500(make_service: MakeService) -> None:
         assert http.post(ROUTE, json=SHORT).status_code == 200
 
 
+def test_a_bug_is_a_plain_500_on_a_connection_that_ends(
+    make_service: MakeService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with served(make_service) as (http, service, _):
+
+        async def fail(prompt: object) -> list[int]:
+            raise RuntimeError("a bug at 0x7f00")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(service, "prompt_tokens", fail)
+            response = http.post(ROUTE, json=SHORT)
+        assert response.headers["x-request-id"] in error_of(response, 500)["message"]
+        assert "0x7f00" not in response.text and response.headers["connection"] == "close"
+        assert http.post(ROUTE, json=SHORT).status_code == 200
+
+
 def test_a_failure_in_a_stream_is_its_last_event(make_service: MakeService) -> None:
     with served(make_service) as (http, _, backend):
         backend.step_seconds = 0.01
