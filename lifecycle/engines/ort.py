@@ -174,9 +174,12 @@ class OrtBackend:
                 self._adapted = _Graph(session, "logits", self._graph.width)
         return weights
 
-    def load_adapter(self, weights: AdapterWeights) -> int:
-        assert self._bank is not None
-        return self._bank.load(weights)
+    def load_adapter(self, weights: AdapterWeights, instead_of: int = 0) -> int:
+        if self._bank is None or self._adapted is None:
+            raise EngineError(
+                "the adapter was read by another engine: read it with this engine's read_adapter"
+            )
+        return self._bank.load(weights, instead_of)
 
     def unload_adapter(self, number: int) -> None:
         assert self._bank is not None
