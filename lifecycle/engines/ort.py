@@ -31,7 +31,7 @@ from lifecycle.engines.decoder import (
 )
 from lifecycle.engines.draft_model import Draft
 from lifecycle.engines.draft_pair import check_pair
-from lifecycle.engines.layout import MIN_WIDTH, Inputs, advance, pack
+from lifecycle.engines.layout import Inputs, advance, pack
 from lifecycle.engines.limits import context_length
 from lifecycle.engines.ort_session import (
     CACHE_TYPES,
@@ -42,6 +42,7 @@ from lifecycle.engines.ort_session import (
 )
 from lifecycle.engines.prompt_graph import run_parts
 from lifecycle.engines.slot_cache import SlotCache
+from lifecycle.engines.state import LONGEST_RUN
 from lifecycle.errors import EngineError
 
 _MAX_BINDINGS = 64
@@ -110,7 +111,7 @@ class OrtBackend:
         num_slots = options.max_num_seqs
         # The attention wants room for the whole width of a step behind every text, also behind
         # those that bring fewer tokens to it.
-        capacity = max_model_len + max(options.prefill_chunk, MIN_WIDTH)
+        capacity = max_model_len + max(options.prefill_chunk, LONGEST_RUN) + options.draft_tokens
         self.cache = SlotCache(
             cache_names(info),
             slots=num_slots,
@@ -187,9 +188,12 @@ class OrtBackend:
                 self._adapted = _Graph(session, "logits", self._graph.width)
         return weights
 
-    def load_adapter(self, weights: AdapterWeights) -> int:
-        assert self._bank is not None
-        return self._bank.load(weights)
+    def load_adapter(self, weights: AdapterWeights, instead_of: int = 0) -> int:
+        if self._bank is None or self._adapted is None:
+            raise EngineError(
+                "the adapter was read by another engine: read it with this engine's read_adapter"
+            )
+        return self._bank.load(weights, instead_of)
 
     def unload_adapter(self, number: int) -> None:
         assert self._bank is not None

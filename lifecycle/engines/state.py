@@ -14,6 +14,9 @@ GRAIN = 2
 """Tokens that prompts are cut at multiples of where a step has no room for a whole chunk. What a prompt
 gives is the same to the last bit wherever it is cut, unless a single token is left: ONNX Runtime computes
 products of one row by another kernel."""
+LONGEST_RUN = 16
+"""Tokens that a request which decodes brings to a step, drafts aside. A constraint may force hundreds at once;
+computed together they would hold up all others, and be wider than the cache has room for."""
 
 
 @dataclass(slots=True, eq=False)
@@ -69,6 +72,11 @@ class RequestState:
         return self.num_computed < self.num_prefill
 
     @property
+    def is_behind(self) -> bool:
+        """Whether more was forced upon a request that decodes than the next step computes."""
+        return len(self.tokens) - self.num_computed > LONGEST_RUN
+
+    @property
     def rank(self) -> tuple[int, int]:
         """Requests of lower rank go first."""
         return self.request.priority, self.order
@@ -105,6 +113,8 @@ class RequestState:
                     return None
                 stop += last - stop == 1
             tokens = tokens[: stop - start]
+        else:
+            tokens = tokens[:LONGEST_RUN]
         # A draft stands behind the newest token only.
         stop = start + len(tokens)
         if stop == end:

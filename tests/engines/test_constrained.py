@@ -24,6 +24,7 @@ from lifecycle.engines.base import (
 from lifecycle.engines.grammar.compiler import Grammar, GrammarCompiler
 from lifecycle.engines.grammar.spec import GrammarSpec
 from lifecycle.engines.ort import OnnxEngine
+from lifecycle.engines.state import LONGEST_RUN
 from lifecycle.errors import RequestError
 from tests.engines.clock import StepClock
 from tests.engines.conftest import Model
@@ -85,6 +86,23 @@ def test_forced_tokens_take_no_step() -> None:
     assert [row.tokens for rows in engine.backend.steps for row in rows] == [[7], text[:4]]
 
 
+@pytest.mark.parametrize("draft_tokens", [0, 4])
+def test_a_long_run_is_computed_piece_by_piece(draft_tokens: int) -> None:
+    text = [3, 1, 4, 1, 5, 9, 2, 6] * 12
+    engine = ToyEngine.make(max_model_len=120, draft_tokens=draft_tokens)
+    neighbour = SamplingParams(max_tokens=100, ignore_eos=True)
+    found = finish(
+        engine, Request("a", [7], constraint=Recital(text, run=90)), Request("b", [8], neighbour)
+    )
+    assert tokens_of(found["a"]) == text and len(tokens_of(found["b"])) == 100
+    rows = [row for rows in engine.backend.steps for row in rows if row.slot == 0]
+    assert max(len(row.tokens) for row in rows[: len(text) // LONGEST_RUN]) == LONGEST_RUN
+    assert max(len(row.tokens) for row in rows) <= LONGEST_RUN + draft_tokens
+    if not draft_tokens:
+        first = [token for row in rows for token in row.tokens][: len(text)]
+        assert first[:92] == [7, *text[:91]], "each is computed once"
+
+
 def test_forced_tokens_end_where_the_request_does() -> None:
     engine = ToyEngine.make()
     params = SamplingParams(max_tokens=3)
@@ -100,7 +118,8 @@ def test_no_banned_token_is_forced() -> None:
     request = Request("a", [7], params, constraint=Recital([3, 4, 5, 6], run=3))
     events = finish(ToyEngine.make(), request)["a"]
     assert tokens_of(events) == [3, 4]
-    assert events[-1].finish_reason is FinishReason.ERROR and not events[-1].is_refused
+    assert events[-1].finish_reason is FinishReason.ERROR
+    assert events[-1].is_refused and "no token may come next" in events[-1].error
 
 
 def test_log_probabilities_are_those_of_the_model_for_every_token() -> None:

@@ -110,7 +110,7 @@ class ToyBackend:
     def read_adapter(self, folder: Path) -> AdapterWeights:
         raise NotImplementedError
 
-    def load_adapter(self, weights: AdapterWeights) -> int:
+    def load_adapter(self, weights: AdapterWeights, instead_of: int = 0) -> int:
         raise NotImplementedError
 
     def unload_adapter(self, number: int) -> None:

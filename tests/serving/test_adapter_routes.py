@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from lifecycle.bundle.manifest import write_manifest
 from lifecycle.data.chat import ChatTokenizer
 from lifecycle.engines.backend import Row
 from lifecycle.engines.base import EngineOptions
@@ -50,6 +51,7 @@ def folder(chat_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     export_decoder(chat_model, root / "base", Cpu(), slots=(2, 4))
     for name in COMPANIONS:
         (root / "base" / name).write_bytes((chat_model / name).read_bytes())
+    write_manifest(root / "base", {"name": "base", "gated": False})
     for n, name in enumerate("xyz"):
         torch.manual_seed(n)
         config = LoraConfig(
@@ -188,6 +190,30 @@ def test_requests_that_run_end_with_what_they_began(folder: Path, texts: dict[st
             assert not new.done()
         assert newest.result() == texts["z"]
         assert new.result() == texts["y"]
+
+
+def test_an_answer_is_signed_by_what_gave_it(
+    folder: Path, texts: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if its adapter was replaced while its text was tokenised."""
+    with served(folder) as (http, service), ThreadPoolExecutor(1) as pool:
+        load(http, "a", "x").raise_for_status()
+        begun, gate = threading.Event(), threading.Event()
+
+        def gated(text: str, **options: bool) -> list[int]:
+            begun.set()
+            assert gate.wait(60)
+            return PROMPT
+
+        body = {"model": "a", "prompt": "x", "max_tokens": LENGTH, "temperature": 0}
+        monkeypatch.setattr(service.tokenizer, "encode", gated)
+        asked = pool.submit(http.post, "/v1/completions", json=body | {"ignore_eos": True})
+        assert begun.wait(60)
+        load(http, "a", "y", load_inplace=True).raise_for_status()
+        gate.set()
+        answer = asked.result().raise_for_status().json()
+        assert answer["choices"][0]["text"] == texts["y"]
+        assert answer["system_fingerprint"] == service.cards["a"].fingerprint
 
 
 def test_reading_an_adapter_holds_nobody_up(folder: Path) -> None:

@@ -131,6 +131,22 @@ def test_a_failed_step_is_a_plain_500(make_service: MakeService) -> None:
         assert http.post(ROUTE, json=SHORT).status_code == 200
 
 
+def test_a_bug_is_a_plain_500_on_a_connection_that_ends(
+    make_service: MakeService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with served(make_service) as (http, service, _):
+
+        async def fail(prompt: object) -> list[int]:
+            raise RuntimeError("a bug at 0x7f00")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(service, "prompt_tokens", fail)
+            response = http.post(ROUTE, json=SHORT)
+        assert response.headers["x-request-id"] in error_of(response, 500)["message"]
+        assert "0x7f00" not in response.text and response.headers["connection"] == "close"
+        assert http.post(ROUTE, json=SHORT).status_code == 200
+
+
 def test_a_failure_in_a_stream_is_its_last_event(make_service: MakeService) -> None:
     with served(make_service) as (http, _, backend):
         backend.hold(after=2)
@@ -293,6 +309,51 @@ def test_a_head_in_time_lets_the_answer_take_its_own(
         assert results[0].status_code == 200
 
 
+def test_who_does_not_read_is_not_waited_for(
+    make_service: MakeService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More is asked than the system's buffers have room for; who reads some of it may go on."""
+    made: list[Protocol] = []
+    begin = Protocol.connection_made
+
+    def connection_made(self: Protocol, transport: asyncio.Transport) -> None:
+        begin(self, transport)
+        made.append(self)
+        connection = transport.get_extra_info("socket")
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)
+
+    monkeypatch.setattr(Protocol, "connection_made", connection_made)
+    with served(make_service) as (http, _, _):
+        size = len(http.get("/openapi.json").content)
+        asked = b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n" * (4_000_000 // size)
+        with socket.socket() as reader:
+            reader.settimeout(10)
+            reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+            reader.connect((http.base_url.host, http.base_url.port or 80))
+            reader.sendall(asked)
+            wait_until(lambda: len(made) == 2)
+            protocol = made[1]
+
+            def is_closed() -> bool:
+                """After what is done when the time is over."""
+                wait_until(lambda: protocol.flow.write_paused)
+                assert protocol._reader is not None
+                protocol._reader.cancel()
+                checked = threading.Event()
+                protocol.loop.call_soon_threadsafe(protocol._check_reader)
+                protocol.loop.call_soon_threadsafe(checked.set)
+                assert checked.wait(10)
+                return protocol.transport.is_closing()
+
+            wait_until(lambda: protocol.flow.write_paused)
+            while not protocol._has_read:
+                reader.recv(1 << 16)
+            assert not is_closed()
+            # The system may still be taking some.
+            wait_until(is_closed)
+        assert http.get("/health").status_code == 200
+
+
 def test_long_texts_are_tokenised_one_at_a_time_and_only_so_many_wait(
     make_service: MakeService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -319,3 +380,25 @@ def test_long_texts_are_tokenised_one_at_a_time_and_only_so_many_wait(
             thread.join()
             assert error_of(results[0], 400)["code"] == "context_length_exceeded"
         assert most[1] == 1
+
+
+def test_as_many_texts_are_tokenised_as_there_are_places(
+    make_service: MakeService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with served(make_service, slots=1, max_queue=1) as (http, service, _):
+        encode, going, begun = service.tokenizer.encode, threading.Event(), list[str]()
+
+        def slow(text: str, **options: bool) -> list[int]:
+            begun.append(text)
+            going.wait(10)
+            return encode(text, **options)
+
+        monkeypatch.setattr(service.tokenizer, "encode", slow)
+        waiting = [in_background(lambda: http.post(ROUTE, json=SHORT)) for _ in range(2)]
+        wait_until(lambda: len(begun) == 2)
+        assert error_of(http.post(ROUTE, json=SHORT), 503)["code"] == "queue_full"
+        going.set()
+        for thread, results in waiting:
+            thread.join()
+            assert results[0].status_code == 200
+        assert http.post(ROUTE, json=SHORT).status_code == 200

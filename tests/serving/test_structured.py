@@ -265,6 +265,11 @@ def test_a_grammar_that_outgrows_its_limits_is_the_clients_error(
         assert http.post(CHAT, json=BODIES[CHAT] | {"max_tokens": 2}).status_code == 200
 
 
+def test_a_grammar_that_leaves_no_token_is_the_clients_mistake(http: httpx.Client) -> None:
+    body = BODIES[CHAT] | {"guided_grammar": "start: <[2]>"}
+    assert "no token may come next" in error_of(http.post(CHAT, json=body), 400)["message"]
+
+
 def test_a_body_that_is_deep(http: httpx.Client) -> None:
     text = json.dumps(BODIES[CHAT] | {"guided_json": "?"})
     for depth in (500, 100_000):
