@@ -22,7 +22,7 @@ CONTEXT, LONGEST = 96, 16
 """Tokens of a text, and of an answer."""
 CHUNKS = (8, 16)
 NUM_PROMPTS = 8
-ADAPTER_SLOTS = 2
+ADAPTER_SLOTS = 3
 
 Answer = list[tuple[int, float]]
 """Tokens with their log-probabilities."""
@@ -36,6 +36,7 @@ class Subject:
     prompts: Sequence[list[int]]
     """`NUM_PROMPTS` of them."""
     adapters: Sequence[Path]
+    """None, or one for each of its slots."""
     answers: Mapping[tuple[int, int, int | None], Answer]
     """`LONGEST` tokens by prompt, chunk size (how a prompt is cut shows in last bits) and adapter."""
     bytes_per_token: int
@@ -80,6 +81,7 @@ class EngineMachine(RuleBasedStateMachine):
         contexts=st.sampled_from([None, 1, 2]),
         max_stall=st.sampled_from([None, 2.5, 1.2]),
         draft_tokens=st.sampled_from([0, 4]),
+        loaded=st.integers(0, ADAPTER_SLOTS),
     )
     def open(
         self,
@@ -89,6 +91,7 @@ class EngineMachine(RuleBasedStateMachine):
         contexts: int | None,
         max_stall: float | None,
         draft_tokens: int,
+        loaded: int,
     ) -> None:
         """There is little room of every kind."""
         size = self.subject.bytes_per_token
@@ -104,6 +107,8 @@ class EngineMachine(RuleBasedStateMachine):
         )
         self.most = CONTEXT * contexts if contexts else inf
         self.engine = PacedEngine.open(self.subject.graph, self.options)
+        for number in range(min(loaded, len(self.subject.adapters))):
+            self.load("abc"[number], number)
 
     @rule(
         number=st.integers(0, NUM_PROMPTS - 1),
@@ -142,7 +147,7 @@ class EngineMachine(RuleBasedStateMachine):
             self.ends[id] = FinishReason.STOP if is_stopped else FinishReason.LENGTH
 
     @precondition(lambda self: self.left)
-    @rule(count=st.integers(1, 6))
+    @rule(count=st.sampled_from([1, 2, 6, 20]))
     def step(self, count: int) -> None:
         for _ in range(count):
             self.take(self.engine.step())
@@ -156,13 +161,12 @@ class EngineMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.subject.adapters)
     @rule(
-        name=st.sampled_from("abc"),
-        number=st.integers(0, 2),
+        name=st.sampled_from("abcd"),
+        number=st.integers(0, ADAPTER_SLOTS - 1),
         replace=st.booleans(),
         evict=st.booleans(),
     )
     def load(self, name: str, number: int, replace: bool = False, evict: bool = False) -> None:
-        number %= len(self.subject.adapters)
         before = self.engine.adapters
         try:
             self.engine.load_adapter(
@@ -182,7 +186,7 @@ class EngineMachine(RuleBasedStateMachine):
         self.names[name] = number
 
     @precondition(lambda self: self.names)
-    @rule(place=st.integers(0, 2))
+    @rule(place=st.integers(0, ADAPTER_SLOTS - 1))
     def unload(self, place: int) -> None:
         name = sorted(self.names)[place % len(self.names)]
         self.engine.unload_adapter(name)

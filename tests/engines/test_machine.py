@@ -44,8 +44,9 @@ from tests.engines.machine import (
 )
 from tests.reduced import OVERRIDES
 from tests.test_quickstart import lifecycle
+from tests.tiny import one_thread
 
-ALONE = EngineOptions(1, CONTEXT, 1)
+ALONE = EngineOptions(1, CONTEXT)
 
 
 def answer(engine: OnnxEngine, prompt: Sequence[int], adapter: str | None) -> Answer:
@@ -118,7 +119,7 @@ def run(subject: Subject, examples: int) -> None:
     """Let the machine do what Hypothesis thinks of."""
     run_state_machine_as_test(
         lambda: EngineMachine(subject),
-        settings=settings(max_examples=examples, stateful_step_count=30, deadline=None),
+        settings=settings(max_examples=examples, stateful_step_count=40, deadline=None),
     )
 
 
@@ -130,7 +131,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def make_stories(base: Path, story: list[int], root: Path) -> Subject:
-    """stories260K with slots for two of three adapters."""
+    """stories260K with as many adapters as slots."""
     graph = root / "onnx"
     graph.mkdir()
     export_decoder(base, graph, Cpu(), slots=(ADAPTER_SLOTS, 8))
@@ -141,7 +142,7 @@ def make_stories(base: Path, story: list[int], root: Path) -> Subject:
     prompts, ample = shared_prompts(story[1:41], reference.vocab_size, seed=12), 0.008
     assert all(is_ample(reference, engine, prompt, ample) for prompt in prompts)
     adapters: list[Path] = []
-    for n in range(3):
+    for n in range(ADAPTER_SLOTS):
         tuned = root / str(n)
         write_random_adapter(tuned / "adapter", layout, seed=n)
         for file in base.iterdir():
@@ -158,7 +159,8 @@ def with_adapters(
     data_dir: Path, story: list[int], tmp_path_factory: pytest.TempPathFactory
 ) -> Subject:
     root = tmp_path_factory.mktemp("machine")
-    return make_stories(data_dir / "stories260K" / "hf", story, root)
+    with one_thread():
+        return make_stories(data_dir / "stories260K" / "hf", story, root)
 
 
 def test_a_model_with_adapters(with_adapters: Subject) -> None:
@@ -168,10 +170,8 @@ def test_a_model_with_adapters(with_adapters: Subject) -> None:
 def test_all_of_it_can_happen(with_adapters: Subject) -> None:
     """By one course of which everything is known."""
     machine = EngineMachine(with_adapters)
-    machine.open(2, 16, 1000, contexts=1, max_stall=1.2, draft_tokens=4)
+    machine.open(2, 16, 1000, contexts=1, max_stall=1.2, draft_tokens=4, loaded=2)
     engine = machine.engine
-    machine.load("a", 0)
-    machine.load("b", 1)
     machine.submit(7, copies=2, priority=2)
     machine.step(12)
     machine.submit(4, place=1, priority=1)
@@ -179,19 +179,20 @@ def test_all_of_it_can_happen(with_adapters: Subject) -> None:
     machine.step(4)
     assert engine.num_waiting == 2 and engine.stats.preemptions == 2
     machine.unload(1)
-    # Its request has the second slot still.
-    machine.load("b", 2)
+    machine.load("a", 2, replace=True)
+    # The requests of both have their slots still.
+    machine.load("c", 0)
     assert engine.adapters == ("a",)
     machine.step(60)
     assert not machine.left and engine.stats.accepted_tokens > 0
-    machine.load("b", 2)
-    machine.submit(2, place=2)
-    machine.load("c", 1, evict=True)
-    assert engine.adapters == ("b", "c")
-    machine.load("b", 0, replace=True)
-    machine.submit(5, place=1, stop_at=3)
-    machine.submit(2, place=2)
-    machine.cancel(2)
+    machine.load("b", 1)
+    machine.load("c", 0)
+    machine.submit(2, place=1)
+    machine.load("d", 1, evict=True)
+    assert engine.adapters == ("a", "c", "d")
+    machine.load("c", 1, replace=True)
+    machine.submit(5, place=2, stop_at=3)
+    machine.cancel(1)
     machine.step(60)
     assert engine.stats.prefix_hit_tokens > 0
     machine.teardown()
@@ -254,4 +255,6 @@ def make_quickstart(stages: dict[str, Any]) -> Subject:
 def test_the_quickstarts_bundle(quickstart_store: Path) -> None:
     code, result, err = lifecycle(quickstart_store, "run", "quickstart", *OVERRIDES)
     assert code == 0, err
-    run(make_quickstart(result["stages"]), examples=15)
+    with one_thread():
+        subject = make_quickstart(result["stages"])
+    run(subject, examples=15)
