@@ -87,6 +87,7 @@ class BatchedEngine(Engine):
         if options.prefix_cache_bytes and self._cache is not None:
             budget, chunk = options.prefix_cache_bytes, options.prefill_chunk
             self._prefixes = PrefixCache(budget, chunk, self._cache)
+        self._max_tokens = self._max_cache_tokens()
         self._scheduler = self._make_scheduler()
         self._adapters = AdapterTable(backend, lambda: self._scheduler.states())
         self._cancelled: list[Event] = []
@@ -147,13 +148,12 @@ class BatchedEngine(Engine):
     def stats(self) -> EngineStats:
         cache, prefixes = self._cache, self._prefixes
         tokens, per_token = self._scheduler.cache_tokens, cache.bytes_per_token if cache else 0
-        most = self._max_cache_tokens()
         return EngineStats(
             num_running=self.num_running,
             num_waiting=self.num_waiting,
             cache_tokens=tokens,
             cache_bytes=tokens * per_token,
-            cache_capacity_bytes=per_token * most,
+            cache_capacity_bytes=per_token * self._max_tokens,
             prefix_bytes=prefixes.num_bytes if prefixes else 0,
             prefix_hit_tokens=prefixes.hit_tokens if prefixes else 0,
             prefix_query_tokens=prefixes.query_tokens if prefixes else 0,
@@ -278,7 +278,7 @@ class BatchedEngine(Engine):
         return SlotRoom(
             self._backend,
             num_slots=self.max_num_seqs,
-            max_tokens=self._max_cache_tokens(),
+            max_tokens=self._max_tokens,
             chunk=self._options.prefill_chunk,
             is_long=self._progress.is_long,
             adapter=self.adapter_number(adapter),
@@ -321,7 +321,7 @@ class BatchedEngine(Engine):
             self.max_num_seqs,
             self._options.prefill_chunk,
             cache=self._cache,
-            max_cache_tokens=self._max_cache_tokens() if self._options.kv_cache_bytes else inf,
+            max_cache_tokens=self._max_tokens if self._options.kv_cache_bytes else inf,
             window=self._window,
             reuse=reuse,
             on_release=self._speculation.release,

@@ -244,6 +244,13 @@ def test_a_cache_for_less_than_one_context_is_refused() -> None:
         ToyEngine.make(3, 24, 4, kv_cache_bytes=23 * BYTES)
 
 
+def test_an_engine_with_a_bounded_cache_closes() -> None:
+    engine = ToyEngine.make(3, 24, 4, kv_cache_bytes=26 * BYTES)
+    engine.submit(Request("a", [1, 2]))
+    engine.close()
+    assert engine.backend.closed and engine.stats.num_waiting == 0
+
+
 def test_a_request_ends_when_its_time_is_over() -> None:
     engine = ToyEngine.make(max_num_seqs=1, max_model_len=200)
     long = SamplingParams(max_tokens=100, ignore_eos=True)
