@@ -25,7 +25,12 @@ def _parser(command: str, description: str) -> Parser:
     parser = Parser(prog=f"lifecycle {command}", description=description)
     parser.add_argument("recipe", metavar="RECIPE", help="a YAML file, or a shipped recipe's name")
     parser.add_argument(
-        "overrides", metavar="STAGE.FIELD=VALUE", nargs="*", help="settings to use instead"
+        "overrides",
+        metavar="STAGE.FIELD=VALUE",
+        nargs="*",
+        # Without it argparse of Python before 3.13 would call them required.
+        default=[],
+        help="settings to use instead",
     )
     parser.add_argument("--until", metavar="STAGE", help="only this stage and what it needs")
     parser.add_store()

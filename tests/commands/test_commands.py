@@ -61,6 +61,11 @@ def test_bad_arguments_end_with_2(argv: list[str], capsys) -> None:
     assert capsys.readouterr().err.startswith("error: ")
 
 
+def test_only_what_is_missing_is_called_required(capsys) -> None:
+    assert main(["run"]) == 2
+    assert "required: RECIPE (see" in capsys.readouterr().err
+
+
 def test_run_json_is_the_last_line_and_has_the_agreed_shape(toy: str, capsys) -> None:
     assert main(["run", toy, "b.plus=2", "--json"]) == 0
     result = last_json(capsys)
