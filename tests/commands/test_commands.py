@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from lifecycle.cli import COMMANDS, main
-from lifecycle.pipeline import registry, shipped
+from lifecycle.pipeline import registry, runs, shipped
 from tests.workshop import Workshop
 
 RECIPE = "  a: {use: toy:Const, value: 2}\n  b: {use: toy:Add, left: a, plus: 1}\n"
@@ -173,7 +173,7 @@ def test_stages_lists_and_describes(capsys) -> None:
     assert {"corpus", "finetune", "export", "bundle"} <= set(last_json(capsys)["stages"])
     main(["stages", "finetune", "--json"])
     settings = {s["name"]: s for s in last_json(capsys)["settings"]}
-    assert settings["model"]["type"] == "name of a hf-model"
+    assert settings["model"]["type"] == "name of an hf-model"
     assert all(s["doc"] or s["name"] in ("model", "data") for s in settings.values())
     assert main(["stages"]) == main(["stages", "finetune"]) == 0
     assert main(["stages", "finetun"]) == 2
@@ -305,3 +305,4 @@ def test_only_what_can_be_served_is_offered_for_serving(workshop: Workshop, caps
     out = capsys.readouterr().out
     assert "ok in" in out
     assert "serve it" not in out
+    assert f"bundle: {runs.find_bundle('toy', workshop.store_path)}" in out
