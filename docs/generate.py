@@ -12,7 +12,7 @@ from pathlib import Path
 
 from lifecycle.cli import COMMANDS, main, usage
 from lifecycle.commands.bench import BENCHMARKS
-from lifecycle.commands.stages import describe
+from lifecycle.commands.stages import default, describe
 from lifecycle.graph.targets import Target
 from lifecycle.pipeline import registry
 from lifecycle.pipeline.stage import Stage
@@ -106,7 +106,7 @@ def _doc(cls: Callable[..., object]) -> str:
 
 
 def _code(value: object) -> str:
-    return "" if value is None else f"`{value}`"
+    return "" if value is None else f"`{default(value)}`"
 
 
 def _table(headings: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:

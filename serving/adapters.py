@@ -99,4 +99,4 @@ def folder_inside(root: Path, given: str) -> Path:
             raise EngineError(f"it has to hold {CONFIG} and {WEIGHTS}")
     except (OSError, RuntimeError, ValueError):
         pass
-    raise EngineError("there is no such folder inside the server's adapter directory")
+    raise EngineError(f"there is no folder {given[:200]!r} inside the server's adapter directory")

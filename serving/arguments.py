@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import math
 from pathlib import Path
+
+from lifecycle.commands.numbers import count, natural, quantity
+from lifecycle.commands.output import Parser
 
 KEY_VARIABLE = "LIFECYCLE_API_KEY"
 
 
-def serve_parser() -> argparse.ArgumentParser:
+def serve_parser() -> Parser:
     """Arguments of `lifecycle serve`."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="lifecycle serve", description="Serve a bundle over HTTP with the OpenAI API."
     )
     _add_model(parser)
@@ -26,7 +28,9 @@ def serve_parser() -> argparse.ArgumentParser:
         "given several times, for a model that was exported with adapter slots",
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
-    parser.add_argument("--port", type=count, default=8000, help="0 takes a free one (%(default)s)")
+    parser.add_argument(
+        "--port", type=natural, default=8000, help="0 takes a free one (%(default)s)"
+    )
     _add_keys(parser)
     parser.add_argument(
         "--admin-key-file",
@@ -56,20 +60,20 @@ def serve_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--max-num-seqs",
-        type=positive_integer,
+        type=count,
         default=8,
         metavar="N",
         help="requests that run together (%(default)s)",
     )
     parser.add_argument(
         "--max-queue",
-        type=count,
+        type=natural,
         metavar="N",
         help="requests that may wait; more are refused at once (four times --max-num-seqs)",
     )
     parser.add_argument(
         "--prefix-cache",
-        type=count,
+        type=natural,
         default=256,
         metavar="MIB",
         help="memory for keys and values of how prompts began, so that prompts that begin alike are "
@@ -77,14 +81,14 @@ def serve_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--kv-cache",
-        type=positive_integer,
+        type=count,
         metavar="MIB",
         help="memory for keys and values of running requests, one context at least; where it is full, the "
         "requests that came last wait and are computed anew (room for --max-num-seqs contexts)",
     )
     parser.add_argument(
         "--draft-tokens",
-        type=count,
+        type=natural,
         default=0,
         metavar="N",
         help="most tokens guessed per step from what a request's text holds already, for answers that "
@@ -97,10 +101,9 @@ def serve_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--draft-model",
-        type=Path,
-        metavar="DIR",
-        help="a smaller model with the same tokenizer, which guesses up to --draft-tokens where the text holds "
-        "nothing to guess from; the answers stay the same",
+        metavar="MODEL",
+        help="a smaller model with the same tokenizer, named as the bundle is, which guesses up to --draft-tokens "
+        "where the text holds nothing to guess from; the answers stay the same",
     )
     parser.add_argument(
         "--packed-weights",
@@ -119,17 +122,13 @@ def serve_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def chat_parser() -> argparse.ArgumentParser:
+def chat_parser() -> Parser:
     """Arguments of `lifecycle chat`."""
-    parser = argparse.ArgumentParser(
-        prog="lifecycle chat", description="Talk to a bundle in the terminal."
-    )
+    parser = Parser(prog="lifecycle chat", description="Talk to a bundle in the terminal.")
     _add_model(parser)
     parser.add_argument("--system", metavar="TEXT", help="system message of the conversation")
     parser.add_argument("--temperature", type=quantity, help="0 is greedy (the bundle's default)")
-    parser.add_argument(
-        "--max-tokens", type=positive_integer, metavar="N", help="longest answer, in tokens"
-    )
+    parser.add_argument("--max-tokens", type=count, metavar="N", help="longest answer, in tokens")
     parser.add_argument("--seed", type=int, help="the same seed gives the same answers")
     parser.set_defaults(
         adapter=[],
@@ -147,16 +146,18 @@ def chat_parser() -> argparse.ArgumentParser:
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "bundle", help="bundle folder, or the name of a run or recipe whose last bundle is taken"
+        "bundle",
+        help="bundle folder; or the name of a run or recipe, whose last bundle is taken; or NAME/STAGE, what "
+        "that stage made last",
     )
     parser.add_argument("--store", type=Path, metavar="DIR", help="store to look the name up in")
     parser.add_argument("--engine", default="onnxruntime", help="what runs it (%(default)s)")
     parser.add_argument(
-        "--max-model-len", type=positive_integer, metavar="TOKENS", help="context of one request"
+        "--max-model-len", type=count, metavar="TOKENS", help="context of one request"
     )
     parser.add_argument(
         "--threads",
-        type=positive_integer,
+        type=count,
         metavar="N",
         help="threads inside an operator (all cores)",
     )
@@ -179,26 +180,5 @@ def adapter(text: str) -> tuple[str, Path]:
     """`NAME=FOLDER`."""
     name, equals, folder = text.partition("=")
     if not (name and equals and folder):
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"{text!r}: give NAME=FOLDER, as in sql=adapters/sql")
     return name, Path(folder)
-
-
-def count(text: str) -> int:
-    """An integer of 0 or more."""
-    if (value := int(text)) < 0:
-        raise ValueError
-    return value
-
-
-def positive_integer(text: str) -> int:
-    """An integer of 1 or more."""
-    if (value := int(text)) < 1:
-        raise ValueError
-    return value
-
-
-def quantity(text: str) -> float:
-    """A finite number of 0 or more."""
-    if not 0 <= (value := float(text)) < math.inf:
-        raise ValueError
-    return value

@@ -69,10 +69,12 @@ def chat(argv: Sequence[str]) -> int:
 
 def _open(args: argparse.Namespace) -> Service:
     from lifecycle.engines.base import EngineOptions
+    from lifecycle.pipeline.runs import find_folder
     from serving.service import open_service
 
+    draft = args.draft_model
     return open_service(
-        _find_bundle(args.bundle, args.store),
+        find_folder(args.bundle, args.store),
         engine=args.engine,
         options=EngineOptions(
             max_num_seqs=args.max_num_seqs,
@@ -81,7 +83,7 @@ def _open(args: argparse.Namespace) -> Service:
             prefix_cache_bytes=args.prefix_cache << 20,
             kv_cache_bytes=None if args.kv_cache is None else args.kv_cache << 20,
             draft_tokens=args.draft_tokens,
-            draft_model=args.draft_model,
+            draft_model=None if draft is None else find_folder(draft, args.store),
             packed_weights=args.packed_weights,
         ),
         name=args.served_model_name,
@@ -97,14 +99,6 @@ def _adapters(given: Sequence[tuple[str, Path]]) -> dict[str, Path]:
             raise RecipeError(f"--adapter {name} is given twice: {found[name]} and {folder}")
         found[name] = folder
     return found
-
-
-def _find_bundle(name: str, store: Path | None) -> Path:
-    if Path(name).is_dir():
-        return Path(name)
-    from lifecycle.pipeline.runs import find_bundle
-
-    return find_bundle(name, store)
 
 
 def _api_keys(args: argparse.Namespace) -> tuple[str, ...]:

@@ -125,9 +125,10 @@ class Service:
         left = self.max_model_len - len(prompt)
         least = 1 if asked is None else asked
         if least > left:
+            answer = "the answer needs one at least" if asked is None else f"{asked} are asked for"
             raise errors.context_length_exceeded(
-                f"the prompt has {len(prompt)} tokens and the answer may have {least} or "
-                f"more; together they exceed the context of {self.max_model_len} tokens",
+                f"the prompt has {len(prompt)} tokens and {answer}; together they exceed the context of "
+                f"{self.max_model_len} tokens",
                 param,
             )
         return min(left, default or left) if asked is None else asked

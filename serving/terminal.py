@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import sys
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
@@ -37,6 +38,8 @@ def talk(service: Service, options: ChatOptions) -> int:
             while (line := _read_line()) not in (None, "/exit"):
                 if line == "/reset":
                     conversation.reset()
+                elif sys.stdin.isatty() and re.fullmatch("/[a-z]+", line):
+                    _note(f"there is no {line}; {HELP}")
                 elif line:
                     runner.run(_answer(conversation, line))
         finally:

@@ -71,6 +71,16 @@ def test_only_what_depends_on_int8_would_run(first: dict[str, Any], quickstart_s
     assert to_run == {"int8", "check_int8", "bundle"}
 
 
+def test_what_a_stage_made_goes_by_its_name(first: dict[str, Any], quickstart_store: Path) -> None:
+    options = ["--batch", "1", "--prompt", "4", "--output", "2", "--requests", "1"]
+    options += ["--draft-model", "quickstart/int8", "--draft-tokens", "2"]
+    code, found, err = lifecycle(quickstart_store, "bench", "engine", "quickstart/int4", *options)
+    assert code == 0, err
+    assert found["model"]["name"] == "quickstart/int4"
+    assert found["model"]["path"] == first["stages"]["int4"]["path"]
+    assert found["engine"]["draft_model"] == first["stages"]["int8"]["path"]
+
+
 def test_no_held_out_function_is_in_any_training_text(first: dict[str, Any]) -> None:
     stages = first["stages"]
     task = Path(stages["task"]["path"], "test.jsonl").read_text().splitlines()

@@ -60,7 +60,9 @@ def read_trace(path: Path, limit: int | None = None) -> list[TraceEntry]:
     try:
         with path.open(encoding="utf-8") as file:
             found = list(_entries(path, file, limit))
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise DataError(f"--trace {path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
         raise DataError(f"--trace {path} cannot be read: {error}") from error
     if not found:
         raise DataError(f"--trace {path} has no request: give a file with one JSON object a line")

@@ -59,6 +59,13 @@ class Workload:
         """`128 + 64 tokens`, where all requests are alike."""
         return "" if self.prompt_len is None else f"{self.prompt_len} + {self.output_len} tokens"
 
+    @property
+    def arrivals(self) -> str:
+        """`856 requests over 1,022 s`, where they come at their own times."""
+        last = max((request.arrival or 0.0 for request in self.requests), default=0.0)
+        many = f"{len(self.requests):,} requests"
+        return "" if self.concurrency is not None else f"{many} over {last:,.0f} s"
+
 
 def closed_loop(
     prompt_len: int, output_len: int, concurrency: int, count: int, *, vocab_size: int, seed: int

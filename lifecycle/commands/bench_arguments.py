@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import math
-from collections.abc import Callable
 from pathlib import Path
 
 from lifecycle.benchmarking.metrics import GOODPUT_KEYS
+from lifecycle.commands.numbers import count, natural, number, positive
 from lifecycle.commands.output import Parser
 from lifecycle.errors import RecipeError
 from lifecycle.pipeline.suggest import did_you_mean
@@ -30,8 +29,8 @@ def engine_parser() -> Parser:
         epilog=_EPILOG,
     )
     parser.add_argument(
-        "model", metavar="MODEL", help="bundle or exported decoder: a folder, or the name of a run "
-        "or recipe whose last bundle is taken"
+        "model", metavar="MODEL", help="bundle or exported decoder: a folder; or the name of a run or "
+        "recipe, whose last bundle is taken; or NAME/STAGE, what that stage made last"
     )  # fmt: skip
     parser.add_store()
     _add_workload(parser)
@@ -83,7 +82,7 @@ def _add_workload(parser: Parser) -> None:
         "of --max-num-seqs); trace: the first N (all)",
     )
     group.add_argument(
-        "--seed", type=_seed, default=0, metavar="N", help="of tokens and arrivals (%(default)s)"
+        "--seed", type=natural, default=0, metavar="N", help="of tokens and arrivals (%(default)s)"
     )
 
 
@@ -100,7 +99,7 @@ def _add_engine(parser: Parser) -> None:
         "--threads", type=count, metavar="N", help="threads inside an operator (all cores)"
     )
     group.add_argument(
-        "--prefix-cache", type=_mebibytes, default=0, metavar="MIB",
+        "--prefix-cache", type=natural, default=0, metavar="MIB",
         help="memory for what prompts that begin alike share; 0 turns it off (%(default)s)",
     )  # fmt: skip
     group.add_argument(
@@ -108,15 +107,15 @@ def _add_engine(parser: Parser) -> None:
         help="prompt tokens computed in one step (%(default)s)",
     )  # fmt: skip
     group.add_argument(
-        "--kv-cache", type=count, default=0, metavar="MIB",
+        "--kv-cache", type=natural, default=0, metavar="MIB",
         help="memory for keys and values of requests; 0 is room for all slots (%(default)s)",
     )  # fmt: skip
     group.add_argument(
-        "--draft-tokens", type=count, default=0, metavar="N",
+        "--draft-tokens", type=natural, default=0, metavar="N",
         help="most tokens guessed per step from what a text holds already (%(default)s)",
     )  # fmt: skip
     group.add_argument(
-        "--draft-model", type=Path, metavar="DIR",
+        "--draft-model", metavar="MODEL",
         help="a smaller model with the same tokenizer that guesses up to --draft-tokens",
     )  # fmt: skip
     group.add_argument(
@@ -171,31 +170,6 @@ def _check_out(out: Path | None) -> None:
         raise RecipeError(f"--out {out}: there is no folder {out.parent}; make it first")
 
 
-def count(text: str) -> int:
-    """An integer of 1 or more."""
-    return _integer(text, 1)
-
-
-def positive(what: str) -> Callable[[str], float]:
-    """A reader of finite numbers above 0, which are `what`."""
-
-    def read(text: str) -> float:
-        value = _number(text)
-        if value is None or value <= 0:
-            raise argparse.ArgumentTypeError(f"{text!r}: give {what}, a number above 0")
-        return value
-
-    return read
-
-
-def _seed(text: str) -> int:
-    return _integer(text, 0)
-
-
-def _mebibytes(text: str) -> int:
-    return _integer(text, 0)
-
-
 def _bound(text: str) -> tuple[str, float]:
     """`KEY:MS`."""
     key, _, limit = text.partition(":")
@@ -204,25 +178,7 @@ def _bound(text: str) -> tuple[str, float]:
             f"unknown key {key!r}{did_you_mean(key, GOODPUT_KEYS)}; give KEY:MS with a key of "
             + ", ".join(GOODPUT_KEYS)
         )
-    value = _number(limit)
+    value = number(limit)
     if value is None or value <= 0:
         raise argparse.ArgumentTypeError(f"{text!r}: give milliseconds above 0, as in {key}:200")
     return key, value
-
-
-def _integer(text: str, least: int) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = least - 1
-    if value < least:
-        raise argparse.ArgumentTypeError(f"{text!r}: give an integer, {least} or more")
-    return value
-
-
-def _number(text: str) -> float | None:
-    try:
-        value = float(text)
-    except ValueError:
-        return None
-    return value if math.isfinite(value) else None

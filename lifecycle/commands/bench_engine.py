@@ -29,6 +29,7 @@ from lifecycle.engines.limits import usable_cores
 from lifecycle.errors import EngineError, InterruptedRun, RecipeError
 from lifecycle.pipeline import registry
 from lifecycle.pipeline.progress import DRAW_EVERY, Display, Stop
+from lifecycle.pipeline.runs import find_folder
 
 
 def main(argv: list[str]) -> int:
@@ -47,7 +48,7 @@ def main(argv: list[str]) -> int:
         with closing(engine_class.open(folder, options)) as engine:
             workloads = plan.workloads(engine.vocab_size)
             report = Report(
-                model=_about_model(folder, info),
+                model=_about_model(args.model, folder, info),
                 engine=_about_engine(args.engine, options),
                 workload=plan.to_json(),
                 environment=_environment(),
@@ -63,13 +64,7 @@ def main(argv: list[str]) -> int:
 
 def _folder(args: Namespace) -> Path:
     """The folder of MODEL."""
-    folder = Path(args.model)
-    if folder.is_file():
-        raise RecipeError(f"MODEL {folder} is a file: name the folder that it is in")
-    if not folder.is_dir():
-        from lifecycle.pipeline.runs import find_bundle
-
-        folder = find_bundle(args.model, args.store)
+    folder = find_folder(args.model, args.store)
     if args.engine == "onnxruntime" and not (folder / DECODER).is_file():
         way = (
             "measure it as it is with --engine pytorch, or export it with a recipe (use: export)"
@@ -81,7 +76,7 @@ def _folder(args: Namespace) -> Path:
 
 
 def _options(plan: Plan) -> EngineOptions:
-    args = plan.args
+    args, draft = plan.args, plan.args.draft_model
     return EngineOptions(
         max_num_seqs=plan.max_num_seqs,
         max_model_len=plan.max_model_len,
@@ -90,15 +85,17 @@ def _options(plan: Plan) -> EngineOptions:
         prefix_cache_bytes=args.prefix_cache << 20,
         kv_cache_bytes=args.kv_cache << 20 or None,
         draft_tokens=args.draft_tokens,
-        draft_model=args.draft_model,
+        draft_model=None if draft is None else find_folder(draft, args.store),
         packed_weights=args.packed_weights,
     )
 
 
-def _about_model(folder: Path, info: DecoderInfo | None) -> dict[str, Any]:
+def _about_model(given: str, folder: Path, info: DecoderInfo | None) -> dict[str, Any]:
     known = ("architecture", "scheme", "kv_dtype")
+    # Folders in a store are named by what is in them.
+    name = folder.resolve().name if Path(given).is_dir() else given
     about = {key: None if info is None else getattr(info, key) for key in known}
-    return {"name": folder.resolve().name, "path": str(folder), **about}
+    return {"name": name, "path": str(folder), **about}
 
 
 def _about_engine(name: str, options: EngineOptions) -> dict[str, Any]:
@@ -123,7 +120,7 @@ def _measure(
     with _interruptible(display) as stop:
         for workload in workloads:
             began = time.monotonic()
-            use = workload.lengths or f"{len(workload.requests):,} requests"
+            use = ", ".join(filter(None, (workload.lengths, workload.arrivals)))
             display.started(workload.label, use)
             status, shown, error = "done", "", None
             try:

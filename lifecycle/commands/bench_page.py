@@ -23,7 +23,8 @@ _PAGE = """<!doctype html>
 <meta name="viewport" content="width=device-width"><title>Benchmark of {{ name }}</title>
 <style>
 {{ style }}
-td, th { white-space: nowrap } .failed, .interrupted { color: var(--red) }
+h1 { overflow-wrap: anywhere } div { margin-bottom: 1.5em }
+td { white-space: nowrap } td, th { padding-right: .6em; font-size: 14px } .failed, .interrupted { color: var(--red) }
 </style></head><body>
 <h1>{{ name }}</h1>
 <p>{{ engine }}: <b class="{{ 'done' if report.status == 'ok' else report.status }}">{{ report.status }}</b>
@@ -66,10 +67,14 @@ def render(report: Report) -> str:
 
 def _trace_lines(report: Report) -> Iterator[str]:
     if (trace := report.workload["trace"]) is not None:
-        yield (
-            f"{trace['requests']:,} requests of {trace['path']}, {trace['speed']:g} times as fast, "
-            f"lengths divided by {trace['scale']:g}; {trace['skipped']:,} do not fit and are left out"
-        )
+        parts = [f"{trace['requests']:,} requests of {trace['path']}"]
+        if trace["speed"] != 1:
+            parts.append(f"{trace['speed']:g} times as fast")
+        if trace["scale"] != 1:
+            parts.append(f"lengths divided by {trace['scale']:g}")
+        if trace["skipped"]:
+            parts.append(f"{trace['skipped']:,} more that do not fit are left out")
+        yield ", ".join(parts)
 
 
 def figures(report: Report) -> list[Figure]:

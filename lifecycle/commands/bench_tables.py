@@ -30,16 +30,25 @@ def throughput(report: Report) -> Table:
         *((f"goodput/s, {good}",) if good else ()),
         *("cached tokens", "peak MiB", "growth MiB"),
     )
-    return headings, [_throughput_row(point, bool(good)) for point in report.points]
+    return _without_empty(headings, [_throughput_row(p, bool(good)) for p in report.points])
 
 
 def latencies(report: Report) -> Table:
     """Median, 90th and 99th percentile of each latency, in milliseconds."""
     names = (f"{name} ms" for name in LATENCIES)
-    return ("median / p90 / p99", "prompt", "output", *names), [
-        (*_label(point), *(_cell(getattr(point.metrics, key)) for key in LATENCIES.values()))
-        for point in report.points
-    ]
+    return _without_empty(
+        ("median / p90 / p99", "prompt", "output", *names),
+        [
+            (*_label(point), *(_cell(getattr(point.metrics, key)) for key in LATENCIES.values()))
+            for point in report.points
+        ],
+    )
+
+
+def _without_empty(headings: tuple[str, ...], rows: list[tuple[str, ...]]) -> Table:
+    """Leave out the columns that no row has anything in, such as the lengths of a trace."""
+    kept = [i for i in range(len(headings)) if not rows or any(row[i] for row in rows)]
+    return tuple(headings[i] for i in kept), [tuple(row[i] for i in kept) for row in rows]
 
 
 def _throughput_row(point: Point, has_goodput: bool) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from lifecycle.commands.output import Parser, emit, say, table
 from lifecycle.graph.inspect import Inspection, Matrix, Port, inspect_graph
+from lifecycle.pipeline.runs import find_folder
 
 
 def main(argv: list[str]) -> int:
@@ -17,13 +18,19 @@ def main(argv: list[str]) -> int:
         prog="lifecycle inspect",
         description="What an ONNX graph is made of. Its weights are not read.",
     )
-    parser.add_argument("model", type=Path, help="an .onnx file, or a folder with model.onnx")
+    parser.add_argument(
+        "model",
+        help="an .onnx file or a folder with model.onnx; or the name of a run or recipe, whose last bundle "
+        "is taken; or NAME/STAGE, what that stage made last",
+    )
     parser.add_argument(
         "--all", action="store_true", help="one line per matrix, also of layers that are alike"
     )
+    parser.add_store()
     parser.add_json()
     args = parser.parse_args(argv)
-    found = inspect_graph(args.model)
+    path = Path(args.model)
+    found = inspect_graph(path if path.exists() else find_folder(args.model, args.store))
     if args.json:
         emit(asdict(found))
         return 0
@@ -52,10 +59,15 @@ def _show(found: Inspection, matrices: Iterable[Matrix]) -> None:
         ],
     )
     bits = 8 * found.bytes / found.parameters if found.parameters else 0
+    places = ", a convolution's per place" if _has_convolutions(found) else ""
     say(
         f"{found.parameters:,} parameters, {found.bytes:,} bytes ({bits:.2f} bits each); "
-        f"{2 * found.multiply_adds:,} operations per row"
+        f"{2 * found.multiply_adds:,} operations per row{places}"
     )
+
+
+def _has_convolutions(found: Inspection) -> bool:
+    return any("Conv" in matrix.operator for matrix in found.matrices)
 
 
 def _port_rows(ports: Iterable[tuple[str, Port]]) -> list[tuple[str, str, str, str]]:

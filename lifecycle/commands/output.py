@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 from lifecycle.errors import RecipeError
 from lifecycle.pipeline.progress import Display, LiveDisplay, PlainDisplay
+from lifecycle.pipeline.suggest import did_you_mean
 
 
 class Parser(argparse.ArgumentParser):
@@ -18,7 +19,9 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Exit code 2, one line."""
-        raise RecipeError(f"{message} (see: {self.prog} --help)")
+        given = message.partition("unrecognized arguments: ")[2].split("=")[0].split(" ")[0]
+        hint = did_you_mean(given, self._option_string_actions) if given else ""
+        raise RecipeError(f"{message}{hint} (see: {self.prog} --help)")
 
     def add_json(self) -> None:
         """`--json`, which every reporting command has."""
@@ -51,7 +54,10 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    grid = Table(*headings, box=SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    grid = Table(box=SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    for heading in headings:
+        # A narrow terminal breaks words rather than leave their ends out.
+        grid.add_column(heading, overflow="fold")
     for row in rows:
         grid.add_row(*row)
     width = None if sys.stdout.isatty() else 200

@@ -17,7 +17,7 @@ from lifecycle.pipeline.progress import number
 from lifecycle.pipeline.runs import Run
 from lifecycle.pipeline.store import Store
 
-WIDTH, HEIGHT = 560, 160
+WIDTH, HEIGHT = 500, 160
 MOST_POINTS = 400
 
 _PAGE = """<!doctype html>
@@ -25,9 +25,10 @@ _PAGE = """<!doctype html>
 <meta name="viewport" content="width=device-width"><title>{{ run.recipe }} {{ run.run }}</title>
 <style>
 {{ style }}
+td.metrics { columns: 2 } td.metrics span { display: block; break-inside: avoid } td.metrics .failed { column-span: all }
 {{ front_style }}</style></head><body>
 <h1>{{ run.recipe }}</h1>
-<p>Run <code>{{ run.run }}</code>: <b class="{{ run.status }}">{{ run.status }}</b>
+<p>Run <code>{{ run.run }}</code>: <b class="{{ 'done' if run.status == 'ok' else run.status }}">{{ run.status }}</b>
 {%- if run.overrides %}, with <code>{{ run.overrides | join(" ") }}</code>{% endif %}</p>
 <div><table><thead><tr><th>stage<th>made by<th>from<th>status<th>seconds<th>artifact<th>metrics</tr></thead>
 {% for name, stage in run.stages.items() %}
@@ -35,7 +36,7 @@ _PAGE = """<!doctype html>
 <td>{% for source in stage.inputs.values() %}<a href="#{{ source }}">{{ source }}</a> {% endfor %}
 <td class="{{ stage.status }}">{{ stage.status }}<td>{{ "%.1f" | format(stage.seconds) }}
 <td><code>{{ (stage.digest or "")[:12] }}</code>
-<td class="metrics">{% for key, value in metrics(stage) %}{{ key }} <b>{{ value }}</b><br>{% endfor %}
+<td class="metrics">{% for key, value in metrics(stage) %}<span>{{ key }} <b>{{ value }}</b></span>{% endfor %}
 {% if stage.error %}<span class="failed">{{ stage.error }}</span>{% endif %}</tr>
 {% endfor %}</table></div>
 {% for name, front in fronts %}<h2>{{ name }}</h2>

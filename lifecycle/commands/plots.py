@@ -17,7 +17,7 @@ th, td { text-align: left; padding: .3em .8em .3em 0; border-bottom: 1px solid v
 td { font-variant-numeric: tabular-nums } td.metrics { color: var(--dim) }
 code { font-size: .85em; color: var(--dim) } a { color: var(--blue) }
 .failed { color: var(--red); white-space: pre-wrap } .done { color: var(--green) } .cached { color: var(--blue) }
-figure { display: inline-block; margin: 1em 1.5em 1em 0 } figcaption { color: var(--dim) }
+figure { display: inline-block; margin: 1em 1em 1em 0 } figcaption { color: var(--dim) }
 div { overflow-x: auto } svg { max-width: 100%; height: auto } polyline { fill: none; stroke: var(--blue); stroke-width: 1.5 } text { font-size: 11px; fill: var(--dim) }
 """
 """Of every page."""
@@ -32,7 +32,7 @@ figcaption span { color: var(--c); margin-right: .9em; white-space: nowrap } fig
 """
 """Of `Figure`."""
 
-WIDTH, HEIGHT = 520, 300
+WIDTH, HEIGHT = 500, 290
 _COLORS = 6
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 14, 12, 44
 

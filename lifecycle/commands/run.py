@@ -25,7 +25,12 @@ def _parser(command: str, description: str) -> Parser:
     parser = Parser(prog=f"lifecycle {command}", description=description)
     parser.add_argument("recipe", metavar="RECIPE", help="a YAML file, or a shipped recipe's name")
     parser.add_argument(
-        "overrides", metavar="STAGE.FIELD=VALUE", nargs="*", help="settings to use instead"
+        "overrides",
+        metavar="STAGE.FIELD=VALUE",
+        nargs="*",
+        # Without it argparse of Python before 3.13 would call them required.
+        default=[],
+        help="settings to use instead",
     )
     parser.add_argument("--until", metavar="STAGE", help="only this stage and what it needs")
     parser.add_store()
@@ -94,10 +99,14 @@ def _summary(run: Run, store: Store, args: Namespace) -> None:
     took = (run.ended or run.started) - run.started
     say(f"run {run.run} of '{run.recipe}': {run.status} in {took:.1f} s; store {store.root}")
     bundles = [s.path for s in run.stages.values() if s.kind == "bundle" and s.path]
+    if run.status != "ok" or not bundles:
+        return
     # It is the last one that is served.
-    if run.status == "ok" and bundles and (Path(bundles[-1]) / DECODER).is_file():
+    if (Path(bundles[-1]) / DECODER).is_file():
         place = ["--store", str(args.store)] if args.store else []
         say(f"serve it with: {shlex.join(['lifecycle', 'serve', run.recipe, *place])}")
+    else:
+        say(f"bundle: {bundles[-1]}")
 
 
 def _explain(run: Run, error: LifecycleError, recipe: Recipe, args: Namespace) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import sys
 import types
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from pydantic.fields import FieldInfo
 from lifecycle.commands.output import Parser, emit, say, table
 from lifecycle.errors import LifecycleError
 from lifecycle.pipeline import registry
+from lifecycle.pipeline.artifact import with_article
 from lifecycle.pipeline.registry import Plugin
 from lifecycle.pipeline.stage import Ref, Stage, field_markers
 
@@ -36,9 +38,9 @@ def main(argv: list[str]) -> int:
     if args.json:
         emit({"name": args.name, **_about(cls), "settings": describe(cls)})
         return 0
-    say(f"{args.name} (makes a {cls.produces.kind})\n\n{inspect.getdoc(cls)}")
+    say(f"{args.name} (makes {with_article(cls.produces.kind)})\n\n{inspect.getdoc(cls)}")
     rows = [
-        (s["name"], s["type"], "required" if s["required"] else _default(s["default"]), s["doc"])
+        (s["name"], s["type"], "required" if s["required"] else default(s["default"]), s["doc"])
         for s in describe(cls)
     ]
     table(("setting", "type", "default", "meaning"), rows)
@@ -66,8 +68,11 @@ def _first_line(cls: type[Stage]) -> str:
     return (inspect.getdoc(cls) or "").split("\n\n")[0].replace("\n", " ")
 
 
-def _default(value: Any) -> str:
-    return "" if value is None else str(value)
+def default(value: Any) -> str:
+    """The default of a setting as a recipe spells it; empty for null."""
+    if value is None or isinstance(value, str):
+        return value or ""
+    return json.dumps(value, ensure_ascii=False).replace('"', "")
 
 
 def describe(cls: type[Stage]) -> list[dict[str, Any]]:
@@ -76,11 +81,11 @@ def describe(cls: type[Stage]) -> list[dict[str, Any]]:
 
 
 def type_name(annotation: Any) -> str:
-    """A type in the words of a recipe: `name of a hf-model`, `'cosine' | 'linear'`, `path`."""
+    """A type in the words of a recipe: `name of an hf-model`, `'cosine' | 'linear'`, `path`."""
     origin, args = get_origin(annotation), get_args(annotation)
     if origin is Ref:
         kinds = get_args(args[0]) or args
-        return "name of a " + " or ".join(kind.kind for kind in kinds)
+        return "name of " + " or ".join(with_article(kind.kind) for kind in kinds)
     if origin is Annotated:
         return type_name(args[0])
     if origin in (Union, types.UnionType):

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 LONGEST_REPEAT = 64
 """Tokens of a repetition that DRY looks at."""
+StrPath = str | Path
 AdapterWeights = Mapping[str, NDArray[np.float32]]
 """What an adapter slot holds, as an engine keeps it."""
 
@@ -218,7 +219,7 @@ class EngineOptions:
     draft_tokens: int = 0
     """Most tokens of a request guessed per step, from what its text holds already (prompt lookup) or by
     `draft_model`; the output stays what it is without."""
-    draft_model: Path | None = None
+    draft_model: StrPath | None = None
     """The folder of a smaller model with the same tokenizer, which guesses tokens where that is expected
     to save time. Its cache has the same slots, beside `kv_cache_bytes`."""
     packed_weights: Path | None = None
@@ -237,7 +238,7 @@ class Engine(ABC):
 
     @classmethod
     @abstractmethod
-    def open(cls, path: Path, options: EngineOptions | None = None) -> Self:
+    def open(cls, path: StrPath, options: EngineOptions | None = None) -> Self:
         """Open a model folder.
 
         Raises:
@@ -263,7 +264,7 @@ class Engine(ABC):
         drafts were right or a constraint leaves no choice."""
 
     @abstractmethod
-    def read_adapter(self, folder: Path) -> AdapterWeights:
+    def read_adapter(self, folder: StrPath) -> AdapterWeights:
         """Read the LoRA adapter of a PEFT folder and check that it fits. Any thread may do that while
         the one that owns the engine runs steps.
 
@@ -275,7 +276,7 @@ class Engine(ABC):
     def load_adapter(
         self,
         name: str,
-        adapter: Path | AdapterWeights,
+        adapter: StrPath | AdapterWeights,
         *,
         replace: bool = False,
         evict: Collection[str] = (),
@@ -348,12 +349,15 @@ class Engine(ABC):
         prompts: Sequence[Sequence[int]],
         params: SamplingParams | Sequence[SamplingParams],
         on_done: Callable[[int, int], None] | None = None,
+        adapter: str | None = None,
     ) -> list[Generation]:
-        """Continue all prompts, batched; `on_done(finished, total)` after each one. Needs an idle
-        engine, and leaves one behind also when it raises.
+        """Continue all prompts, batched, with one `params` for all or one for each, by a loaded adapter
+        if one is named; `on_done(finished, total)` after each one. Needs an idle engine, and leaves one
+        behind also when it raises.
 
         Raises:
-            RequestError: a prompt can never be served; nothing has been run.
+            RequestError: a prompt can never be served, or no adapter of this name is loaded; nothing has
+                been run.
             EngineError: the runtime failed, or the output of a prompt is no finite number.
         """
 

@@ -26,6 +26,7 @@ from lifecycle.engines.base import (
     Request,
     SamplingParams,
     Score,
+    StrPath,
 )
 from lifecycle.engines.beam_slots import run_searches
 from lifecycle.engines.beams import Beam, BeamParams, start_searches
@@ -173,19 +174,19 @@ class BatchedEngine(Engine):
         """What is kept of prompts, if anything is."""
         return self._prefixes
 
-    def read_adapter(self, folder: Path) -> AdapterWeights:
-        return self._backend.read_adapter(folder)
+    def read_adapter(self, folder: StrPath) -> AdapterWeights:
+        return self._backend.read_adapter(Path(folder))
 
     def load_adapter(
         self,
         name: str,
-        adapter: Path | AdapterWeights,
+        adapter: StrPath | AdapterWeights,
         *,
         replace: bool = False,
         evict: Collection[str] = (),
     ) -> None:
         self._require_open()
-        weights = self.read_adapter(adapter) if isinstance(adapter, Path) else adapter
+        weights = self.read_adapter(adapter) if isinstance(adapter, StrPath) else adapter
         self._adapters.load(name, weights, replace=replace, evict=evict)
 
     def unload_adapter(self, name: str) -> None:
@@ -230,9 +231,10 @@ class BatchedEngine(Engine):
         prompts: Sequence[Sequence[int]],
         params: SamplingParams | Sequence[SamplingParams],
         on_done: Callable[[int, int], None] | None = None,
+        adapter: str | None = None,
     ) -> list[Generation]:
         self._require_idle()
-        return offline.generate(self, prompts, params, on_done)
+        return offline.generate(self, prompts, params, on_done, adapter)
 
     def score(
         self,

@@ -98,8 +98,11 @@ class DecoderInfo:
         """Read `decoder.json`.
 
         Raises:
-            EngineError: the file is missing, broken or from a newer version.
+            EngineError: there is no such folder, or the file is missing, broken or from a newer version.
         """
+        if not folder.is_dir():
+            what = "is a file" if folder.exists() else "does not exist"
+            raise EngineError(f"{folder} {what}: name the folder of an exported decoder")
         path = folder / FILE
         try:
             values: object = json.loads(path.read_text(encoding="utf-8"))

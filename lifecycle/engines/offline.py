@@ -23,12 +23,17 @@ def generate(
     prompts: Sequence[Sequence[int]],
     params: SamplingParams | Sequence[SamplingParams],
     on_done: OnDone | None = None,
+    adapter: str | None = None,
 ) -> list[Generation]:
     """As `Engine.generate`."""
     if isinstance(params, SamplingParams):
         params = [params] * len(prompts)
+    if len(params) != len(prompts):
+        raise RequestError(
+            f"there are {len(params)} params for {len(prompts)} prompts: give one for each, or one for all"
+        )
     pairs = zip(prompts, params, strict=True)
-    requests = [Request(str(index), *pair) for index, pair in enumerate(pairs)]
+    requests = [Request(str(index), *pair, adapter) for index, pair in enumerate(pairs)]
     tokens: list[list[int]] = [[] for _ in requests]
     logprobs: list[list[float]] = [[] for _ in requests]
     ends: dict[int, FinishReason] = {}

@@ -20,7 +20,7 @@ from lifecycle.engines.adapter_bank import AdapterBank, read_weights
 from lifecycle.engines.adapters import GRAPH as ADAPTED
 from lifecycle.engines.adapters import AdapterLayout
 from lifecycle.engines.backend import Block, Row
-from lifecycle.engines.base import AdapterWeights, EngineOptions
+from lifecycle.engines.base import AdapterWeights, EngineOptions, StrPath
 from lifecycle.engines.batched import BatchedEngine
 from lifecycle.engines.decoder import (
     GRAPH,
@@ -55,13 +55,13 @@ class OnnxEngine(BatchedEngine):
     @classmethod
     def open(
         cls,
-        path: Path,
+        path: StrPath,
         options: EngineOptions | None = None,
         providers: Sequence[str] | None = None,
     ) -> Self:
         """As `Engine.open`; `providers` are execution providers to run on instead of those that
         the graph was made for."""
-        options = options or EngineOptions()
+        path, options = Path(path), options or EngineOptions()
         info = DecoderInfo.load(path)
         max_model_len = context_length(options, info.max_position_embeddings)
         return cls(
@@ -264,9 +264,9 @@ def _draft(
     providers: Sequence[str] | None,
 ) -> Draft | None:
     """The draft model of a model, where there is to be one."""
-    folder = options.draft_model
-    if folder is None:
+    if options.draft_model is None:
         return None
+    folder = Path(options.draft_model)
     draft = DecoderInfo.load(folder)
     check_pair(path, info.vocab_size, folder, draft.vocab_size)
     most = min(max_model_len, draft.max_position_embeddings)

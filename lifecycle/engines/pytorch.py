@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from transformers import DynamicCache, PreTrainedModel
 
 from lifecycle.engines.backend import Row
-from lifecycle.engines.base import AdapterWeights, EngineOptions
+from lifecycle.engines.base import AdapterWeights, EngineOptions, StrPath
 from lifecycle.engines.batched import BatchedEngine
 from lifecycle.engines.draft_model import Draft
 from lifecycle.engines.draft_pair import check_pair
@@ -39,10 +39,10 @@ class TorchEngine(BatchedEngine):
     """A Hugging Face folder, with its adapter if it has one, in float32 on the CPU."""
 
     @classmethod
-    def open(cls, path: Path, options: EngineOptions | None = None) -> Self:
+    def open(cls, path: StrPath, options: EngineOptions | None = None) -> Self:
         from lifecycle.training.models import load_model
 
-        options = options or EngineOptions()
+        path, options = Path(path), options or EngineOptions()
         try:
             model = load_model(path)
         except CheckpointError as error:
@@ -138,9 +138,9 @@ def _draft(path: Path, config: Any, options: EngineOptions, max_model_len: int) 
     """The draft model of a model, where there is to be one."""
     from lifecycle.training.models import load_model
 
-    folder = options.draft_model
-    if folder is None:
+    if options.draft_model is None:
         return None
+    folder = Path(options.draft_model)
     try:
         model = load_model(folder)
     except CheckpointError as error:

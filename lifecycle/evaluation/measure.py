@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -50,8 +50,8 @@ def ask(
     # Each model has its own questions: another template puts other text around an answer.
     asked = list(zip(*selection.items, strict=True))
     answers = [
-        _answers(subject, questions, progress)
-        for subject, questions in zip(subjects, asked, strict=True)
+        _answers(subject, questions, _part(progress, index, len(subjects)))
+        for index, (subject, questions) in enumerate(zip(subjects, asked, strict=True))
     ]
     questions = asked[0]
     total = len(questions)
@@ -136,10 +136,17 @@ def _scored(scorer: Scorer, selection: Selection[Sample]) -> Findings:
     return found
 
 
-def _answers(subject: Subject, questions: Sequence[Question], progress: Progress) -> list[str]:
+def _part(progress: Progress, index: int, of: int) -> Callable[[int, int], None]:
+    """What tells of one of several equal parts, so that the second does not begin at 0 again."""
+    return lambda done, total: progress.update(index * total + done, of * total)
+
+
+def _answers(
+    subject: Subject, questions: Sequence[Question], on_done: Callable[[int, int], None]
+) -> list[str]:
     stops = subject.tokenizer.eos_token_ids
     params = [SamplingParams(max_tokens=q.max_new_tokens, stop_token_ids=stops) for q in questions]
-    generations = subject.engine.generate([q.prompt for q in questions], params, progress.update)
+    generations = subject.engine.generate([q.prompt for q in questions], params, on_done)
     if any(generation.finish_reason is FinishReason.ERROR for generation in generations):
         raise EngineError(f"{subject.artifact.path} failed while it answered")
     return [subject.tokenizer.decode(generation.token_ids) for generation in generations]

@@ -25,16 +25,21 @@ _LENGTHS = (90, 37, 64)
 _CHUNK = 16
 
 
-def measure_parity(model: Path, graph: Path) -> dict[str, float]:
+def measure_parity(
+    model: Path, graph: Path, on_done: Callable[[int, int], None] | None = None
+) -> dict[str, float]:
     """How far the logits of an ONNX folder are from those of the Hugging Face folder it was made
     of, by the way of feeding: at once (`prefill`), in `chunks`, `ragged` among others at other
     speeds, and with a `rollback` on the way. Each is the largest difference as a part of the
     largest logit, or of 1 if that is larger. The texts are random tokens, the same each time.
+    `on_done(finished, total)` comes after PyTorch and after each way.
 
     Raises:
         StageError: the logits are no numbers.
     """
     texts = _texts(DecoderInfo.load(graph))
+    found: dict[str, float] = {}
+    on_done = on_done or (lambda finished, total: None)
     wanted = _reference(model, texts)
     engine = _open(graph)
     try:
@@ -44,7 +49,11 @@ def measure_parity(model: Path, graph: Path) -> dict[str, float]:
             "ragged": _ragged,
             "rollback": _rolled_back,
         }
-        return {name: _distance(feed(engine, texts), wanted) for name, feed in ways.items()}
+        on_done(1, 1 + len(ways))
+        for name, feed in ways.items():
+            found[name] = _distance(feed(engine, texts), wanted)
+            on_done(1 + len(found), 1 + len(ways))
+        return found
     finally:
         engine.close()
 

@@ -209,7 +209,7 @@ def choose(
     for pattern in exceptions:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise StageError(
-                f"no matrix is called '{pattern}'{did_you_mean(pattern, names)} "
+                f"the scheme stores no matrix called '{pattern}'{did_you_mean(pattern, names)} "
                 f"(there are {', '.join([*names[:5], '…', names[-1]] if len(names) > 6 else names)})"
             )
     exceptions = {**exceptions, _ROUTERS: None}

@@ -29,6 +29,13 @@ class FileEntry:
     sha256: str
 
 
+def with_article(kind: str) -> str:
+    """A kind as a sentence names one: `an onnx-graph`, `a report`, but `arrays`."""
+    if kind.endswith("s"):
+        return kind
+    return f"an {kind}" if kind.startswith(("a", "e", "hf", "i", "o")) else f"a {kind}"
+
+
 def canonical_json(value: object) -> bytes:
     """`value` as JSON with one spelling only, so that equal values have equal hashes.
 

@@ -89,7 +89,8 @@ class PlainDisplay:
             return
         self._last = now
         of = f"/{number(total)}" if total else ""
-        self._write(f"[{name}] {phase} {number(done)}{of}  {brief(dict(metrics))}".rstrip())
+        count = f" {number(done)}{of}" if done or total else ""
+        self._write(f"[{name}] {phase}{count}  {brief(dict(metrics))}".rstrip())
 
     def log(self, name: str, message: str) -> None:
         """Pass a line on."""
@@ -199,6 +200,8 @@ class StageProgress:
         """See `stage.Progress`."""
         self._check()
         self._phase = self._prefix + name
+        # It may take long to its first update, or have none.
+        self._display.advance(self.name, self._phase, 0, None, {})
 
     def log(self, message: str) -> None:
         """See `stage.Progress`."""

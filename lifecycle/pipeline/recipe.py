@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from lifecycle.errors import LifecycleError, RecipeError
 from lifecycle.pipeline import registry, shipped
-from lifecycle.pipeline.artifact import Artifact
+from lifecycle.pipeline.artifact import Artifact, with_article
 from lifecycle.pipeline.document import KeyPath
 from lifecycle.pipeline.layers import Layers, read_layers, stages_of
 from lifecycle.pipeline.problems import Problems, explain
@@ -185,8 +185,9 @@ def _check_references(entries: dict[str, Entry], problems: Problems) -> None:
             kinds = ref_kinds(type(entry.stage), field.split(".")[0])
             made = entries[target].kind
             if not issubclass(made, kinds):
-                wanted = " or ".join(kind.kind for kind in kinds)
-                problems.add(path, f"'{target}' makes a {made.kind}, this needs a {wanted}")
+                wanted = " or ".join(with_article(kind.kind) for kind in kinds)
+                makes = with_article(made.kind)
+                problems.add(path, f"'{target}' makes {makes}, this needs {wanted}")
 
 
 def _order(entries: dict[str, Entry], problems: Problems) -> list[Entry]:

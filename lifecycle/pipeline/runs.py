@@ -137,6 +137,49 @@ def find(store: Store, name: str) -> Run:
     raise RecipeError(f"no run or recipe '{name}' in {store.root}{did_you_mean(name, known)}")
 
 
+def find_folder(name: str, store: Path | None = None) -> Path:
+    """The folder that a command was asked to work on.
+
+    Args:
+        name: a folder; or the id of a run or the name of a recipe, whose last bundle is taken; or
+            `NAME/STAGE`, the newest artifact that this stage of it has made.
+        store: the store's folder; None takes the default place.
+
+    Raises:
+        RecipeError: a file, or no such run or stage.
+        StoreError: there is no store, the run made no bundle, or the artifact is gone.
+    """
+    path = Path(name)
+    if path.is_dir():
+        return path
+    if path.is_file():
+        raise RecipeError(
+            f"{path} is a file: name the folder that it is in, or a recipe by its name, not its file"
+        )
+    run, _, stage = name.rpartition("/")
+    return find_made(run, stage, store) if run else find_bundle(name, store)
+
+
+def find_made(name: str, stage: str, store: Path | None = None) -> Path:
+    """What a stage made in the newest run of that name that has it; the run may have failed later.
+
+    Raises:
+        RecipeError: no such run or stage.
+        StoreError: there is no store, or the artifact is gone.
+    """
+    opened = _look(f"{name}/{stage}", store)
+    found = [run for run in newest_first(opened) if name in (run.recipe, run.run)]
+    found = found or [find(opened, name)]
+    for run in found:
+        if stage in run.stages and (digest := run.stages[stage].digest):
+            return _made(opened, digest, run)
+    made = sorted({key for run in found for key, value in run.stages.items() if value.digest})
+    raise RecipeError(
+        f"no run of '{name}' has made '{stage}'{did_you_mean(stage, made)} "
+        f"(made: {', '.join(made) or 'nothing'})"
+    )
+
+
 def find_bundle(name: str, store: Path | None = None) -> Path:
     """The bundle that the last successful run of that name made.
 
@@ -148,11 +191,7 @@ def find_bundle(name: str, store: Path | None = None) -> Path:
         RecipeError: no such run.
         StoreError: it made no bundle, or the bundle is gone.
     """
-    opened = Store.look(store)
-    try:
-        opened.require()
-    except StoreError as error:
-        raise StoreError(f"'{name}' is neither a folder nor a run: {error}") from None
+    opened = _look(name, store)
     good = [r for r in newest_first(opened) if r.status == "ok" and name in (r.recipe, r.run)]
     run = good[0] if good else find(opened, name)
     if run.status != "ok":
@@ -160,7 +199,20 @@ def find_bundle(name: str, store: Path | None = None) -> Path:
     made = [s.digest for s in run.stages.values() if s.kind == "bundle" and s.digest]
     if not made:
         raise StoreError(f"run {run.run} of '{run.recipe}' made no bundle")
-    path = opened.path(made[-1])
+    return _made(opened, made[-1], run)
+
+
+def _look(name: str, store: Path | None) -> Store:
+    opened = Store.look(store)
+    try:
+        opened.require()
+    except StoreError as error:
+        raise StoreError(f"'{name}' is neither a folder nor a run: {error}") from None
+    return opened
+
+
+def _made(store: Store, digest: str, run: Run) -> Path:
+    path = store.path(digest)
     if not path.is_dir():
         raise StoreError(f"{path} is gone; make it again with: lifecycle run {run.source}")
     return path

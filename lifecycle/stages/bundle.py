@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, field_validator
 
 from lifecycle.errors import GateError, StageError
 from lifecycle.kinds import Bundle, OnnxGraph, OnnxModel, Report
@@ -24,6 +25,9 @@ MODEL_CARD = "README.md"
 _LINEAGE_FIELDS = ("digest", "kind", "use", "version", "settings", "source", "inputs")
 """What the manifest says of an ancestor: what determines its bytes, so no metrics, which may
 be timings."""
+
+
+_NAME = r"^[A-Za-z0-9][A-Za-z0-9._/-]*$"
 
 
 class GenerationDefaults(BaseModel):
@@ -60,11 +64,21 @@ class BundleStage(Stage):
     """An ONNX model: a decoder, or any other graph."""
     report: Ref[Report] | None = None
     """An evaluation of this very model, whose gates have passed."""
-    name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]*$")
+    name: str | None = Field(default=None, pattern=_NAME)
     """What the model is called; by default its architecture and weight scheme, or what the recipe
     calls a graph of another kind."""
     generation: GenerationDefaults = GenerationDefaults()
-    """Sampling defaults of a decoder, over those that the model comes with."""
+    """Sampling defaults of a decoder, over those that the model comes with: `temperature`, `top_p`,
+    `top_k`, `min_p`, `repetition_penalty`, `max_new_tokens`."""
+
+    @field_validator("name", mode="before")
+    @classmethod
+    def _is_a_name(cls, name: Any) -> Any:
+        if isinstance(name, str) and re.fullmatch(_NAME, name) is None:
+            raise ValueError(
+                f"{name!r} is no name for a model: use letters, digits, and behind the first . _ / -"
+            )
+        return name
 
     def run(self, ctx: Context) -> Metrics:
         from lifecycle.bundle.card import model_card

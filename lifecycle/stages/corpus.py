@@ -79,7 +79,14 @@ class Corpus(Stage):
             )
         count = _write(ctx, documents)
         if not count["train_documents"]:
-            raise DataError(f"{self.path or self.source}: there is no text to train on")
+            held = count["test_documents"]
+            way = (
+                f": all documents, {held}, are held out; a text file is one document unless 'unit' is "
+                "paragraph or line"
+            )
+            raise DataError(
+                f"{self.path or self.source}: there is no text to train on{way if held else ''}"
+            )
         if self.holdout and not count["test_documents"]:
             ctx.progress.log(
                 "no document is held out; a text file is one document unless "

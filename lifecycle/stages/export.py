@@ -51,8 +51,9 @@ class Export(Stage):
     target: Target = Cpu()
     """The hardware that the graph is made for."""
     adapters: AdapterSlots | None = None
-    """Slots for LoRA adapters; null exports none. Steps without an adapter run the same graph as
-    without slots."""
+    """Slots for LoRA adapters, such as `{slots: 8, rank: 16}`: how many can be loaded together, and the
+    largest rank of one; null exports none. Steps without an adapter run the same graph as without
+    slots."""
     hidden_states: bool = False
     """Write `hidden.onnx` too, the graph without its output head, which embeddings are made with; the
     weights are shared."""
@@ -110,10 +111,12 @@ class Export(Stage):
         ctx.progress.phase("comparing with PyTorch")
         if missing := missing_providers(ctx.out):
             ctx.progress.log(f"compared on the CPU, not verified on a device: no {missing[0]} here")
-        found = measure_parity(model.path, ctx.out)
+        found = measure_parity(model.path, ctx.out, ctx.progress.update)
         if self.adapters is not None:
+            ctx.progress.phase("comparing adapters with PEFT")
             found["adapters"] = measure_adapters(model.path, ctx.out)
         if self.hidden_states:
+            ctx.progress.phase("comparing hidden states with PyTorch")
             found["hidden states"] = measure_hidden(model.path, ctx.out)
         worst = max(found.values())
         if worst > self.parity:

@@ -185,7 +185,10 @@ class Quantize(Stage):
         }
         needed = next((name for name, reads in readers.items() if reads), None)
         if needed and self.calibration is None:
-            raise ValueError(f"{needed} needs calibration: name the texts to measure on")
+            raise ValueError(
+                f"{needed} needs calibration: name texts, or for a graph "
+                "that is no decoder `arrays`, to measure on"
+            )
         if self.calibration and not needed:
             raise ValueError(
                 f"calibration is only read for {' or '.join(readers)}; set one or leave it out"

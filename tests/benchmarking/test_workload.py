@@ -63,6 +63,12 @@ def test_arrivals_are_a_seeded_poisson_process() -> None:
     assert (made.concurrency, len(made.warm_up)) == (None, 2)
 
 
+def test_a_workload_says_how_long_requests_come() -> None:
+    options: Any = {"vocab_size": 9, "seed": 0}
+    assert open_loop(2, 1, 0.01, 3, num_slots=1, **options).arrivals == "3 requests over 104 s"
+    assert closed_loop(2, 1, 1, 3, **options).arrivals == ""
+
+
 def test_hash_ids_say_which_prompts_begin_alike() -> None:
     first, second, third = workload(
         TraceEntry(1000, 1100, 5, (1, 2, 3)),
@@ -139,5 +145,5 @@ def test_a_bad_line_is_named(bad: Any, message: str, tmp_path: Path) -> None:
 def test_a_trace_without_requests(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="has no request"):
         read_trace(write(tmp_path / "t.jsonl", ""))
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(DataError, match="cannot be read: No such file"):
         read_trace(tmp_path / "none")

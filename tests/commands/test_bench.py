@@ -163,7 +163,8 @@ def test_the_json_keys_are_documented() -> None:
 
 
 def test_a_draft_model_is_taken_and_named(bench, decoder: str) -> None:
-    _, found = bench(*SMALL, "--draft-model", decoder, "--draft-tokens", "2")
+    _, found = bench(*SMALL, "--draft-model", decoder, "--draft-tokens", "2", "--kv-cache", "0")
+    assert found["engine"]["kv_cache_bytes"] is None
     assert found["engine"]["draft_model"] == decoder and found["engine"]["draft_tokens"] == 2
 
 
@@ -273,6 +274,7 @@ def test_no_or_unknown_benchmark_prints_the_usage(argv: list[str], capsys) -> No
         (["--out", "."], "--out . is a folder"),
         (["--out", "no/such/x.html"], "there is no folder no/such; make it first"),
         (["--engine", "onnxruntim"], "unknown engine 'onnxruntim'; did you mean 'onnxruntime'?"),
+        (["--drat-tokens", "2"], "--drat-tokens 2; did you mean '--draft-tokens'?"),
         (["--seed", "-1"], "--seed: '-1': give an integer, 0 or more"),
     ],
 )

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from lifecycle.cli import COMMANDS, main
-from lifecycle.pipeline import registry, shipped
+from lifecycle.pipeline import registry, runs, shipped
 from tests.workshop import Workshop
 
 RECIPE = "  a: {use: toy:Const, value: 2}\n  b: {use: toy:Add, left: a, plus: 1}\n"
@@ -59,6 +59,11 @@ def test_a_mistyped_command(capsys) -> None:
 def test_bad_arguments_end_with_2(argv: list[str], capsys) -> None:
     assert main(argv) == 2
     assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_only_what_is_missing_is_called_required(capsys) -> None:
+    assert main(["run"]) == 2
+    assert "required: RECIPE (see" in capsys.readouterr().err
 
 
 def test_run_json_is_the_last_line_and_has_the_agreed_shape(toy: str, capsys) -> None:
@@ -168,7 +173,7 @@ def test_stages_lists_and_describes(capsys) -> None:
     assert {"corpus", "finetune", "export", "bundle"} <= set(last_json(capsys)["stages"])
     main(["stages", "finetune", "--json"])
     settings = {s["name"]: s for s in last_json(capsys)["settings"]}
-    assert settings["model"]["type"] == "name of a hf-model"
+    assert settings["model"]["type"] == "name of an hf-model"
     assert all(s["doc"] or s["name"] in ("model", "data") for s in settings.values())
     assert main(["stages"]) == main(["stages", "finetune"]) == 0
     assert main(["stages", "finetun"]) == 2
@@ -300,3 +305,4 @@ def test_only_what_can_be_served_is_offered_for_serving(workshop: Workshop, caps
     out = capsys.readouterr().out
     assert "ok in" in out
     assert "serve it" not in out
+    assert f"bundle: {runs.find_bundle('toy', workshop.store_path)}" in out

@@ -14,7 +14,10 @@ from tests.docs.blocks import ROOT, blocks
 def test_its_python_runs_beside_a_model(data_dir: Path, tmp_path: Path) -> None:
     model = tmp_path / "model"
     model.mkdir()
-    export_decoder(data_dir / "stories260K" / "hf", model, Cpu(), hidden_states=True)
+    checkpoint = data_dir / "stories260K" / "hf"
+    export_decoder(checkpoint, model, Cpu(), hidden_states=True)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (model / name).symlink_to(checkpoint / name)
     found = blocks(ROOT / "docs" / "engines.md")
     code = "\n".join(block.text for block in found if block.language == "python")
     done = subprocess.run(
@@ -25,4 +28,8 @@ def test_its_python_runs_beside_a_model(data_dir: Path, tmp_path: Path) -> None:
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[4:] == ["(2, 64)"]
+    lines = done.stdout.splitlines()
+    assert lines[2] == ", there was a little"
+    events = [line.split() for line in lines[3:-3]]
+    assert [event[0] for event in events].count("urgent") == 5 == len(events) - 5
+    assert lines[-1] == "(2, 64)"

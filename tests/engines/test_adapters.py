@@ -85,6 +85,19 @@ def test_what_a_request_gets_does_not_depend_on_its_neighbours(
         assert len({tuple(tokens) for tokens in alone.values()}) == len(alone)
 
 
+def test_prompts_are_continued_by_an_adapter(model: Path, folders: list[Path]) -> None:
+    engine = OnnxEngine.open(str(model), EngineOptions(prefill_chunk=8))
+    engine.load_adapter("a", str(folders[0]))
+    params = SamplingParams(max_tokens=6, ignore_eos=True, logprobs=0)
+    plain = engine.generate([PROMPT], params)[0]
+    adapted = engine.generate([PROMPT], params, adapter="a")[0]
+    alone = _run(engine, [Request("x", PROMPT, params, "a")])["x"]
+    assert list(zip(adapted.token_ids, adapted.logprobs, strict=True)) == alone
+    assert adapted.logprobs != plain.logprobs
+    with pytest.raises(RequestError, match="no adapter 'b' is loaded"):
+        engine.generate([PROMPT], params, adapter="b")
+
+
 def _run(engine: OnnxEngine, requests: list[Request]) -> dict[str, list[tuple[int, float]]]:
     found: dict[str, list[tuple[int, float]]] = {request.id: [] for request in requests}
     for request in requests:

@@ -165,6 +165,11 @@ def test_what_needs_an_idle_engine_says_so(call: str) -> None:
         engine.logits([1]) if call == "logits" else engine.generate([[1]], FREE)
 
 
+def test_as_many_params_as_prompts_are_wanted() -> None:
+    with pytest.raises(RequestError, match=r"2 params for 1 prompts: give one for each"):
+        ToyEngine.make().generate([[1]], [FREE, FREE])
+
+
 def test_a_closed_engine_refuses_requests() -> None:
     engine = ToyEngine.make()
     engine.submit(Request("a", [1], FREE))

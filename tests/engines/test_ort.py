@@ -64,6 +64,16 @@ def test_batched_generation_equals_pytorch(random_model: Model, engine: Engine) 
     assert engine.generate(texts, FREE) == reference.generate(texts, FREE)
 
 
+def test_what_is_no_folder_is_not_opened(random_model: Model, tmp_path: Path) -> None:
+    file = random_model.graph / "model.onnx"
+    with pytest.raises(EngineError, match=r"model\.onnx is a file: name the folder"):
+        OnnxEngine.open(file)
+    with pytest.raises(EngineError, match="none does not exist: name the folder"):
+        OnnxEngine.open(
+            random_model.graph, EngineOptions(draft_tokens=2, draft_model=tmp_path / "none")
+        )
+
+
 def test_no_neighbour_changes_a_request(random_model: Model) -> None:
     options = EngineOptions(max_num_seqs=4, prefill_chunk=16)
     identical, total = measure(OnnxEngine.open(random_model.graph, options), mixes=12, seed=0)

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 
 from rich.console import Console
 
-from lifecycle.pipeline.progress import LiveDisplay
+from lifecycle.pipeline.progress import LiveDisplay, PlainDisplay, StageProgress, Stop
 
 
 def test_names_are_shown_as_they_are_and_never_read_as_markup() -> None:
@@ -18,3 +19,15 @@ def test_names_are_shown_as_they_are_and_never_read_as_markup() -> None:
     shown = display.console.file.getvalue()  # type: ignore[attr-defined]
     assert "./[/b]/file.py:Stage" in shown
     assert "top[1] 0.5" in shown
+
+
+def test_a_phase_is_shown_before_its_first_update(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("lifecycle.pipeline.progress.PLAIN_EVERY", 0.0)
+    display = PlainDisplay(io.StringIO())
+    progress = StageProgress("onnx", "export", display, tmp_path / "record", Stop())
+    progress.phase("comparing")
+    progress.update(1, 2)
+    assert display.stream.getvalue().splitlines() == [  # type: ignore[attr-defined]
+        "[onnx] comparing",
+        "[onnx] comparing 1/2",
+    ]

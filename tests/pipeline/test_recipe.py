@@ -44,7 +44,7 @@ def test_until_takes_what_is_needed(workshop: Workshop) -> None:
         ("  a: {use: toy:Add}\n", 3, "'left' is missing"),
         ("  a: {use: toy:Const}\n  c: {use: toy:Add, left: aa}\n", 4, "did you mean 'a'?"),
         ("  a: {use: toy:Const}\n  c: {use: toy:Read, text: a}\n", 4,
-         "'a' makes a number, this needs a text or tokenizer"),
+         "'a' makes a number, this needs a text or a tokenizer"),
         ("  a: {use: toy:Add, left: b}\n  b: {use: toy:Add, left: a}\n", 3, "a -> b -> a"),
         ("  a: {use: toy:Add, left: a}\n", 3, "a -> a"),
         ("  a: {use: toy:FromFile, path: nowhere.txt}\n", 3, "no such file or folder"),

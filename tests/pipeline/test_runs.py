@@ -49,6 +49,26 @@ def test_the_bundle_of_the_last_good_run_is_served(workshop: Workshop) -> None:
         runs.find_bundle("toy", workshop.store_path)
 
 
+def test_what_a_stage_made_is_found_by_its_name(workshop: Workshop) -> None:
+    stages = ONE + "  b: {use: toy:Bundled, fail: false}\n"
+    first = workshop.run(stages)
+    assert workshop.run(stages, "a.value=2", "b.fail=true").status == "failed"
+    store = workshop.store_path
+    newest = runs.find(workshop.store, "toy").stages["a"].path
+    assert str(runs.find_folder("toy/a", store)) == newest != first.stages["a"].path
+    # What the newest run has not made is that of the one before.
+    assert str(runs.find_folder("toy/b", store)) == first.stages["b"].path
+    assert str(runs.find_folder(f"{first.run}/a", store)) == first.stages["a"].path
+    assert runs.find_folder("toy", store) == runs.find_bundle("toy", store)
+    assert runs.find_folder(str(store), store) == store
+    with pytest.raises(RecipeError, match=r"no run of 'toy' has made 'c' \(made: a, b\)"):
+        runs.find_folder("toy/c", store)
+    with pytest.raises(RecipeError, match=r"no run or recipe 'toi'.*did you mean 'toy'"):
+        runs.find_folder("toi/a", store)
+    with pytest.raises(RecipeError, match=r"recipe\.yaml is a file: name the folder"):
+        runs.find_folder(str(workshop.root / "recipe.yaml"), store)
+
+
 def test_damaged_run_records_are_passed_over(workshop: Workshop) -> None:
     run = workshop.run(ONE)
     (runs.folder(workshop.store, run.run) / "run.json").write_text("{")

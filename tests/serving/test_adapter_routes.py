@@ -282,7 +282,10 @@ def test_only_what_lies_in_the_directory_is_read(folder: Path, tmp_path: Path) -
         ):
             error = error_of(load(http, "a", path), 400)
             assert error["param"] == "lora_path"
-            assert "no such folder inside the server's adapter directory" in error["message"]
+            assert (
+                f"no folder {str(path)[:200]!r} inside the server's adapter directory"
+                in error["message"]
+            )
         error = error_of(load(http, "a", "empty"), 400)
         assert "it has to hold adapter_config.json" in error["message"]
         config = root / "y" / "adapter_config.json"

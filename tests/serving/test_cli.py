@@ -249,11 +249,9 @@ def test_an_open_address_without_a_key_is_warned_of(chat_bundle: Path) -> None:
     "arguments",
     [["--port", "-1"], ["--port", "x"], ["--max-num-seqs", "0"], ["--shutdown-timeout", "nan"]],
 )
-def test_wrong_arguments(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as caught:
+def test_wrong_arguments(arguments: list[str]) -> None:
+    with pytest.raises(RecipeError, match=f"{arguments[0]}: '{arguments[1]}': give an? "):
         serve(["bundle", *arguments])
-    assert caught.value.code == 2
-    assert arguments[0] in capsys.readouterr().err
 
 
 def test_a_port_out_of_range(chat_bundle: Path) -> None:

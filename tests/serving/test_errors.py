@@ -235,7 +235,11 @@ def test_a_prompt_longer_than_the_context(http: httpx.Client) -> None:
         (CHAT, {"max_tokens": 512}),
     ):
         response = http.post(route, json=VALID[route] | body)
-        assert error_of(response, 400)["code"] == "context_length_exceeded"
+        error = error_of(response, 400)
+        assert error["code"] == "context_length_exceeded"
+        asked = (VALID[route] | body).get("max_tokens")
+        said = "the answer needs one at least" if asked is None else f"{asked} are asked for"
+        assert said in error["message"]
         assert response.headers["x-should-retry"] == "false"
     fits = {"prompt": [5] * 511, "max_tokens": 1}
     assert http.post(COMPLETIONS, json=VALID[COMPLETIONS] | fits).status_code == 200

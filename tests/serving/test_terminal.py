@@ -77,3 +77,26 @@ def test_sampling_is_seeded(
         return capsys.readouterr().out
 
     assert ask("1") == ask("1") != ask("2")
+
+
+class Typed(io.StringIO):
+    """Lines that somebody types."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_mistyped_command_is_no_message(
+    monkeypatch: pytest.MonkeyPatch, chat_bundle: Path, capsys: Output
+) -> None:
+    monkeypatch.setattr("sys.stdin", Typed("/quit\n/exit\n"))
+    assert chat([str(chat_bundle)]) == 0
+    output = capsys.readouterr()
+    assert output.out.replace("> ", "") == ""
+    assert "there is no /quit; /reset starts a new conversation" in output.err
+    # In a pipe it may be a message.
+    assert talk(monkeypatch, chat_bundle, "/quit\n", "--max-tokens", "8") == 0
+    assert capsys.readouterr().out == expected(chat_bundle, [ASKED]) + "\n"
+
+
+ASKED = {"role": "user", "content": "/quit"}

@@ -70,10 +70,18 @@ def test_every_file_with_rows_is_read_by_row(
     assert texts(run_stage(Corpus(path=tmp_path / name, holdout=0)), "train") == ["a"]
 
 
+def test_a_text_that_is_held_out_whole_says_how_to_cut_it(
+    tmp_path: Path, run_stage: RunStage
+) -> None:
+    (tmp_path / "x.txt").write_text("a")
+    with pytest.raises(DataError, match=r"all documents, 1, are held out; .* 'unit' is paragraph"):
+        run_stage(Corpus(path=tmp_path / "x.txt", holdout=0.999))
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("x.txt", b" \n", "there is no text to train on"),
+        ("x.txt", b" \n", "there is no text to train on$"),
         ("x.txt", b"a\xff", "byte 0xff at offset 1"),
         ("x.jsonl", b'{"text": "\\ud83d"}', "line 1: text has half of a surrogate pair"),
         ("x.jsonl", b'{"body": "c"}', r"line 1: no text in 'text' \(its keys: body\)"),

@@ -116,6 +116,15 @@ def test_accuracy_is_the_share_of_exact_answers(
     assert report.metrics == {"accuracy": 0.5, "questions": 4, "questions_too_long": 0}
 
 
+def test_two_models_that_answer_are_one_progress(
+    run_stage: RunStage, chat: Conversations, learnt_onnx: OnnxModel
+) -> None:
+    stage = Evaluate(**COMPARE, metrics=["accuracy"])
+    report = run_stage(stage, model=learnt_onnx, reference=learnt_onnx, chat=chat)
+    done = [update["done"] for update in report.ctx.progress.updates]  # type: ignore[attr-defined]
+    assert done == list(range(1, 2 * report.metrics["questions"] + 1))
+
+
 def test_equal_evaluations_give_equal_bytes(
     run_stage: RunStage, chat: Conversations, learnt_onnx: OnnxModel, unlearnt_onnx: OnnxModel
 ) -> None:

@@ -59,7 +59,7 @@ def test_what_quantize_makes_is_of_the_kind_that_it_takes(source: Path, tmp_path
     path.write_text(
         text + "  t: {use: corpus, path: m.onnx}\n  v: {use: evaluate, model: q, data: t}\n"
     )
-    with pytest.raises(RecipeError, match="'q' makes a onnx-graph, this needs a .*onnx-model"):
+    with pytest.raises(RecipeError, match="'q' makes an onnx-graph, this needs an .*onnx-model"):
         load(str(path))
 
 
