@@ -44,7 +44,6 @@ class Prefill(Stage):
         from lifecycle.engines.decoder import FILE, PREFILL_WEIGHTS, WEIGHTS, DecoderInfo
         from lifecycle.evaluation.inputs import read_texts
         from lifecycle.evaluation.prompt_graph import compare_prompts
-        from lifecycle.graph.check import check_graph
         from lifecycle.graph.prefill import check_alike, write_prefill
 
         model, prompts = ctx.input(self.model), ctx.input(self.prompts)
@@ -56,7 +55,6 @@ class Prefill(Stage):
         ctx.link(prompts.path / WEIGHTS, PREFILL_WEIGHTS)
         scheme = DecoderInfo.load(prompts.path).scheme
         replace(info, prefill_scheme=scheme).save(ctx.out)
-        check_graph(ctx.out)
         ctx.progress.phase("comparing, texts")
         texts = read_texts(
             *(ctx.out, ctx.input(self.data), self.data),

@@ -22,6 +22,7 @@ from lifecycle.engines.prompt_graph import run_parts
 from lifecycle.errors import StageError
 from lifecycle.kinds import Conversations, OnnxModel
 from lifecycle.pipeline.artifact import Artifact
+from lifecycle.pipeline.files import make_read_only
 from lifecycle.stages.prefill import Prefill
 from lifecycle.stages.quantize import Quantize
 from tests import tiny
@@ -38,11 +39,15 @@ def data(tmp_path: Path) -> Artifact:
 
 @pytest.fixture
 def forms(learnt_onnx: OnnxModel, run_stage: RunStage) -> dict[str, Artifact]:
-    """A model that has learnt a little, in int4 and in row-wise int8."""
-    return {
+    """A model that has learnt a little, in int4 and in row-wise int8, as the store has them: their files
+    are linked, not copied."""
+    made = {
         scheme: run_stage(Quantize(model="onnx", scheme=scheme), onnx=learnt_onnx)
         for scheme in ("int4", "int8-rowwise")
     }
+    for form in made.values():
+        make_read_only(form.path)
+    return made
 
 
 def joined(run_stage: RunStage, forms: dict[str, Artifact], data: Artifact, **settings: float):
