@@ -1,6 +1,6 @@
 """Memory and time of exporting a 0.5B Llama to float32 ONNX, beside copying the same bytes.
 
-    python benchmarks/export_memory.py [--json] [--folder DIR]
+    python -m benchmarks.export_memory [--json] [--folder DIR]
 
 The model is random, written in DIR (default: a temporary folder; it takes 6 GB). Memory is the
 peak resident size of the exporting process, less that of a process that only imports what the
@@ -91,7 +91,7 @@ def measure(root: Path, dtype: DType) -> dict[str, Any]:
 
 
 def _child(source: Path, out: Path) -> dict[str, Any]:
-    command = [sys.executable, __file__, "--child", str(source), str(out)]
+    command = [sys.executable, "-m", "benchmarks.export_memory", "--child", str(source), str(out)]
     return json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
 
 
