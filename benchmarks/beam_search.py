@@ -8,7 +8,6 @@ beams add is choosing over the whole vocabulary and copying caches. Both take tu
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import tempfile
@@ -19,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.arguments import parser_of
 from benchmarks.random_llama import SMOLLM2_135M, write_llama
 from lifecycle.engines.backend import Backend, Row
 from lifecycle.engines.base import EngineOptions, SamplingParams
@@ -58,11 +58,10 @@ class Clock:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = parser_of(__doc__)
     parser.add_argument("--beams", type=int, default=4)
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--context", type=int, default=128, help="tokens of the prompt")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
     beams = BeamParams(args.beams)
     prompt = np.random.default_rng(0).integers(3, 40_000, args.context).tolist()

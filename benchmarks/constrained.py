@@ -9,7 +9,6 @@ model each step, so it is what masks cost; `forced` is as served, where tokens w
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import time
@@ -19,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
+from benchmarks.arguments import parser_of
 from benchmarks.peers import cache_dir
 from benchmarks.random_llama import SMOLLM2_135M, kept_llama
 from lifecycle.engines.base import EngineOptions, Request, SamplingParams
@@ -122,14 +122,13 @@ def measure(
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = parser_of(__doc__)
     parser.add_argument("--tokenizer", type=Path, required=True, help="a tokenizer.json")
     parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--tokens", type=int, default=96)
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
     options = EngineOptions(max(args.batch), 1024, threads=args.threads)
     text = args.tokenizer.read_text(encoding="utf-8")

@@ -11,9 +11,7 @@ this project is faster.
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import shutil
 import statistics
 import subprocess
@@ -22,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.arguments import add_threads, parser_of
 from benchmarks.peers import Worker, cache_dir, environment
 from benchmarks.random_llama import SMOLLM2_135M, kept_llama
 from lifecycle.engines.base import Engine, EngineOptions, Request, SamplingParams
@@ -131,12 +130,11 @@ def compare(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = parser_of(__doc__)
     parser.add_argument("--pairs", type=int, default=9)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_threads(parser)
     args = parser.parse_args()
     folder = cache_dir() / "llama-135m"
     checkpoint = kept_llama(folder, SMOLLM2_135M)

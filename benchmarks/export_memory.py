@@ -21,6 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.arguments import parser_of
 from benchmarks.random_llama import QWEN_HALF_BILLION, DType, write_llama
 
 RUNS = 3
@@ -28,8 +29,7 @@ RUNS = 3
 
 def main() -> None:
     """Measure both ways of storing the checkpoint and print the results."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser = parser_of(__doc__)
     parser.add_argument("--folder", type=Path, help="where the models are written")
     parser.add_argument("--child", nargs=2, type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -9,7 +9,6 @@ of the speed without adapters, or of serving eight adapters one after another.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import tempfile
@@ -17,6 +16,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from benchmarks.arguments import parser_of
 from benchmarks.random_llama import SMOLLM2_135M, write_llama
 from lifecycle.engines import adapters
 from lifecycle.engines.adapters import AdapterLayout
@@ -35,11 +35,10 @@ Step = Callable[[], object]
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = parser_of(__doc__)
     parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--folder", type=Path, help="where the model is written")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder) as root:
         plain, engine = make_engines(Path(root), args.rank)

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
+from benchmarks.arguments import parser_of
 from benchmarks.llama_cpp import our_models
 from benchmarks.peers import cache_dir
 from benchmarks.random_llama import SMOLLM2_135M, kept_llama
@@ -88,10 +89,9 @@ def measure(folder: Path, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = parser_of(__doc__)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--tokens", type=int, default=200)
-    parser.add_argument("--json", action="store_true", help="print one JSON object per line")
     args = parser.parse_args()
     folder = cache_dir() / "llama-135m"
     models = our_models(folder / "overhead", kept_llama(folder, SMOLLM2_135M))

@@ -9,7 +9,6 @@ begins with an empty cache, `warm` with one that knows the prompt, as any later 
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import tempfile
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.arguments import parser_of
 from benchmarks.random_llama import SMOLLM2_135M, write_llama
 from lifecycle.engines.base import EngineOptions, Request, SamplingParams
 from lifecycle.engines.ort import OnnxEngine
@@ -47,10 +47,9 @@ def first_tokens(engine: OnnxEngine, seed: int) -> list[float]:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = parser_of(__doc__)
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--slots", type=int, default=REQUESTS, help="requests that run together")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as root:
         full, int8 = Path(root, "fp32"), Path(root, "int8")
