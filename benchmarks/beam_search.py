@@ -19,15 +19,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.arguments import parser_of
-from benchmarks.random_llama import SMOLLM2_135M, write_llama
+from benchmarks.models import in_int8
+from benchmarks.random_llama import SMOLLM2_135M, kept_llama
 from lifecycle.engines.backend import Backend, Row
 from lifecycle.engines.base import EngineOptions, SamplingParams
 from lifecycle.engines.beams import BeamParams
 from lifecycle.engines.ort import OnnxEngine
-from lifecycle.graph.export import export_decoder
-from lifecycle.graph.int8 import Int8Rowwise
-from lifecycle.graph.quantize import quantize_graph
-from lifecycle.graph.targets import Cpu
 
 OUTPUT = 64
 
@@ -70,12 +67,7 @@ def main() -> None:
     whole: dict[str, list[float]] = {"requests": [], "beams": []}
     inside: dict[str, list[float]] = {"requests": [], "beams": []}
     with tempfile.TemporaryDirectory() as root:
-        full, int8 = Path(root, "fp32"), Path(root, "int8")
-        full.mkdir()
-        int8.mkdir()
-        write_llama(Path(root, "hf"), SMOLLM2_135M)
-        export_decoder(Path(root, "hf"), full, Cpu())
-        quantize_graph(full, int8, "int8-rowwise", Int8Rowwise(8))
+        int8 = in_int8(kept_llama(Path(root), SMOLLM2_135M), Path(root, "int8"))
         engine = OnnxEngine.open(int8, EngineOptions(args.beams, args.context + OUTPUT + 1))
         clock = Clock(engine._backend)  # pyright: ignore[reportPrivateUsage]
         runs = {

@@ -19,6 +19,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from benchmarks.arguments import parser_of
+from benchmarks.models import in_int8
 from benchmarks.peers import cache_dir
 from benchmarks.random_llama import SMOLLM2_135M, kept_llama
 from lifecycle.engines.base import EngineOptions, Request, SamplingParams
@@ -26,10 +27,6 @@ from lifecycle.engines.grammar.compiler import Grammar, GrammarCompiler
 from lifecycle.engines.grammar.constraint import GrammarConstraint
 from lifecycle.engines.grammar.spec import GrammarSpec
 from lifecycle.engines.ort import OnnxEngine
-from lifecycle.graph.export import export_decoder
-from lifecycle.graph.int8 import Int8Rowwise
-from lifecycle.graph.quantize import quantize_graph
-from lifecycle.graph.targets import Cpu
 
 PROMPT, END = 128, 2
 ITEM = {
@@ -87,14 +84,10 @@ def unforced(grammar: Grammar) -> Unforced:
 
 def int8_model(folder: Path, vocab_size: int) -> Path:
     """The model, made on the first call."""
-    int8, full = folder / "int8-rowwise", folder / "fp32"
-    if not (int8 / "decoder.json").is_file():
-        for path in (full, int8):
-            path.mkdir(parents=True, exist_ok=True)
-        shape = SMOLLM2_135M | {"vocab_size": vocab_size}
-        export_decoder(kept_llama(folder, shape), full, Cpu())
-        quantize_graph(full, int8, "int8-rowwise", Int8Rowwise(8))
-    return int8
+    int8 = folder / "int8-rowwise"
+    if (int8 / "decoder.json").is_file():
+        return int8
+    return in_int8(kept_llama(folder, SMOLLM2_135M | {"vocab_size": vocab_size}), int8)
 
 
 def measure(

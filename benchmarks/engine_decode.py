@@ -18,12 +18,11 @@ import subprocess
 import time
 from pathlib import Path
 
-import numpy as np
-
 from benchmarks.arguments import add_threads, parser_of
+from benchmarks.batch import decoding
 from benchmarks.peers import Worker, cache_dir, environment
 from benchmarks.random_llama import SMOLLM2_135M, kept_llama
-from lifecycle.engines.base import Engine, EngineOptions, Request, SamplingParams
+from lifecycle.engines.base import Engine, EngineOptions
 from lifecycle.engines.ort import OnnxEngine
 from lifecycle.graph.blockwise import Blockwise
 from lifecycle.graph.export import export_decoder
@@ -38,20 +37,11 @@ PROMPT = 128
 
 def decode(engine: Engine, batch: int, tokens: int) -> float:
     """Seconds for `tokens` steps in which `batch` requests decode."""
-    rng = np.random.default_rng(0)
-    params = SamplingParams(max_tokens=10**6, ignore_eos=True)
-    for index in range(batch):
-        engine.submit(Request(str(index), rng.integers(3, 1000, PROMPT).tolist(), params))
-    while len(engine.step()) < batch:
-        pass
-    start = time.perf_counter()
-    for _ in range(tokens):
-        engine.step()
-    seconds = time.perf_counter() - start
-    for index in range(batch):
-        engine.cancel(str(index))
-    engine.step()
-    return seconds
+    with decoding(engine, batch, PROMPT):
+        start = time.perf_counter()
+        for _ in range(tokens):
+            engine.step()
+        return time.perf_counter() - start
 
 
 def our_models(folder: Path, checkpoint: Path) -> dict[str, Path]:

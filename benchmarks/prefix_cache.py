@@ -18,13 +18,10 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.arguments import parser_of
-from benchmarks.random_llama import SMOLLM2_135M, write_llama
+from benchmarks.models import in_int8
+from benchmarks.random_llama import SMOLLM2_135M, kept_llama
 from lifecycle.engines.base import EngineOptions, Request, SamplingParams
 from lifecycle.engines.ort import OnnxEngine
-from lifecycle.graph.export import export_decoder
-from lifecycle.graph.int8 import Int8Rowwise
-from lifecycle.graph.quantize import quantize_graph
-from lifecycle.graph.targets import Cpu
 
 REQUESTS, SHARED, OWN, OUTPUT = 32, 400, 30, 16
 
@@ -52,12 +49,7 @@ def main() -> None:
     parser.add_argument("--slots", type=int, default=REQUESTS, help="requests that run together")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as root:
-        full, int8 = Path(root, "fp32"), Path(root, "int8")
-        full.mkdir()
-        int8.mkdir()
-        write_llama(Path(root, "hf"), SMOLLM2_135M)
-        export_decoder(Path(root, "hf"), full, Cpu())
-        quantize_graph(full, int8, "int8-rowwise", Int8Rowwise(8))
+        int8 = in_int8(kept_llama(Path(root), SMOLLM2_135M), Path(root, "int8"))
         without, cached = (
             OnnxEngine.open(int8, EngineOptions(args.slots, 512, prefix_cache_bytes=budget))
             for budget in (0, 256 << 20)
