@@ -9,13 +9,13 @@ tokens, or, cancelled, a beginning of them. MODEL_FOLDER is an exported model or
 
 from __future__ import annotations
 
-import argparse
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from benchmarks.arguments import parser_of
 from lifecycle.engines.base import Engine, EngineOptions, Request, SamplingParams
 from lifecycle.engines.decoder import DecoderInfo
 from lifecycle.engines.ort import OnnxEngine
@@ -93,7 +93,7 @@ def measure(engine: Engine, mixes: int, seed: int) -> tuple[int, int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = parser_of(__doc__)
     parser.add_argument("folder", type=Path, help="an exported model or a bundle")
     parser.add_argument("--mixes", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
@@ -101,7 +101,6 @@ def main() -> None:
     parser.add_argument("--max-model-len", type=int)
     parser.add_argument("--prefill-chunk", type=int, default=EngineOptions().prefill_chunk)
     parser.add_argument("--threads", type=int)
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
     options = EngineOptions(args.max_num_seqs, args.max_model_len, args.threads, args.prefill_chunk)
     engine = OnnxEngine.open(args.folder, options)

@@ -8,7 +8,6 @@ beams add is choosing over the whole vocabulary and copying caches. Both take tu
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import tempfile
@@ -19,15 +18,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.random_llama import SMOLLM2_135M, write_llama
+from benchmarks.arguments import parser_of
+from benchmarks.models import in_int8
+from benchmarks.random_llama import SMOLLM2_135M, kept_llama
 from lifecycle.engines.backend import Backend, Row
 from lifecycle.engines.base import EngineOptions, SamplingParams
 from lifecycle.engines.beams import BeamParams
 from lifecycle.engines.ort import OnnxEngine
-from lifecycle.graph.export import export_decoder
-from lifecycle.graph.int8 import Int8Rowwise
-from lifecycle.graph.quantize import quantize_graph
-from lifecycle.graph.targets import Cpu
 
 OUTPUT = 64
 
@@ -58,11 +55,10 @@ class Clock:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = parser_of(__doc__)
     parser.add_argument("--beams", type=int, default=4)
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--context", type=int, default=128, help="tokens of the prompt")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
     beams = BeamParams(args.beams)
     prompt = np.random.default_rng(0).integers(3, 40_000, args.context).tolist()
@@ -71,12 +67,7 @@ def main() -> None:
     whole: dict[str, list[float]] = {"requests": [], "beams": []}
     inside: dict[str, list[float]] = {"requests": [], "beams": []}
     with tempfile.TemporaryDirectory() as root:
-        full, int8 = Path(root, "fp32"), Path(root, "int8")
-        full.mkdir()
-        int8.mkdir()
-        write_llama(Path(root, "hf"), SMOLLM2_135M)
-        export_decoder(Path(root, "hf"), full, Cpu())
-        quantize_graph(full, int8, "int8-rowwise", Int8Rowwise(8))
+        int8 = in_int8(kept_llama(Path(root), SMOLLM2_135M), Path(root, "int8"))
         engine = OnnxEngine.open(int8, EngineOptions(args.beams, args.context + OUTPUT + 1))
         clock = Clock(engine._backend)  # pyright: ignore[reportPrivateUsage]
         runs = {

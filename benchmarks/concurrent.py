@@ -13,9 +13,7 @@ last token.
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import shutil
 import statistics
 import subprocess
@@ -28,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import engine_decode, llama_cpp
+from benchmarks.arguments import add_threads, parser_of
 from benchmarks.peers import HERE, Worker, cache_dir, environment
 from benchmarks.random_llama import QWEN_HALF_BILLION, SMOLLM2_135M, kept_llama
 from lifecycle.benchmarking.measure import measure
@@ -170,14 +169,13 @@ def take_turns(timers: dict[str, Timer], counts: list[int], turns: int) -> Itera
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = parser_of(__doc__)
     parser.add_argument("--shape", choices=list(SHAPES), default="135m")
     parser.add_argument("--requests", type=int, nargs="+", default=[8, 16])
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--only", nargs="+", choices=BITS, default=list(BITS))
     parser.add_argument("--without", nargs="*", default=[], help="engines to leave out")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--json", action="store_true", help="print one JSON object per line")
+    add_threads(parser)
     args = parser.parse_args()
     with ExitStack() as stack:
         timers = open_all(args.shape, max(args.requests), args.threads, stack)

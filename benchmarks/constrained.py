@@ -9,7 +9,6 @@ model each step, so it is what masks cost; `forced` is as served, where tokens w
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import time
@@ -19,6 +18,8 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
+from benchmarks.arguments import parser_of
+from benchmarks.models import in_int8
 from benchmarks.peers import cache_dir
 from benchmarks.random_llama import SMOLLM2_135M, kept_llama
 from lifecycle.engines.base import EngineOptions, Request, SamplingParams
@@ -26,10 +27,6 @@ from lifecycle.engines.grammar.compiler import Grammar, GrammarCompiler
 from lifecycle.engines.grammar.constraint import GrammarConstraint
 from lifecycle.engines.grammar.spec import GrammarSpec
 from lifecycle.engines.ort import OnnxEngine
-from lifecycle.graph.export import export_decoder
-from lifecycle.graph.int8 import Int8Rowwise
-from lifecycle.graph.quantize import quantize_graph
-from lifecycle.graph.targets import Cpu
 
 PROMPT, END = 128, 2
 ITEM = {
@@ -87,14 +84,10 @@ def unforced(grammar: Grammar) -> Unforced:
 
 def int8_model(folder: Path, vocab_size: int) -> Path:
     """The model, made on the first call."""
-    int8, full = folder / "int8-rowwise", folder / "fp32"
-    if not (int8 / "decoder.json").is_file():
-        for path in (full, int8):
-            path.mkdir(parents=True, exist_ok=True)
-        shape = SMOLLM2_135M | {"vocab_size": vocab_size}
-        export_decoder(kept_llama(folder, shape), full, Cpu())
-        quantize_graph(full, int8, "int8-rowwise", Int8Rowwise(8))
-    return int8
+    int8 = folder / "int8-rowwise"
+    if (int8 / "decoder.json").is_file():
+        return int8
+    return in_int8(kept_llama(folder, SMOLLM2_135M | {"vocab_size": vocab_size}), int8)
 
 
 def measure(
@@ -122,14 +115,13 @@ def measure(
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = parser_of(__doc__)
     parser.add_argument("--tokenizer", type=Path, required=True, help="a tokenizer.json")
     parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--tokens", type=int, default=96)
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
     options = EngineOptions(max(args.batch), 1024, threads=args.threads)
     text = args.tokenizer.read_text(encoding="utf-8")

@@ -11,20 +11,18 @@ this project is faster.
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import shutil
 import statistics
 import subprocess
 import time
 from pathlib import Path
 
-import numpy as np
-
+from benchmarks.arguments import add_threads, parser_of
+from benchmarks.batch import decoding
 from benchmarks.peers import Worker, cache_dir, environment
 from benchmarks.random_llama import SMOLLM2_135M, kept_llama
-from lifecycle.engines.base import Engine, EngineOptions, Request, SamplingParams
+from lifecycle.engines.base import Engine, EngineOptions
 from lifecycle.engines.ort import OnnxEngine
 from lifecycle.graph.blockwise import Blockwise
 from lifecycle.graph.export import export_decoder
@@ -39,20 +37,11 @@ PROMPT = 128
 
 def decode(engine: Engine, batch: int, tokens: int) -> float:
     """Seconds for `tokens` steps in which `batch` requests decode."""
-    rng = np.random.default_rng(0)
-    params = SamplingParams(max_tokens=10**6, ignore_eos=True)
-    for index in range(batch):
-        engine.submit(Request(str(index), rng.integers(3, 1000, PROMPT).tolist(), params))
-    while len(engine.step()) < batch:
-        pass
-    start = time.perf_counter()
-    for _ in range(tokens):
-        engine.step()
-    seconds = time.perf_counter() - start
-    for index in range(batch):
-        engine.cancel(str(index))
-    engine.step()
-    return seconds
+    with decoding(engine, batch, PROMPT):
+        start = time.perf_counter()
+        for _ in range(tokens):
+            engine.step()
+        return time.perf_counter() - start
 
 
 def our_models(folder: Path, checkpoint: Path) -> dict[str, Path]:
@@ -131,12 +120,11 @@ def compare(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = parser_of(__doc__)
     parser.add_argument("--pairs", type=int, default=9)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_threads(parser)
     args = parser.parse_args()
     folder = cache_dir() / "llama-135m"
     checkpoint = kept_llama(folder, SMOLLM2_135M)

@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.arguments import parser_of
 from benchmarks.engine_decode import PEER, write_tokenizer
 from benchmarks.peers import environment
 from benchmarks.random_llama import QWEN_HALF_BILLION, SMOLLM2_135M, write_llama
@@ -31,10 +32,9 @@ MODELS = {"135M": SMOLLM2_135M, "0.5B": QWEN_HALF_BILLION}
 
 def main() -> None:
     """Measure both models and print the results."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = parser_of(__doc__)
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--folder", type=Path, help="where the models are written")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--child", nargs=2, type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:

@@ -1,6 +1,6 @@
 """Memory and time of exporting a 0.5B Llama to float32 ONNX, beside copying the same bytes.
 
-    python benchmarks/export_memory.py [--json] [--folder DIR]
+    python -m benchmarks.export_memory [--json] [--folder DIR]
 
 The model is random, written in DIR (default: a temporary folder; it takes 6 GB). Memory is the
 peak resident size of the exporting process, less that of a process that only imports what the
@@ -21,6 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.arguments import parser_of
 from benchmarks.random_llama import QWEN_HALF_BILLION, DType, write_llama
 
 RUNS = 3
@@ -28,8 +29,7 @@ RUNS = 3
 
 def main() -> None:
     """Measure both ways of storing the checkpoint and print the results."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser = parser_of(__doc__)
     parser.add_argument("--folder", type=Path, help="where the models are written")
     parser.add_argument("--child", nargs=2, type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -91,7 +91,7 @@ def measure(root: Path, dtype: DType) -> dict[str, Any]:
 
 
 def _child(source: Path, out: Path) -> dict[str, Any]:
-    command = [sys.executable, __file__, "--child", str(source), str(out)]
+    command = [sys.executable, "-m", "benchmarks.export_memory", "--child", str(source), str(out)]
     return json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
 
 

@@ -9,7 +9,6 @@ walked token by token: valid ones must be allowed to their end, invalid ones mus
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 from collections import Counter
@@ -20,6 +19,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from benchmarks.arguments import parser_of
 from lifecycle.engines.grammar.compiler import Grammar, GrammarCompiler
 from lifecycle.engines.grammar.spec import GrammarSpec
 from lifecycle.errors import RequestError
@@ -133,10 +133,9 @@ def _reason(error: str) -> str:
 
 def main() -> None:
     """Run and print."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = parser_of(__doc__)
     parser.add_argument("suite", type=Path)
     parser.add_argument("tokenizer", type=Path)
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
     text = args.tokenizer.read_text(encoding="utf-8")
     tokenizer = Tokenizer.from_str(text)

@@ -9,7 +9,6 @@ each time, the same command is killed at a random moment of T and run again to i
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import shutil
@@ -21,16 +20,17 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.arguments import parser_of
+
 
 def main() -> int:
     """Print a line per kill and a summary; 1 when any digest differs."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = parser_of(__doc__)
     parser.add_argument("recipe")
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--keep", type=Path, help="a folder for the stores of runs that differ")
-    parser.add_argument("--json", action="store_true")
     args = parser.parse_intermixed_args()
     command = [sys.executable, "-m", "lifecycle.cli", "run", args.recipe, *args.overrides, "--json"]
     moments = random.Random(args.seed)

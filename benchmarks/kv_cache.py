@@ -11,9 +11,7 @@ Quality: of the model in `--quality`, over texts that it wrote itself, with weig
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import shutil
 import statistics
 import time
@@ -22,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.arguments import add_threads, parser_of
 from benchmarks.peers import cache_dir
 from benchmarks.random_llama import SMOLLM2_135M, kept_llama
 from lifecycle.engines.backend import Row
@@ -150,11 +149,10 @@ def quality(checkpoint: Path, folder: Path, lengths: Sequence[int]) -> dict[str,
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = parser_of(__doc__)
     parser.add_argument("--turns", type=int, default=21)
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    add_threads(parser)
     parser.add_argument("--quality", type=Path, help="a Hugging Face folder of a trained decoder")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
     folder = cache_dir() / "llama-135m"
     kept_llama(folder, SMOLLM2_135M)

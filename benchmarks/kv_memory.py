@@ -8,13 +8,13 @@ memory, as the system counts them, by the bytes of the tokens that running reque
 
 from __future__ import annotations
 
-import argparse
 import json
 import tempfile
 from pathlib import Path
 
 import numpy as np
 
+from benchmarks.arguments import parser_of
 from benchmarks.random_llama import SMOLLM2_135M, write_llama
 from lifecycle.engines.base import EngineOptions, Request, SamplingParams
 from lifecycle.engines.ort import OnnxEngine, OrtBackend
@@ -24,11 +24,10 @@ from lifecycle.graph.targets import Cpu
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = parser_of(__doc__)
     parser.add_argument("--requests", type=int, default=40)
     parser.add_argument("--slots", type=int, default=8)
     parser.add_argument("--context", type=int, default=2048)
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as root:
         shape = {**SMOLLM2_135M, "num_hidden_layers": 4, "vocab_size": 1024}

@@ -10,9 +10,7 @@ faster. llama.cpp is given its tokens, this project also chooses them.
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import shutil
 import statistics
 import subprocess
@@ -23,6 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from benchmarks.arguments import add_threads, parser_of
 from benchmarks.peers import HERE, Worker, cache_dir, environment
 from benchmarks.random_llama import SMOLLM2_135M, kept_llama
 from lifecycle.engines.base import Engine, EngineOptions, Request, SamplingParams
@@ -145,10 +144,9 @@ def compare(speeds: dict[str, list[float]]) -> dict[str, dict[str, float]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = parser_of(__doc__)
     parser.add_argument("--turns", type=int, default=9)
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_threads(parser)
     args = parser.parse_args()
     folder = cache_dir() / "llama-135m"
     checkpoint = kept_llama(folder, SMOLLM2_135M)

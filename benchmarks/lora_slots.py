@@ -9,7 +9,6 @@ of the speed without adapters, or of serving eight adapters one after another.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import tempfile
@@ -17,17 +16,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.random_llama import SMOLLM2_135M, write_llama
-from lifecycle.engines import adapters
+from benchmarks.arguments import parser_of
+from benchmarks.models import in_int8
+from benchmarks.random_llama import SMOLLM2_135M, kept_llama
 from lifecycle.engines.adapters import AdapterLayout
 from lifecycle.engines.backend import Row
 from lifecycle.engines.base import EngineOptions
 from lifecycle.engines.ort import OnnxEngine
 from lifecycle.evaluation.random_adapter import write_random_adapter
-from lifecycle.graph.export import export_decoder
-from lifecycle.graph.int8 import Int8Rowwise
-from lifecycle.graph.quantize import quantize_graph
-from lifecycle.graph.targets import Cpu
 
 SLOTS, CONTEXT, CHUNK = 8, 128, 128
 Step = Callable[[], object]
@@ -35,11 +31,10 @@ Step = Callable[[], object]
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = parser_of(__doc__)
     parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--folder", type=Path, help="where the model is written")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder) as root:
         plain, engine = make_engines(Path(root), args.rank)
@@ -58,18 +53,11 @@ def main() -> None:
 
 def make_engines(root: Path, rank: int) -> tuple[OnnxEngine, OnnxEngine]:
     """One without slots, and one with eight loaded adapters."""
-    write_llama(root / "hf", SMOLLM2_135M)
+    checkpoint = kept_llama(root, SMOLLM2_135M)
     options = EngineOptions(SLOTS, CONTEXT + 2 * CHUNK, prefill_chunk=CHUNK)
     opened: list[OnnxEngine] = []
     for name, slots in (("plain", None), ("slots", (SLOTS, rank))):
-        full, int8 = root / f"{name}-fp32", root / name
-        full.mkdir()
-        int8.mkdir()
-        export_decoder(root / "hf", full, Cpu(), slots=slots)
-        quantize_graph(full, int8, "int8-rowwise", Int8Rowwise(8))
-        if slots:
-            (int8 / adapters.FILE).write_bytes((full / adapters.FILE).read_bytes())
-        opened.append(OnnxEngine.open(int8, options))
+        opened.append(OnnxEngine.open(in_int8(checkpoint, root / name, slots), options))
     layout = AdapterLayout.load(root / "slots")
     assert layout is not None
     for n in range(SLOTS):

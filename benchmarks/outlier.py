@@ -9,7 +9,6 @@ beside an ordinary request, as a part of their largest: the worst of all.
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 from collections.abc import Iterable
@@ -21,6 +20,7 @@ import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from benchmarks.arguments import parser_of
 from lifecycle.engines.backend import Row
 from lifecycle.engines.base import EngineOptions
 from lifecycle.engines.decoder import GRAPH
@@ -142,10 +142,9 @@ def measure(checkpoint: Path, factor: float) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = parser_of(__doc__)
     parser.add_argument("checkpoint", type=Path, help="a Hugging Face folder")
     parser.add_argument("--factor", type=float, default=30.0)
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
     found = measure(args.checkpoint, args.factor)
     if args.json:

@@ -18,12 +18,15 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
+from benchmarks.arguments import parser_of
+from benchmarks.batch import decoding
 from benchmarks.llama_cpp import our_models
 from benchmarks.peers import cache_dir
 from benchmarks.random_llama import SMOLLM2_135M, kept_llama
-from lifecycle.engines.base import EngineOptions, Request, SamplingParams
+from lifecycle.engines.base import EngineOptions, SamplingParams
 from lifecycle.engines.ort import OnnxEngine
 
+PROMPT = 64
 SAMPLING = {
     "greedy": SamplingParams(),
     "sampled": SamplingParams(temperature=0.8, top_p=0.95, top_k=40, seed=1),
@@ -53,28 +56,15 @@ class Stopwatch:
 def measure(folder: Path, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """One row per number of requests and way to choose."""
     engine = OnnxEngine.open(folder, EngineOptions(max(args.batch), 1024))
-    rng = np.random.default_rng(0)
     for batch in args.batch:
         for name, params in SAMPLING.items():
-            params = SamplingParams(
-                max_tokens=10**6,
-                ignore_eos=True,
-                **{f: getattr(params, f) for f in ("temperature", "top_p", "top_k", "seed")},
-            )
-            for index in range(batch):
-                engine.submit(Request(str(index), rng.integers(3, 1000, 64).tolist(), params))
-            while len(engine.step()) < batch:
-                pass
             whole, inside = [], []
-            with Stopwatch() as watch:
+            with decoding(engine, batch, PROMPT, params), Stopwatch() as watch:
                 for _ in range(args.tokens):
                     start, before = time.perf_counter(), watch.seconds
                     engine.step()
                     whole.append(time.perf_counter() - start)
                     inside.append(watch.seconds - before)
-            for index in range(batch):
-                engine.cancel(str(index))
-            engine.step()
             steps, outside = np.array(whole), np.array(whole) - np.array(inside)
             yield {
                 "batch": batch,
@@ -88,10 +78,9 @@ def measure(folder: Path, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = parser_of(__doc__)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--tokens", type=int, default=200)
-    parser.add_argument("--json", action="store_true", help="print one JSON object per line")
     args = parser.parse_args()
     folder = cache_dir() / "llama-135m"
     models = our_models(folder / "overhead", kept_llama(folder, SMOLLM2_135M))

@@ -21,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.arguments import parser_of
 from benchmarks.random_llama import SMOLLM2_135M, write_llama
 from lifecycle.engines import adapters
 from lifecycle.engines.adapters import AdapterLayout
@@ -40,10 +41,9 @@ CONTEXT, CHUNK, SLOTS, RANK = 128, 128, 8, 16
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = parser_of(__doc__)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--folder", type=Path, help="where the model is written")
-    parser.add_argument("--json", action="store_true", help="print one JSON object per line")
     parser.add_argument("--open", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.open:

@@ -9,7 +9,6 @@ begins with an empty cache, `warm` with one that knows the prompt, as any later 
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import tempfile
@@ -18,13 +17,11 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.random_llama import SMOLLM2_135M, write_llama
+from benchmarks.arguments import parser_of
+from benchmarks.models import in_int8
+from benchmarks.random_llama import SMOLLM2_135M, kept_llama
 from lifecycle.engines.base import EngineOptions, Request, SamplingParams
 from lifecycle.engines.ort import OnnxEngine
-from lifecycle.graph.export import export_decoder
-from lifecycle.graph.int8 import Int8Rowwise
-from lifecycle.graph.quantize import quantize_graph
-from lifecycle.graph.targets import Cpu
 
 REQUESTS, SHARED, OWN, OUTPUT = 32, 400, 30, 16
 
@@ -47,18 +44,12 @@ def first_tokens(engine: OnnxEngine, seed: int) -> list[float]:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = parser_of(__doc__)
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--slots", type=int, default=REQUESTS, help="requests that run together")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as root:
-        full, int8 = Path(root, "fp32"), Path(root, "int8")
-        full.mkdir()
-        int8.mkdir()
-        write_llama(Path(root, "hf"), SMOLLM2_135M)
-        export_decoder(Path(root, "hf"), full, Cpu())
-        quantize_graph(full, int8, "int8-rowwise", Int8Rowwise(8))
+        int8 = in_int8(kept_llama(Path(root), SMOLLM2_135M), Path(root, "int8"))
         without, cached = (
             OnnxEngine.open(int8, EngineOptions(args.slots, 512, prefix_cache_bytes=budget))
             for budget in (0, 256 << 20)

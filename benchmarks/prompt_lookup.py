@@ -10,7 +10,6 @@ that quotes from it; `free` prose that goes on (FILE, such as a test set of Wiki
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import statistics
@@ -24,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from benchmarks.arguments import parser_of
 from benchmarks.stall import SCHEMES, make_model
 from lifecycle.engines.base import EngineOptions, Request, SamplingParams
 from lifecycle.engines.ort import OnnxEngine
@@ -56,7 +56,7 @@ class Recital:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = parser_of(__doc__)
     parser.add_argument("--tokenizer", type=Path, required=True)
     parser.add_argument("--text", type=Path, help="prose, for `free`")
     parser.add_argument("--turns", type=int, default=5)
@@ -64,7 +64,6 @@ def main() -> None:
     parser.add_argument("--scheme", nargs="+", default=list(SCHEMES), choices=list(SCHEMES))
     parser.add_argument("--batch", type=int, nargs="+", default=[1])
     parser.add_argument("--folder", type=Path, help="where the model is kept")
-    parser.add_argument("--json", action="store_true", help="print one JSON object per line")
     args = parser.parse_args()
     works = tasks(Tokenizer.from_file(str(args.tokenizer)), args.text)
     with tempfile.TemporaryDirectory() as root:

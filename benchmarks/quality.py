@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.arguments import parser_of
 from benchmarks.ways import Ways
 from lifecycle.engines.base import EngineOptions, Request, SamplingParams
 from lifecycle.engines.decoder import DecoderInfo
@@ -115,7 +116,7 @@ def perplexity(logits: Iterator[Logits], texts: Texts) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = parser_of(__doc__)
     parser.add_argument("checkpoint", type=Path, help="a Hugging Face folder")
     parser.add_argument("--text", type=Path, help="a folder with train.jsonl and test.jsonl")
     parser.add_argument("--block-size", type=int, nargs="+", default=[32, 64, 128])
@@ -124,7 +125,6 @@ def main() -> None:
     parser.add_argument("--texts", type=int, default=32, help="held out; as many calibrate")
     parser.add_argument("--calibration", type=int, help="texts that calibrate, if others")
     parser.add_argument("--length", type=int, default=400, help="tokens of a text")
-    parser.add_argument("--json", action="store_true", help="print one JSON object per way")
     args = parser.parse_args()
     with TemporaryDirectory() as root:
         source = Path(root, "fp32")

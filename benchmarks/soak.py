@@ -10,7 +10,6 @@ with exit code 1 and a word on what was wrong. CHECKPOINT is a Hugging Face fold
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import time
@@ -24,6 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.arguments import parser_of
 from benchmarks.watched import SoakError, WatchedEngine, expect
 from lifecycle.engines.base import EngineOptions, FinishReason, Request, SamplingParams
 from lifecycle.engines.ort import OnnxEngine
@@ -264,11 +264,10 @@ def soak(graph: Path, count: int, seed: int) -> dict[str, Any]:
 
 def main() -> int:
     """Soak and print; 1 if something was wrong."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = parser_of(__doc__)
     parser.add_argument("checkpoint", type=Path, help="a Hugging Face folder")
     parser.add_argument("--requests", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
     with TemporaryDirectory() as folder:
         export_decoder(args.checkpoint, Path(folder), Cpu())

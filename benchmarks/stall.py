@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.arguments import parser_of
 from benchmarks.random_llama import SMOLLM2_135M, kept_llama
 from lifecycle.engines.base import EngineOptions, Request, SamplingParams
 from lifecycle.engines.ort import OnnxEngine
@@ -33,13 +34,12 @@ SCHEMES = {"int8-rowwise": Int8Rowwise(8), "int4": Blockwise(64)}
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = parser_of(__doc__)
     parser.add_argument("--running", type=int, nargs="+", default=[1, 4, 8])
     parser.add_argument("--prompt", type=int, default=1500)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--scheme", nargs="+", default=list(SCHEMES), choices=list(SCHEMES))
     parser.add_argument("--folder", type=Path, help="where the model is kept")
-    parser.add_argument("--json", action="store_true", help="print one JSON object per line")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as root:
         for found in measure(args.folder or Path(root), args):

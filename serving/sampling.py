@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Self
 
 from lifecycle.engines.base import SamplingParams
 from lifecycle.engines.limits import check_params
 from lifecycle.errors import CheckpointError, RequestError
+from lifecycle.json_file import read_object
 
 FILE = "generation_config.json"
 
@@ -40,13 +39,7 @@ class Defaults:
         path = folder / FILE
         if not path.is_file():
             return cls()
-        try:
-            found: object = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise CheckpointError(f"{path} is damaged: {error}") from error
-        if not isinstance(found, Mapping):
-            raise CheckpointError(f"{path} is damaged: it holds no JSON object")
-        config = cast("Mapping[str, Any]", found)
+        config = read_object(path)
         given = {name: config[name] for name in _NUMBERS if config.get(name) is not None}
         if given.get("top_k") == -1:
             given["top_k"] = 0

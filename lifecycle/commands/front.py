@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lifecycle.commands.output import say, table
-from lifecycle.commands.plots import Scale
+from lifecycle.commands.plots import AXES, Scale
 from lifecycle.evaluation.front import quality_metric
 from lifecycle.evaluation.gates import Bound
 from lifecycle.pipeline.progress import number
@@ -27,21 +27,12 @@ _UNITS = {
     **dict.fromkeys(("accuracy", "accuracy_drop", "top1_agreement"), ", share"),
 }
 
-_FIGURE = """<figure class="front"><svg viewBox="0 0 {{ width }} {{ height }}" width="{{ width }}"
+_FIGURE = (
+    """<figure class="front"><svg viewBox="0 0 {{ width }} {{ height }}" width="{{ width }}"
  height="{{ height }}" role="img" aria-label="{{ y_title }} against {{ x_title }}">
-<g class="grid">
-{%- for at, label in xs %}
-<line x1="{{ at }}" x2="{{ at }}" y1="{{ top }}" y2="{{ bottom }}"/>
-<text x="{{ at }}" y="{{ bottom + 16 }}" text-anchor="middle">{{ label }}</text>
-{%- endfor %}
-{%- for at, label in ys %}
-<line x1="{{ left }}" x2="{{ right }}" y1="{{ at }}" y2="{{ at }}"/>
-<text x="{{ left - 6 }}" y="{{ at + 4 }}" text-anchor="end">{{ label }}</text>
-{%- endfor %}
-</g>
-<text x="{{ (left + right) / 2 }}" y="{{ height - 8 }}" text-anchor="middle">{{ x_title }}</text>
-<text transform="translate(14 {{ (top + bottom) / 2 }}) rotate(-90)" text-anchor="middle">{{ y_title }}</text>
-<line class="bound" x1="{{ left }}" x2="{{ right }}" y1="{{ limit }}" y2="{{ limit }}"/>
+"""
+    + AXES
+    + """<line class="bound" x1="{{ left }}" x2="{{ right }}" y1="{{ limit }}" y2="{{ limit }}"/>
 <text class="bound" x="{{ right }}" y="{{ limit - 5 }}" text-anchor="end">bound {{ bound }}</text>
 <polyline class="front" points="{{ front }}"/>
 {%- for p in points %}
@@ -57,6 +48,7 @@ _FIGURE = """<figure class="front"><svg viewBox="0 0 {{ width }} {{ height }}" w
 {% endfor %}</table></div>
 {%- for name, reason in left_out.items() %}<p>{{ name }} is left out: {{ reason }}</p>{% endfor %}
 """
+)
 
 STYLE = """
 .grid line { stroke: var(--line) } polyline.front { fill: none; stroke: var(--blue); stroke-width: 1 }

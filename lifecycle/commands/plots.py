@@ -36,9 +36,7 @@ WIDTH, HEIGHT = 500, 290
 _COLORS = 6
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 14, 12, 44
 
-_FIGURE = """<figure><svg viewBox="0 0 {{ width }} {{ height }}" width="{{ width }}" height="{{ height }}"
- role="img" aria-label="{{ figure.title }}">
-<g class="grid">
+AXES = """<g class="grid">
 {%- for at, label in xs %}
 <line x1="{{ at }}" x2="{{ at }}" y1="{{ top }}" y2="{{ bottom }}"/>
 <text x="{{ at }}" y="{{ bottom + 16 }}" text-anchor="middle">{{ label }}</text>
@@ -48,8 +46,17 @@ _FIGURE = """<figure><svg viewBox="0 0 {{ width }} {{ height }}" width="{{ width
 <text x="{{ left - 6 }}" y="{{ at + 4 }}" text-anchor="end">{{ label }}</text>
 {%- endfor %}
 </g>
-<text x="{{ (left + right) / 2 }}" y="{{ height - 8 }}" text-anchor="middle">{{ figure.x_title }}</text>
-<text transform="translate(14 {{ (top + bottom) / 2 }}) rotate(-90)" text-anchor="middle">{{ figure.y_title }}</text>
+<text x="{{ (left + right) / 2 }}" y="{{ height - 8 }}" text-anchor="middle">{{ x_title }}</text>
+<text transform="translate(14 {{ (top + bottom) / 2 }}) rotate(-90)" text-anchor="middle">{{ y_title }}</text>
+"""
+"""The part of a figure's template with its grid and the titles beside it."""
+
+_FIGURE = (
+    """<figure><svg viewBox="0 0 {{ width }} {{ height }}" width="{{ width }}" height="{{ height }}"
+ role="img" aria-label="{{ figure.title }}">
+"""
+    + AXES
+    + """
 {%- for series in shown %}
 <g class="series s{{ series.color }}{{ '' if series.is_line else ' faint' }}">
 {%- if series.is_line %}<polyline points="{% for x, y, _ in series.places %}{{ x }},{{ y }} {% endfor %}"/>{% endif %}
@@ -60,6 +67,7 @@ _FIGURE = """<figure><svg viewBox="0 0 {{ width }} {{ height }}" width="{{ width
 </svg><figcaption><b>{{ figure.title }}</b><br>
 {%- for series in shown %}<span class="s{{ series.color }}">● {{ series.name }}</span>{% endfor %}</figcaption></figure>
 """
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +102,8 @@ class Figure:
             .from_string(_FIGURE)
             .render(
                 figure=self,
+                x_title=self.x_title,
+                y_title=self.y_title,
                 shown=[
                     {
                         "name": series.name,

@@ -6,7 +6,6 @@ It needs neither torch nor transformers, and gives the token ids that transforme
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +18,7 @@ from lifecycle.data.stream import StreamDecoder
 from lifecycle.data.supervision import rendered_turns, supervised_tokens
 from lifecycle.data.template import ChatTemplate, Message
 from lifecycle.errors import CheckpointError, DataError
+from lifecycle.json_file import read_object
 
 TOKENIZER = "tokenizer.json"
 CONFIG = "tokenizer_config.json"
@@ -63,7 +63,7 @@ class ChatTokenizer:
             raise CheckpointError(f"{path} is no tokeniser: {error}") from error
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        config = _read_json(folder / CONFIG)
+        config = _settings(folder / CONFIG)
         eos = _eos_ids(folder)
         return cls(tokenizer, config, _chat_template(folder, config), eos)
 
@@ -192,16 +192,9 @@ class ChatTokenizer:
         return None if token is None else self._tokenizer.token_to_id(token)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path} is damaged: it holds no JSON object")
-    return cast("dict[str, Any]", found)
+def _settings(path: Path) -> dict[str, Any]:
+    """What a file says that need not be there."""
+    return read_object(path) if path.is_file() else {}
 
 
 def _token_text(value: Any) -> str | None:
@@ -219,7 +212,7 @@ def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
 def _eos_ids(folder: Path) -> set[int]:
     found: set[int] = set()
     for name in ("generation_config.json", "config.json"):
-        value = _read_json(folder / name).get("eos_token_id")
+        value = _settings(folder / name).get("eos_token_id")
         ids = cast("list[Any]", value if isinstance(value, list) else [value])
         if not all(id is None or type(id) is int for id in ids):
             raise CheckpointError(f"{folder / name} is damaged: eos_token_id is {value!r}")

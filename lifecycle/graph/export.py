@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from math import prod
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from lifecycle.engines.decoder import WEIGHTS, DecoderInfo
-from lifecycle.errors import CheckpointError
 from lifecycle.graph.adapters import save_graphs
 from lifecycle.graph.architectures import read_spec
 from lifecycle.graph.builder import build_decoder
@@ -19,6 +17,7 @@ from lifecycle.graph.spec import DecoderSpec
 from lifecycle.graph.targets import Target
 from lifecycle.graph.tensors import TensorSource
 from lifecycle.graph.weights import WeightFile
+from lifecycle.json_file import read_object
 
 
 def export_decoder(
@@ -41,7 +40,7 @@ def export_decoder(
         UnsupportedArchitectureError: the graph builder does not know the architecture.
         CheckpointError: the folder is incomplete, damaged or asks for the unsupported.
     """
-    config = read_json(source / "config.json")
+    config = read_object(source / "config.json")
     spec = read_spec(config)
     info = _describe(spec, config, source, target)
     checkpoint = Checkpoint(source)
@@ -60,19 +59,6 @@ def export_decoder(
     return info
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file of a checkpoint."""
-    try:
-        found: object = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing") from None
-    except ValueError as error:
-        raise CheckpointError(f"{path} is no JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path} is damaged: it holds no JSON object")
-    return cast("dict[str, Any]", found)
-
-
 def _describe(
     spec: DecoderSpec, config: dict[str, Any], source: Path, target: Target
 ) -> DecoderInfo:
@@ -80,7 +66,7 @@ def _describe(
     fields = Fields(config)
     ends = fields
     if generation.is_file():
-        found = Fields(read_json(generation), generation.name)
+        found = Fields(read_object(generation), generation.name)
         ends = fields if found.values.get("eos_token_id") is None else found
     return DecoderInfo(
         architecture=spec.architecture,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from math import prod
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, cast
 from lifecycle.data.chat import ChatTokenizer
 from lifecycle.errors import CheckpointError
 from lifecycle.graph.checkpoint import INDEX, SINGLE, Checkpoint
+from lifecycle.json_file import read_object
 from lifecycle.pipeline.artifact import Metrics
 
 PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.txt", "LICENSE*", "NOTICE*")
@@ -70,20 +70,10 @@ def _read_config(folder: Path) -> dict[str, Any]:
         )
     if not path.is_file():
         raise CheckpointError(f"{folder} is no model folder: it has no config.json")
-    config = _read_object(path)
+    config = read_object(path)
     if not isinstance(config.get("model_type"), str):
         raise CheckpointError(f"{path} has no model_type, so its architecture is unknown")
     return config
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        found: object = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path} is damaged: it holds no JSON object")
-    return cast("dict[str, Any]", found)
 
 
 def _named_tensors(folder: Path) -> dict[str, str]:
@@ -92,7 +82,7 @@ def _named_tensors(folder: Path) -> dict[str, str]:
     path = folder / INDEX
     if (folder / SINGLE).is_file() or not path.is_file():
         return {}
-    shards = _read_object(path).get("weight_map")
+    shards = read_object(path).get("weight_map")
     if not isinstance(shards, dict) or not all(isinstance(s, str) for s in shards.values()):
         raise CheckpointError(f"{path} is damaged: it has no weight_map")
     return cast("dict[str, str]", shards)

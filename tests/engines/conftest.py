@@ -42,7 +42,7 @@ def random_model(tmp_path_factory: pytest.TempPathFactory) -> Model:
         eos_token_id=2,
     )
     torch.manual_seed(0)
-    return _export(LlamaForCausalLM(config), tmp_path_factory.mktemp("random"))
+    return exported(LlamaForCausalLM(config), tmp_path_factory.mktemp("random"))
 
 
 @pytest.fixture(scope="session")
@@ -61,7 +61,8 @@ def story(data_dir: Path) -> list[int]:
     return json.loads(path.read_text(encoding="utf-8"))["greedy_ids_numpy"]
 
 
-def _export(model: PreTrainedModel, folder: Path) -> Model:
+def exported(model: PreTrainedModel, folder: Path) -> Model:
+    """Both forms of a model, in `folder`."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()

@@ -22,10 +22,8 @@ from lifecycle.engines.ort import OnnxEngine
 from lifecycle.engines.pace import Pace
 from lifecycle.engines.pytorch import TorchEngine
 from lifecycle.errors import EngineError
-from lifecycle.graph.export import export_decoder
-from lifecycle.graph.targets import Cpu
 from tests.engines.clock import StepClock
-from tests.engines.conftest import Model
+from tests.engines.conftest import Model, exported
 from tests.engines.toy import VOCAB, ToyBackend, ToyEngine, next_token
 
 
@@ -185,10 +183,11 @@ def run(engine: BatchedEngine) -> list[Generation]:
 @pytest.fixture(scope="session")
 def noise(tmp_path_factory: pytest.TempPathFactory) -> Model:
     """A random model with the vocabulary of stories260K."""
-    return smaller(tmp_path_factory.mktemp("noise"), LlamaForCausalLM(LlamaConfig(
+    config = LlamaConfig(
         vocab_size=512, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=100,
-    )))  # fmt: skip
+    )  # fmt: skip
+    return exported(LlamaForCausalLM(config), tmp_path_factory.mktemp("noise"))
 
 
 @pytest.fixture(scope="session")
@@ -198,15 +197,7 @@ def pruned(stories: Model, tmp_path_factory: pytest.TempPathFactory) -> Model:
     model.model.layers = model.model.layers[:-1]
     model.config.num_hidden_layers -= 1
     model.config.layer_types = None
-    return smaller(tmp_path_factory.mktemp("pruned"), model)
-
-
-def smaller(folder: Path, model: LlamaForCausalLM) -> Model:
-    checkpoint, graph = folder / "hf", folder / "onnx"
-    model.save_pretrained(checkpoint)
-    graph.mkdir()
-    export_decoder(checkpoint, graph, Cpu())
-    return Model(checkpoint, graph)
+    return exported(model, tmp_path_factory.mktemp("pruned"))
 
 
 @pytest.mark.parametrize("kind", ["stories", "pruned", "noise"])

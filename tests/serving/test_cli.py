@@ -87,11 +87,8 @@ def test_sigterm_finishes_what_runs(stories_bundle: Path) -> None:
 
 def test_the_shutdown_timeout_ends_what_takes_too_long(stories_bundle: Path) -> None:
     options = ("--max-num-seqs", 1, "--max-queue", 200, "--shutdown-timeout", 0)
-    with serving(stories_bundle, *options) as process, client(url_of(process)) as http:
-        body = {"model": "stories", "prompt": "Once", "n": 100, "max_tokens": 500, "stream": True}
-        with http.stream("POST", "/v1/completions", json=body | {"ignore_eos": True}) as response:
-            lines = response.iter_lines()
-            next(lines)
+    with serving(stories_bundle, *options) as process:
+        with long_stream(process) as lines:
             process.send_signal(signal.SIGINT)
             events = [line for line in lines if line]
         assert '"code":"draining"' in events[-1]
@@ -100,16 +97,25 @@ def test_the_shutdown_timeout_ends_what_takes_too_long(stories_bundle: Path) -> 
 
 def test_a_second_signal_ends_at_once(stories_bundle: Path) -> None:
     options = ("--max-num-seqs", 1, "--max-queue", 200)
-    with serving(stories_bundle, *options) as process, client(url_of(process)) as http:
-        body = {"model": "stories", "prompt": "Once", "n": 100, "max_tokens": 500, "stream": True}
-        with http.stream("POST", "/v1/completions", json=body | {"ignore_eos": True}) as response:
-            lines = response.iter_lines()
-            next(lines)
-            process.send_signal(signal.SIGTERM)
-            # Two signals that come before the first is seen to are one.
-            wait_until(lambda: not is_open(process))
-            process.send_signal(signal.SIGTERM)
-            assert process.wait(timeout=20) == -signal.SIGTERM
+    with serving(stories_bundle, *options) as process, long_stream(process):
+        process.send_signal(signal.SIGTERM)
+        # Two signals that come before the first is seen to are one.
+        wait_until(lambda: not is_open(process))
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=20) == -signal.SIGTERM
+
+
+@contextmanager
+def long_stream(process: subprocess.Popen[str]) -> Iterator[Iterator[str]]:
+    """The lines behind the first one of an answer that takes long."""
+    body = {"model": "stories", "prompt": "Once", "n": 100, "max_tokens": 500, "stream": True}
+    with (
+        client(url_of(process)) as http,
+        http.stream("POST", "/v1/completions", json=body | {"ignore_eos": True}) as response,
+    ):
+        lines = response.iter_lines()
+        next(lines)
+        yield lines
 
 
 def is_open(process: subprocess.Popen[str]) -> bool:
