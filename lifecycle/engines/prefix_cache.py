@@ -44,7 +44,7 @@ class PrefixCache:
                 break
             state.num_computed += chunk
             state.num_cached += chunk
-            self.hit_tokens += chunk
+            self.hit_tokens += min(chunk, max(state.num_computed - state.num_seen, 0))
             found.append(key)
         # A chunk is of no use without those before it, so it has to be the first to go.
         for key in reversed(found):
