@@ -63,7 +63,9 @@ class PrefixCache:
             block = self._backend.read_cache(row.slot, start, stop)
         except COPY_ERRORS:
             return
-        if block.nbytes > self._budget:
+        # What a failing device left must end the request that it failed, not all that begin like it.
+        is_broken = block.dtype.kind == "f" and not np.isfinite(block).all()
+        if is_broken or block.nbytes > self._budget:
             return
         self._blocks[key] = block
         self.num_bytes += block.nbytes
