@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -34,13 +35,23 @@ class Format(ABC):
     object: ClassVar[str]
     chunk_object: ClassVar[str]
 
-    def whole(self, answers: Sequence[Answer], generation: Generation) -> Json:
-        """The response that is no stream."""
-        choices = [self.choice(answer) | _stop_reason(answer) for answer in answers]
-        return self._head(self.object) | {
-            "choices": choices,
-            "usage": self._usage(generation),
-        }
+    def whole(self, answers: Sequence[Answer], generation: Generation) -> bytes:
+        """The response that is no stream, as JSON.
+
+        It is made choice by choice: with log-probabilities it may have a hundred megabytes, and the
+        interpreter does nothing else while a piece of it is written.
+        """
+        choices = (_written(self.choice(answer) | _stop_reason(answer)) for answer in answers)
+        parts = {name: _written(value) for name, value in self._head(self.object).items()}
+        parts["choices"] = f"[{','.join(choices)}]"
+        rest = self.rest(answers, generation).items()
+        parts |= {name: _written(value) for name, value in rest}
+        fields = ",".join(f'"{name}":{text}' for name, text in parts.items())
+        return f"{{{fields}}}".encode()
+
+    def rest(self, answers: Sequence[Answer], generation: Generation) -> Json:
+        """What stands behind the choices of a response that is no stream."""
+        return {"usage": self._usage(generation)}
 
     def chunk(self, choices: Sequence[Json]) -> Json:
         """One chunk of a stream."""
@@ -85,12 +96,12 @@ class ChatFormat(Format):
     object: ClassVar[str] = "chat.completion"
     chunk_object: ClassVar[str] = "chat.completion.chunk"
 
-    def whole(self, answers: Sequence[Answer], generation: Generation) -> Json:
-        whole = super(ChatFormat, self).whole(answers, generation)
+    def rest(self, answers: Sequence[Answer], generation: Generation) -> Json:
+        rest = super(ChatFormat, self).rest(answers, generation)
         if self.prompt_logprobs is None:
-            return whole
+            return rest
         scores = prompt_entries(answers[0], self.prompt_logprobs, self.token_text)
-        return whole | {"prompt_logprobs": scores}
+        return rest | {"prompt_logprobs": scores}
 
     def opening(self) -> list[Json]:
         delta = {"role": "assistant", "content": ""}
@@ -185,6 +196,10 @@ class CompletionFormat(Format):
             "top_logprobs": [by_text(token.top, self.token_text) for token in tokens],
             "text_offset": [token.offset for token in tokens],
         }
+
+
+def _written(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
 def _stop_reason(part: Answer | Delta) -> Json:

@@ -142,6 +142,8 @@ class Generation:
         if choice.text.stopped:
             self._call.finish(event.request_id)
             reason, timed_out = "stop", False
+        elif reason is not None:
+            self._call.settle(event.request_id)
         choice.shown += len(text)
         choice.finished = reason is not None
         if not (text or tokens or reason or event.prompt_logprobs):

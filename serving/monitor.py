@@ -66,6 +66,8 @@ class Monitor:
         self._name = name
         self._models: OrderedDict[str, _Model] = OrderedDict()
         self._running: dict[str, _Running] = {}
+        self._cut: dict[str, _Model] = {}
+        """Of requests that a limit has cut, until it is known whether their text ended before that."""
         self._rejections = Counter[str]()
         self._model(name)
 
@@ -97,7 +99,10 @@ class Monitor:
         if running is None:
             return
         model = running.model
-        model.ends[reason] += 1
+        if reason == FinishReason.LENGTH:
+            self._cut[request_id] = model
+        else:
+            model.ends[reason] += 1
         if reason not in _ANSWERED:
             return
         now = time.monotonic()
@@ -106,6 +111,11 @@ class Monitor:
         model.answer_length.observe(running.count)
         if running.count > 1:
             model.per_token.observe((now - running.first) / (running.count - 1))
+
+    def settle(self, request_id: str, reason: str = FinishReason.LENGTH) -> None:
+        """What is told of a request that a limit has cut: its last token may have completed a stop string."""
+        if (model := self._cut.pop(request_id, None)) is not None:
+            model.ends[reason] += 1
 
     def forget(self, request_id: str) -> None:
         """A request was refused."""

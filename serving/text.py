@@ -85,6 +85,7 @@ class TokenTexts:
         # decoded behind another one.
         self._before = tokenizer.encode("a", add_special_tokens=False)
         self._length = len(tokenizer.decode(self._before))
+        self._known: dict[int, str] = {}
 
     def stream(self) -> StreamDecoder:
         """What tells the text of many tokens, one after another."""
@@ -92,5 +93,7 @@ class TokenTexts:
 
     def __call__(self, token_id: int) -> str:
         """A part of a character, which has no text of its own, gives U+FFFD."""
-        text = self._tokenizer.decode([*self._before, token_id], skip_special_tokens=False)
-        return text[self._length :]
+        if token_id not in self._known:
+            text = self._tokenizer.decode([*self._before, token_id], skip_special_tokens=False)
+            self._known[token_id] = text[self._length :]
+        return self._known[token_id]

@@ -29,7 +29,8 @@ class Call:
 
     def __init__(self, worker: EngineWorker, requests: Sequence[Request]) -> None:
         self.accepted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.unfinished = {request.id for request in requests}
+        self._ids = [request.id for request in requests]
+        self.unfinished = set(self._ids)
         self._worker = worker
         self._events: list[Event] = []
         self._error: ApiError | None = None
@@ -51,14 +52,21 @@ class Call:
         self._news.set()
 
     def finish(self, request_id: str) -> None:
-        """Cancel one request whose further tokens nobody needs."""
+        """Cancel one request whose text has ended, and whose further tokens nobody needs."""
         self._worker.monitor.end(request_id, FinishReason.STOP)
+        self._worker.monitor.settle(request_id, FinishReason.STOP)
         self._worker.cancel([request_id])
         self.unfinished.discard(request_id)
+
+    def settle(self, request_id: str) -> None:
+        """The text of a request goes to its very end."""
+        self._worker.monitor.settle(request_id)
 
     def close(self) -> None:
         """Cancel whatever still runs."""
         self._worker.cancel(list(self.unfinished))
+        for request_id in self._ids:
+            self.settle(request_id)
         self.unfinished.clear()
         self.accepted.cancel()
 

@@ -44,7 +44,7 @@ class PrefixCache:
                 break
             state.num_computed += chunk
             state.num_cached += chunk
-            self.hit_tokens += chunk
+            self.hit_tokens += min(chunk, max(state.num_computed - state.num_seen, 0))
             found.append(key)
         # A chunk is of no use without those before it, so it has to be the first to go.
         for key in reversed(found):
@@ -63,7 +63,9 @@ class PrefixCache:
             block = self._backend.read_cache(row.slot, start, stop)
         except COPY_ERRORS:
             return
-        if block.nbytes > self._budget:
+        # What a failing device left must end the request that it failed, not all that begin like it.
+        is_broken = block.dtype.kind == "f" and not np.isfinite(block).all()
+        if is_broken or block.nbytes > self._budget:
             return
         self._blocks[key] = block
         self.num_bytes += block.nbytes

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from fastapi import Request
-from fastapi.responses import JSONResponse
 from starlette.responses import Response
 
 from lifecycle.engines.base import SamplingParams
@@ -184,7 +183,9 @@ async def respond(
         generation.close()
     if body.num_answers > body.n:
         answers = best_answers(answers, body.num_answers, body.n)
-    if not any(answer.prompt_logprobs for answer in answers):
-        return JSONResponse(form.whole(answers, generation))
-    # What is told of each token of a prompt takes longer than the event loop may be held up.
-    return await asyncio.to_thread(lambda: JSONResponse(form.whole(answers, generation)))
+    if not any(answer.tokens or answer.prompt_logprobs for answer in answers):
+        content = form.whole(answers, generation)
+    else:
+        # What is told of each token takes longer than the event loop may be held up.
+        content = await asyncio.to_thread(form.whole, answers, generation)
+    return Response(content, media_type="application/json")

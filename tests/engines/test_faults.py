@@ -159,6 +159,29 @@ def test_a_copy_that_fails_costs_time_only(
         expect_nothing_held(engine)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_cache_that_is_not_finite_is_not_kept_for_others(
+    random_model: Model, monkeypatch: pytest.MonkeyPatch, value: float
+) -> None:
+    engine, (prompt,) = open_engine(random_model), texts(1, 3 * CHUNK)
+    wanted = open_engine(random_model).generate([prompt], FREE)
+    cache = engine._prefixes
+    assert cache is not None
+    read = cache._backend.read_cache
+
+    def broken(slot: int, start: int, stop: int) -> NDArray[Any]:
+        block = read(slot, start, stop)
+        if start:
+            block[..., -1, -1] = value
+        return block
+
+    with monkeypatch.context() as patched:
+        patched.setattr(cache._backend, "read_cache", broken)
+        engine.generate([prompt], FREE)
+    assert len(cache._blocks) == 1, "the first chunk is finite"
+    assert engine.generate([prompt], FREE) == wanted
+
+
 def test_a_failure_while_binding_leaves_the_next_steps_alone(
     random_model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:

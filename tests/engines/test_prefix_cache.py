@@ -48,6 +48,21 @@ def test_a_prompt_is_computed_once_but_for_its_last_chunk() -> None:
     assert engine.prefix_cache is not None and engine.prefix_cache.hit_tokens == 8 + 8 + 4 + 4 + 8
 
 
+def test_what_is_computed_anew_was_not_found() -> None:
+    """Where the cache is full requests leave their slots, and find their own chunks when they come back."""
+    engine = ToyEngine.make(3, 40, CHUNK, prefix_cache_bytes=100 * BLOCK, kv_cache_bytes=44 * 8)
+    long = SamplingParams(max_tokens=25, ignore_eos=True)
+    prompts = [[n] * 3 * CHUNK for n in range(1, 4)]
+    for prompt in prompts:
+        engine.submit(Request(str(prompt[0]), prompt, long))
+    while engine.num_running or engine.num_waiting:
+        engine.step()
+    assert engine.stats.preemptions > 0
+    assert (engine.stats.prefix_hit_tokens, engine.stats.prefix_query_tokens) == (0, 9 * CHUNK)
+    run(engine, [1] * 3 * CHUNK)
+    assert engine.stats.prefix_hit_tokens == 2 * CHUNK
+
+
 def test_the_first_event_says_what_was_found() -> None:
     engine = toy()
     found: list[list[int]] = []

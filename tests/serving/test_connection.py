@@ -149,6 +149,29 @@ def test_a_bug_is_a_plain_500_on_a_connection_that_ends(
         assert http.post(ROUTE, json=SHORT).status_code == 200
 
 
+@pytest.mark.parametrize("fields", [{"logprobs": 2}, {"prompt_logprobs": 2, "prompt": "one two"}])
+def test_what_is_told_of_tokens_is_written_beside_the_event_loop(
+    make_service: MakeService, fields: dict[str, Any]
+) -> None:
+    with served(make_service) as (http, service, _):
+        texts, writing, going = service.token_text, threading.Event(), threading.Event()
+
+        def gated(token: int) -> str:
+            writing.set()
+            assert going.wait(10)
+            return texts(token)
+
+        gated.stream = texts.stream  # type: ignore[attr-defined]
+        service.token_text = gated  # type: ignore[assignment]
+        thread, results = in_background(lambda: http.post(ROUTE, json=SHORT | fields))
+        assert writing.wait(10)
+        with client(str(http.base_url)) as other:
+            assert other.get("/livez").status_code == 200
+        going.set()
+        thread.join()
+        assert results[0].status_code == 200
+
+
 def test_a_failure_in_a_stream_is_its_last_event(make_service: MakeService) -> None:
     with served(make_service) as (http, _, backend):
         backend.hold(after=2)

@@ -136,6 +136,21 @@ def test_requests_are_counted_by_how_they_ended(
     assert value(found, "num_requests_running") == value(found, "num_requests_waiting") == 0
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_stop_string_that_the_last_token_completes_is_no_limit(
+    make_service: MakeService, stream: bool
+) -> None:
+    service = make_service()
+    with running(service) as url, client(url) as http:
+        text = http.post("/v1/completions", json=BODY).json()["choices"][0]["text"]
+        assert ends(scrape(http)) == {"length": 1}
+        body = BODY | {"stop": [text[-1]], "stream": stream}
+        answer = http.post("/v1/completions", json=body | {"n": 2}).raise_for_status()
+        assert answer.text.count('"finish_reason":"stop"') == 2
+        assert ends(scrape(http)) == {"length": 1, "stop": 2}
+        assert not service.worker.monitor._cut
+
+
 def test_it_answers_while_the_engine_computes(make_service: MakeService) -> None:
     """A step that never ends holds up nobody who reads; and who is refused is counted."""
     service = make_service(slots=2, max_queue=2)
