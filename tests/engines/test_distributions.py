@@ -34,7 +34,7 @@ Chances = NDArray[np.float64]
 
 SIZE, DRAWS = 30, 3000
 LOGITS = np.random.default_rng(2).normal(0, 1.2, SIZE).astype(np.float32)
-PROMPT, OUTPUT, ENDS = [1, 2, 3, 4, 9, 2, 3, 5, 1, 2], [6, 6, 1, 2, 3], frozenset({7, 10})
+PROMPT, OUTPUT, ENDS = [1, 2, 3, 4, 9, 2, 3, 5, 1, 2], [26, 26, 1, 2, 3], frozenset({7, 10})
 """Of the text, "1 2 3" came before 4, and "2 3" also before 5."""
 LEAST = 1e-3
 """Seeds are fixed, so that a right distribution is always this probable and a wrong one never."""
@@ -54,7 +54,7 @@ class Take(LogitsProcessor):
 
 
 BIAS = SequenceBiasLogitsProcessor([[[4], 1.5], [[11], -2.0]])
-PRESENCE = Take(dict.fromkeys(OUTPUT, 0.9))
+PRESENCE = Take(dict.fromkeys(OUTPUT, 1.5))
 FREQUENCY = Take({token: 1.2 * count for token, count in Counter(OUTPUT).items()})
 DRY = Take({4: 0.8 * 1.75, 5: 0.8})
 BANS = SuppressTokensLogitsProcessor([4, 12])
@@ -65,6 +65,10 @@ CASES: dict[str, tuple[dict[str, Any], list[LogitsProcessor]]] = {
     "top_k": ({"top_k": 6}, [TopKLogitsWarper(6)]),
     "top_p": ({"top_p": 0.7}, [TopPLogitsWarper(0.7)]),
     "min_p": ({"min_p": 0.15}, [MinPLogitsWarper(0.15)]),
+    "min_p of top_p": (
+        {"top_p": 0.98, "min_p": 0.15},
+        [TopPLogitsWarper(0.98), MinPLogitsWarper(0.15)],
+    ),
     "typical_p": ({"typical_p": 0.5}, [TypicalLogitsWarper(0.5)]),
     "repetition_penalty": (
         {"repetition_penalty": 1.8},
@@ -80,8 +84,8 @@ CASES: dict[str, tuple[dict[str, Any], list[LogitsProcessor]]] = {
         {
             "logit_bias": {4: 1.5, 11: -2.0},
             "repetition_penalty": 1.3,
-            "presence_penalty": 0.9,
-            "frequency_penalty": 0.7,
+            "presence_penalty": 1.5,
+            "frequency_penalty": 1.2,
             "dry_multiplier": 0.8,
             "min_tokens": len(OUTPUT) + 1,
             "temperature": 1.4,
@@ -166,7 +170,7 @@ QUOTED = [token for first in range(VOCAB) for token in (9, first, 5, 6)] + [9]
 DRAWN: dict[str, Any] = {
     "max_tokens": 4,
     "temperature": 0.8,
-    "frequency_penalty": 0.7,
+    "frequency_penalty": 1.2,
     "ignore_eos": True,
     "logit_bias": {5: 1.5, 6: 1.0},
 }

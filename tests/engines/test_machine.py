@@ -194,6 +194,11 @@ def test_all_of_it_can_happen(with_adapters: Subject) -> None:
     machine.submit(5, place=2, stop_at=3)
     machine.cancel(1)
     machine.step(60)
+    # Another adapter in the same slot, and the same prompt.
+    for number in (0, 1):
+        machine.load("a", number, replace=True)
+        machine.submit(3, place=1)
+        machine.step(30)
     assert engine.stats.prefix_hit_tokens > 0
     machine.teardown()
 
