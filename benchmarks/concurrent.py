@@ -143,14 +143,14 @@ def open_all(shape: str, slots: int, threads: int, stack: ExitStack) -> dict[str
     for bits in ("int8", "int4"):
         found[bits]["OpenVINO GenAI"] = theirs(worker, bits)
     python = environment("ctranslate2", CTRANSLATE2)
-    out = converted(python, "peer_ctranslate2.py", checkpoint, folder / "ctranslate2", "int8")
-    worker = start(python, "peer_ctranslate2.py", "serve", str(out))
+    out = converted(python, "peer_static.py", checkpoint, folder / "ctranslate2", "int8")
+    worker = start(python, "peer_static.py", "ctranslate2", str(out))
     found["int8"]["CTranslate2"] = theirs(worker, "int8")
     python = environment("onnxruntime-genai", engine_decode.PEER)
     out = engine_decode.peer_model(folder, checkpoint, python, threads, slots)
     worker = start(python, "peer_genai_engine.py", str(out.parent))
     found["int4"]["onnxruntime-genai"] = theirs(worker, out.name)
-    worker = start(Path(sys.executable), "peer_transformers.py", str(checkpoint))
+    worker = start(Path(sys.executable), "peer_static.py", "transformers", str(checkpoint))
     found["16 bits"]["transformers"] = theirs(worker, "bfloat16")
     return found
 

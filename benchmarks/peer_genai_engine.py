@@ -32,8 +32,8 @@ def serve(engine: genai.Engine, requests: list[dict]) -> dict:
             kept.append(request)
         if engine.has_pending_requests():
             count += sum(bool(event.flags & TOKEN) for event in engine.run(buffer))
-        else:
-            time.sleep(0.001)
+        elif left:
+            time.sleep(max(0.0, left[0]["arrival"] - (time.perf_counter() - start)))
     seconds = time.perf_counter() - start
     for request in kept:
         request.close()

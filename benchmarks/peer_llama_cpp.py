@@ -75,7 +75,7 @@ class Model:
                     rows += [(tokens, done[index], index)] if tokens else []
                     room -= len(tokens)
             if not rows:
-                time.sleep(0.001)
+                time.sleep(min(r["arrival"] for r in requests if r["arrival"] > now) - now)
                 continue
             Batch(rows).run(context)
             place = -1

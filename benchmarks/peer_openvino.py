@@ -71,8 +71,8 @@ def serve(pipeline, requests: list[dict]) -> dict:
             handles.append(pipeline.add_request(index, prompt, config))
         if pipeline.has_non_finished_requests():
             pipeline.step()
-        else:
-            time.sleep(0.001)
+        elif left:
+            time.sleep(max(0.0, left[0][1]["arrival"] - (time.perf_counter() - start)))
     seconds = time.perf_counter() - start
     for handle in handles:
         count += len(handle.read_all()[0].generated_ids)

@@ -84,9 +84,9 @@ class Watched:
         """As `Backend.read_adapter`."""
         return self._backend.read_adapter(folder)
 
-    def load_adapter(self, weights: AdapterWeights) -> int:
+    def load_adapter(self, weights: AdapterWeights, instead_of: int = 0) -> int:
         """As `Backend.load_adapter`."""
-        return self._backend.load_adapter(weights)
+        return self._backend.load_adapter(weights, instead_of)
 
     def unload_adapter(self, number: int) -> None:
         """As `Backend.unload_adapter`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from io import FileIO
 from math import prod
@@ -20,8 +20,9 @@ BLOCK = 1 << 18
 """Elements per block: 1 MB of float32, which is read, checked and written from a core's cache.
 Blocks of 16 MB take twice the time."""
 
-_LARGEST_HEADER = 100_000_000
+LARGEST_HEADER = 100_000_000
 """Bytes; no reader of the format takes more."""
+_MOST_DIMENSIONS, _LARGEST_DIMENSION = 64, 2**63
 _STORED = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
 
 
@@ -81,8 +82,11 @@ class StoredTensor:
         return values
 
 
-def read_header(file: Path) -> dict[str, StoredTensor]:
+def read_header(file: Path, largest: int = LARGEST_HEADER) -> dict[str, StoredTensor]:
     """The tensors of a safetensors file by name (format: huggingface.co/docs/safetensors).
+
+    Args:
+        largest: bytes that its header may have; some 150 for each tensor are usual.
 
     Raises:
         CheckpointError: the file is damaged or cut off.
@@ -93,8 +97,8 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
             (length,) = struct.unpack("<Q", stream.read(8))
             if length > size - 8:
                 raise ValueError("its header is cut off")
-            if length > _LARGEST_HEADER:
-                raise ValueError(f"its header has {length} bytes")
+            if length > largest:
+                raise ValueError(f"its header has {length} bytes; at most {largest} are taken")
             header: Any = json.loads(stream.read(length))
             if not isinstance(header, dict):
                 raise ValueError("its header is no JSON object")
@@ -104,22 +108,39 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     entries.pop("__metadata__", None)
     start = 8 + length
     found = {name: _read_entry(file, start, name, entry) for name, entry in entries.items()}
-    end = max((tensor.offset + tensor.size for tensor in found.values()), default=start)
+    _check_places(file, found.values(), start, size)
+    return found
+
+
+def _check_places(file: Path, tensors: Iterable[StoredTensor], start: int, size: int) -> None:
+    """As the format demands, tensors lie one behind the other from `start` to the end of the file: so no file
+    is larger than what is read of it."""
+    end = start
+    for tensor in sorted(tensors, key=lambda tensor: (tensor.offset, tensor.size)):
+        if tensor.offset != end:
+            raise CheckpointError(
+                f"{file}: {tensor.name} begins at byte {tensor.offset}, and what is before it ends at {end}; "
+                "copy the file again"
+            )
+        end += tensor.size
     if end > size:
         raise CheckpointError(f"{file} is cut off: {size} bytes of {end}")
-    return found
+    if end < size:
+        raise CheckpointError(
+            f"{file} has {size} bytes, of which only {end} hold tensors; copy it again"
+        )
 
 
 def _read_entry(file: Path, start: int, name: str, entry: object) -> StoredTensor:
     """One tensor of a header; offsets count from `start`."""
     match entry:
         case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(begin), int(end)]} if (
-            0 <= begin <= end and all(isinstance(n, int) and n >= 0 for n in shape)
+            0 <= begin <= end and _is_shape(shape)
         ):
             tensor = StoredTensor(name, file, start + begin, end - begin, dtype, tuple(shape))
         case _:
             raise CheckpointError(
-                f"{file}: {name}: its header has no tensor there but {entry!r}; copy the file again"
+                f"{file}: {name}: its header has no tensor there but {entry!r:.200}; copy the file again"
             )
     if dtype in _STORED and tensor.size != prod(tensor.shape) * _STORED[dtype].itemsize:
         raise CheckpointError(
@@ -127,6 +148,13 @@ def _read_entry(file: Path, start: int, name: str, entry: object) -> StoredTenso
             "copy the file again"
         )
     return tensor
+
+
+def _is_shape(shape: Sequence[object]) -> bool:
+    # Sizes without bounds multiply to a number that takes hours to compute.
+    return len(shape) <= _MOST_DIMENSIONS and all(
+        isinstance(n, int) and 0 <= n < _LARGEST_DIMENSION for n in shape
+    )
 
 
 def _widen(stored: NDArray[Any], values: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -106,6 +106,13 @@ def serve_parser() -> Parser:
         "where the text holds nothing to guess from; the answers stay the same",
     )
     parser.add_argument(
+        "--packed-weights",
+        type=Path,
+        metavar="DIR",
+        help="keep the weights here as this machine wants them, about twice the model's size: the server "
+        "starts sooner, and servers of the same model, and its adapters, share their memory",
+    )
+    parser.add_argument(
         "--shutdown-timeout",
         type=quantity,
         default=30.0,
@@ -132,6 +139,7 @@ def chat_parser() -> Parser:
         kv_cache=None,
         draft_tokens=0,
         draft_model=None,
+        packed_weights=None,
     )
     return parser
 

@@ -87,6 +87,7 @@ def _open(args: argparse.Namespace) -> Service:
             kv_cache_bytes=None if args.kv_cache is None else args.kv_cache << 20,
             draft_tokens=args.draft_tokens,
             draft_model=None if draft is None else find_folder(draft, args.store),
+            packed_weights=args.packed_weights,
         ),
         name=args.served_model_name or (None if has_name else args.bundle),
         max_queue=args.max_queue,

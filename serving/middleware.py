@@ -42,7 +42,10 @@ class RequestContext:
             return
         except Exception:
             if not started:
-                await error_response(internal_error(request_id))(scope, receive, send_with_id)
+                error = internal_error(request_id)
+                # The server closes the connection behind it; a client must not send its next request there.
+                error.headers |= CLOSE
+                await error_response(error)(scope, receive, send_with_id)
             raise
 
 

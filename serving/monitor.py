@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import inf
 
 from lifecycle.engines.base import Event, FinishReason, Request
@@ -51,7 +51,7 @@ class _Running:
 
     model: _Model
     prompt_length: int
-    begun: float = field(default_factory=time.monotonic)
+    begun: float
     first: float = inf
     """When its first token came."""
     count: int = 0
@@ -72,7 +72,7 @@ class Monitor:
     def begin(self, request: Request) -> None:
         """A request has come."""
         model = self._model(request.adapter or self._name)
-        self._running[request.id] = _Running(model, len(request.prompt))
+        self._running[request.id] = _Running(model, len(request.prompt), time.monotonic())
 
     def take(self, event: Event) -> None:
         """Something has come of a request."""

@@ -12,9 +12,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal, cast
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     Field,
     ValidationInfo,
@@ -25,121 +23,24 @@ from pydantic_core import PydanticCustomError
 
 from lifecycle.engines.base import LONGEST_REPEAT
 from lifecycle.pipeline.suggest import did_you_mean
+from serving.fields import (
+    MAX_ITEMS,
+    Biases,
+    Choices,
+    Content,
+    Prompts,
+    Schema,
+    Stops,
+    Text,
+    only,
+    printable,
+)
 
 MAX_CHOICES = 128
-MAX_ITEMS = 2048
-"""Messages of a chat, prompts of a completion. A wrong item costs an error of over 1 kB, so that
-a body of 4 MB with a million of them would take gigabytes."""
-MAX_STOPS = 16
-MAX_STOP_LENGTH = 256
-MAX_BIASES = 1024
-
 MAX_TIMEOUT = 1e6
 """Seconds."""
 
 _INT64 = 2**63
-
-
-def _only(*neutral: object) -> AfterValidator:
-    """A field of the API that this server does not have: only values that ask for nothing."""
-
-    def check(value: object) -> object:
-        if value not in neutral:
-            raise PydanticCustomError(
-                "unsupported", "this server does not support it; leave it out"
-            )
-        return value
-
-    return AfterValidator(check)
-
-
-def _is_text(value: str) -> str:
-    """JSON can spell half of a surrogate pair, which is no character and cannot be tokenised."""
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise PydanticCustomError(
-            "text", "is no Unicode text: it holds a lone surrogate"
-        ) from error
-    return value
-
-
-def _printable(name: str) -> str:
-    return name[:64].encode(errors="backslashreplace").decode()
-
-
-Text = Annotated[str, AfterValidator(_is_text)]
-Bias = Annotated[float, Field(ge=-100, le=100)]
-Choices = Annotated[list[Text], Field(min_length=1, max_length=MAX_ITEMS)]
-
-
-def _as_list(value: object) -> object:
-    return [value] if isinstance(value, str) else value
-
-
-def _content(value: object) -> object:
-    """A message's content as one string; parts of text are joined by line breaks."""
-    if not isinstance(value, list):
-        return value
-    texts: list[str] = []
-    for part in cast("list[object]", value):
-        match part:
-            case {"type": "text", "text": str(text)}:
-                texts.append(text)
-            case _:
-                raise PydanticCustomError("content", "only parts of type 'text' are supported")
-    return "\n".join(texts)
-
-
-def _prompts(value: object) -> list[str] | list[list[int]]:
-    """A prompt in any of its four forms as a list of strings or of lists of token ids."""
-    match value:
-        case str():
-            return [_is_text(value)]
-        case [*items] if items and all(type(item) is int for item in items):
-            return [cast("list[int]", items)]
-        case [*items] if len(items) > MAX_ITEMS:
-            raise PydanticCustomError("prompt", "has more than {most} prompts", {"most": MAX_ITEMS})
-        case [*items] if items and all(isinstance(item, str) for item in items):
-            return [_is_text(item) for item in cast("list[str]", items)]
-        case [*items] if items and all(_is_tokens(item) for item in items):
-            return cast("list[list[int]]", items)
-        case _:
-            raise PydanticCustomError(
-                "prompt",
-                "must be a string, a list of strings, a list of token ids or a list of such lists",
-            )
-
-
-def _is_tokens(value: object) -> bool:
-    return isinstance(value, list) and all(
-        type(item) is int for item in cast("list[object]", value)
-    )
-
-
-def _by_token(value: object) -> object:
-    """JSON has no keys but strings."""
-    if not isinstance(value, Mapping):
-        return value
-    pairs = cast("Mapping[str, object]", value)
-    if len(pairs) > MAX_BIASES:
-        raise PydanticCustomError("logit_bias", "has more than {most}", {"most": MAX_BIASES})
-    found: dict[int, object] = {}
-    for key, bias in pairs.items():
-        if not (key.isascii() and key.isdecimal() and len(key) < 20) or str(int(key)) != key:
-            shown = {"key": _printable(key)}
-            raise PydanticCustomError("logit_bias", "'{key}' is no token id", shown)
-        found[int(key)] = bias
-    return found
-
-
-def _schema(value: object) -> object:
-    """What is in a schema is seen to where it is compiled."""
-    if isinstance(value, str):
-        return _is_text(value)
-    if not isinstance(value, dict | bool):
-        raise PydanticCustomError("json_schema", "must be a JSON schema: an object")
-    return cast("object", value)
 
 
 class Body(BaseModel):
@@ -159,7 +60,7 @@ class Body(BaseModel):
         known = [field.alias or name for name, field in cls.model_fields.items()]
         for name in fields:
             if name not in known:
-                shown = _printable(name)
+                shown = printable(name)
                 raise PydanticCustomError(
                     "unknown_field",
                     "unknown field{hint}",
@@ -179,7 +80,7 @@ class JsonSchemaFormat(Body):
     """`response_format.json_schema`. The schema always holds, whatever `strict` says."""
 
     name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
-    schema_: Annotated[Any, AfterValidator(_schema), Field(alias="schema")]
+    schema_: Annotated[Schema, Field(alias="schema")]
     strict: bool | None = None
     description: Text | None = None
 
@@ -207,7 +108,7 @@ class ResponseFormat(Body):
 class StructuredOutputs(Body):
     """`structured_outputs`, as in vLLM: exactly one of them."""
 
-    json_: Annotated[Any, AfterValidator(_schema), Field(alias="json")] = None
+    json_: Annotated[Schema, Field(alias="json")] = None
     regex: Text | None = None
     choice: Choices | None = None
     grammar: Text | None = None
@@ -231,11 +132,7 @@ class GenerationBody(Body):
     top_p: float | None = Field(default=None, ge=0, le=1)
     n: int = Field(default=1, ge=1, le=MAX_CHOICES)
     seed: int | None = Field(default=None, ge=-_INT64, lt=_INT64)
-    stop: Annotated[
-        list[Annotated[Text, Field(min_length=1, max_length=MAX_STOP_LENGTH)]],
-        Field(max_length=MAX_STOPS),
-        BeforeValidator(_as_list),
-    ] = []
+    stop: Stops = []
     stream: bool = False
     stream_options: StreamOptions | None = None
 
@@ -249,7 +146,7 @@ class GenerationBody(Body):
     dry_multiplier: float | None = Field(default=None, ge=0, le=100)
     dry_base: float | None = Field(default=None, ge=1, le=100)
     dry_allowed_length: int | None = Field(default=None, ge=1, le=LONGEST_REPEAT)
-    logit_bias: Annotated[dict[int, Bias], BeforeValidator(_by_token)] = {}
+    logit_bias: Biases = {}
     """By token id, spelled as a string as JSON wants its keys."""
     min_tokens: int | None = Field(default=None, ge=0)
     ignore_eos: bool = False
@@ -263,7 +160,7 @@ class GenerationBody(Body):
 
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
-    guided_json: Annotated[Any, AfterValidator(_schema)] = None
+    guided_json: Schema = None
     """This one and those below are vLLM's older names of what `structured_outputs` holds."""
     guided_regex: Text | None = None
     guided_choice: Choices | None = None
@@ -305,12 +202,12 @@ class ChatMessage(Body):
     """One message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[Text, BeforeValidator(_content)]
+    content: Content
     name: Text | None = None
 
-    tool_calls: Annotated[Any, _only([])] = []
-    function_call: Annotated[Any, _only()] = None
-    audio: Annotated[Any, _only()] = None
+    tool_calls: Annotated[Any, only([])] = []
+    function_call: Annotated[Any, only()] = None
+    audio: Annotated[Any, only()] = None
     refusal: Any = None
     annotations: Any = None
 
@@ -330,18 +227,18 @@ class ChatBody(GenerationBody):
     logprobs: bool = False
     top_logprobs: int = Field(default=0, ge=0, le=20)
 
-    tools: Annotated[Any, _only([])] = []
-    tool_choice: Annotated[Any, _only("none", "auto")] = "none"
-    functions: Annotated[Any, _only([])] = []
-    function_call: Annotated[Any, _only("none", "auto")] = "none"
-    modalities: Annotated[Any, _only(["text"])] = ["text"]
-    audio: Annotated[Any, _only()] = None
-    prediction: Annotated[Any, _only()] = None
-    web_search_options: Annotated[Any, _only()] = None
-    reasoning_effort: Annotated[Any, _only("none")] = "none"
-    verbosity: Annotated[Any, _only("medium")] = "medium"
-    moderation: Annotated[Any, _only()] = None
-    store: Annotated[Any, _only(False)] = False
+    tools: Annotated[Any, only([])] = []
+    tool_choice: Annotated[Any, only("none", "auto")] = "none"
+    functions: Annotated[Any, only([])] = []
+    function_call: Annotated[Any, only("none", "auto")] = "none"
+    modalities: Annotated[Any, only(["text"])] = ["text"]
+    audio: Annotated[Any, only()] = None
+    prediction: Annotated[Any, only()] = None
+    web_search_options: Annotated[Any, only()] = None
+    reasoning_effort: Annotated[Any, only("none")] = "none"
+    verbosity: Annotated[Any, only("medium")] = "medium"
+    moderation: Annotated[Any, only()] = None
+    store: Annotated[Any, only(False)] = False
 
     parallel_tool_calls: Any = None
     metadata: Any = None
@@ -369,14 +266,14 @@ class ChatBody(GenerationBody):
 class CompletionBody(GenerationBody):
     """`POST /v1/completions`."""
 
-    prompt: Annotated[list[str] | list[list[int]], BeforeValidator(_prompts)]
+    prompt: Prompts
     max_tokens: int | None = Field(default=None, ge=0)
     """0 asks about the prompt alone."""
     logprobs: int | None = Field(default=None, ge=0, le=5)
     echo: bool = False
     best_of: int | None = Field(default=None, ge=1, le=MAX_CHOICES)
 
-    suffix: Annotated[Any, _only("")] = ""
+    suffix: Annotated[Any, only("")] = ""
 
     @field_validator("echo")
     @classmethod

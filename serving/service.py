@@ -57,7 +57,7 @@ class Service:
         self.adapters = Adapters(engine, self.worker, card, adapters)
         self._model_eos = engine.eos_token_ids
         self._one_long = asyncio.Semaphore(1)
-        self._long_waiting = 0
+        self._tokenising = self._long_waiting = 0
 
     @property
     def cards(self) -> dict[str, ModelCard]:
@@ -94,19 +94,24 @@ class Service:
     async def _tokenise(self, size: int, work: Callable[[], list[int]]) -> list[int]:
         """Tokenise a text of `size` characters in a thread: the event loop must not wait for it.
 
-        Long texts wait for each other, and only so many: ten of 4 MB at once took 3 GB, every
-        core, and with them the answers of all other clients.
+        As many may be on their way as there are places for their requests: 600 of 63 kB made others wait
+        40 s. Long texts wait for each other, and only so many: ten of 4 MB at once took 3 GB, every core,
+        and with them the answers of all other clients.
         """
-        if size < LONG_TEXT:
-            return await asyncio.to_thread(work)
-        if self._long_waiting >= MAX_LONG_TEXTS:
+        is_long = size >= LONG_TEXT
+        is_full = is_long and self._long_waiting >= MAX_LONG_TEXTS
+        if is_full or self._tokenising >= self.worker.capacity:
             raise errors.queue_full()
-        self._long_waiting += 1
+        self._tokenising += 1
+        self._long_waiting += is_long
         try:
+            if not is_long:
+                return await asyncio.to_thread(work)
             async with self._one_long:
                 return await asyncio.to_thread(work)
         finally:
-            self._long_waiting -= 1
+            self._tokenising -= 1
+            self._long_waiting -= is_long
 
     def room(
         self, prompt: Sequence[int], asked: int | None, default: int | None, param: str

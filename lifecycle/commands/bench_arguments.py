@@ -118,6 +118,10 @@ def _add_engine(parser: Parser) -> None:
         "--draft-model", metavar="MODEL",
         help="a smaller model with the same tokenizer that guesses up to --draft-tokens",
     )  # fmt: skip
+    group.add_argument(
+        "--packed-weights", type=Path, metavar="DIR",
+        help="keep the weights here as this machine wants them, and map them from there",
+    )  # fmt: skip
 
 
 def check(args: argparse.Namespace) -> None:

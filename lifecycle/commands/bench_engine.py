@@ -86,6 +86,7 @@ def _options(plan: Plan) -> EngineOptions:
         kv_cache_bytes=args.kv_cache << 20 or None,
         draft_tokens=args.draft_tokens,
         draft_model=None if draft is None else find_folder(draft, args.store),
+        packed_weights=args.packed_weights,
     )
 
 
@@ -98,8 +99,8 @@ def _about_model(given: str, folder: Path, info: DecoderInfo | None) -> dict[str
 
 
 def _about_engine(name: str, options: EngineOptions) -> dict[str, Any]:
-    draft = options.draft_model
-    return {"name": name, **asdict(options), "draft_model": draft and str(draft)}
+    about = {key: str(v) if isinstance(v, Path) else v for key, v in asdict(options).items()}
+    return {"name": name, **about}
 
 
 def _environment() -> dict[str, Any]:

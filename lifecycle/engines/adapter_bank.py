@@ -66,20 +66,24 @@ class AdapterBank:
         self._num_loaded = 0
         self._wasted = 0
 
-    def load(self, weights: AdapterWeights) -> int:
-        """Take an adapter into a free entry; its number is 1 or more, and no other adapter's, so that
-        nothing that was computed with one is taken for another's.
+    def load(self, weights: AdapterWeights, instead_of: int = 0) -> int:
+        """Take an adapter into a free entry, or into that of another one, by its number; its own is 1 or
+        more, and no other adapter's, so that nothing that was computed with one is taken for another's.
 
         Raises:
-            EngineError: all entries are taken; nothing has changed.
+            EngineError: all entries are taken, or the weights are of another model; nothing has changed.
         """
+        if {name: array.shape for name, array in weights.items()} != self._layout.shapes():
+            raise EngineError(
+                "the adapter was read for another model: read it with this engine's read_adapter"
+            )
         count = self._layout.slots
         free = set(range(1, count + 1)) - set(self._entries.values())
-        if not free:
+        if not (free or instead_of):
             raise EngineError(
                 f"all {count} adapter slots are taken: unload one, or export the model with more"
             )
-        entry = min(free)
+        entry = self._entries.pop(instead_of) if instead_of else min(free)
         for name, array in self._arrays.items():
             array[entry] = weights[name]
         self._num_loaded += 1

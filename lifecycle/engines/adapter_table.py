@@ -49,9 +49,11 @@ class AdapterTable:
         if name in self._numbers and not replace:
             raise EngineError(f"there is an adapter '{name}' already: unload it first")
         self._sweep()
-        if (victim := self._victim(name, evict)) is not None:
-            self._backend.unload_adapter(self._numbers.pop(victim))
-        number = self._backend.load_adapter(weights)
+        if (victim := self._victim(name, evict)) is None:
+            number = self._backend.load_adapter(weights)
+        else:
+            number = self._backend.load_adapter(weights, self._numbers[victim])
+            del self._numbers[victim]
         if (old := self._numbers.pop(name, None)) is not None:
             self._leaving.add(old)
         self._numbers[name] = number

@@ -32,6 +32,8 @@ class Row(NamedTuple):
     """Whether the text is beyond the first context of a model that rotates such texts otherwise."""
     adapter: int = 0
     """The number of the adapter that the text is computed with; 0 is none."""
+    num_prompt: int = 0
+    """How many of `tokens`, the first ones, belong to the prompt; they may have a graph of their own."""
 
 
 class Backend(Protocol):
@@ -63,14 +65,14 @@ class Backend(Protocol):
         """
         ...
 
-    def load_adapter(self, weights: AdapterWeights) -> int:
-        """Take an adapter into a free slot.
+    def load_adapter(self, weights: AdapterWeights, instead_of: int = 0) -> int:
+        """Take an adapter into a free slot, or into that of an adapter which no row uses any more.
 
         Returns:
             Its number, 1 or more, which no other adapter has had or gets.
 
         Raises:
-            EngineError: no slot is free, or no memory.
+            EngineError: no slot is free, or the weights are of another model; nothing has changed.
         """
         ...
 

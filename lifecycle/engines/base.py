@@ -214,13 +214,18 @@ class EngineOptions:
     full, the requests that came last give up theirs and compute it anew later."""
     max_stall: float | None = 2.5
     """Where requests decode, a step that computes prompts too takes at most so many times as long as one
-    that does not, as far as 2 tokens of a prompt allow; None is no bound, nor has `generate` one."""
+    that does not, as far as 2 tokens of a prompt allow, or 16 where prompts have a graph of their own; None is
+    no bound, nor has `generate` one."""
     draft_tokens: int = 0
     """Most tokens of a request guessed per step, from what its text holds already (prompt lookup) or by
     `draft_model`; the output stays what it is without."""
     draft_model: StrPath | None = None
     """The folder of a smaller model with the same tokenizer, which guesses tokens where that is expected
     to save time. Its cache has the same slots, beside `kv_cache_bytes`."""
+    packed_weights: Path | None = None
+    """A folder that keeps weights as this machine's kernels want them, about twice the size of the model.
+    They are mapped from there: an engine opens sooner, and the processes and graphs of one model have them
+    in memory once. Only for graphs on the CPU, and no folder that others may write to."""
 
 
 class Engine(ABC):

@@ -61,12 +61,14 @@ class BatchedEngine(Engine):
         eos_token_ids: frozenset[int],
         long_context: int | None = None,
         sliding_window: int | None = None,
+        has_prompt_graph: bool = False,
         draft: Draft | None = None,
     ) -> None:
         """
         Args:
             long_context: texts of more tokens are long (see `Row.is_long`).
             sliding_window: tokens that every layer looks back on at most; None if some layer sees all.
+            has_prompt_graph: whether `backend` computes the tokens of prompts by a graph of their own.
             draft: a model that guesses; with one, `backend` takes rows that begin before the end of what
                 their slot holds also where its cache cannot be copied.
         """
@@ -79,7 +81,7 @@ class BatchedEngine(Engine):
         self._cache = backend if isinstance(backend, CacheBackend) else None
         self._window = sliding_window
         self._progress = Progress(eos_token_ids, max_model_len, long_context)
-        self._pace = Pace()
+        self._pace = Pace(has_prompt_graph=has_prompt_graph)
         if self._cache is None and draft is None:
             options = replace(options, draft_tokens=0)
         model = DraftModel(draft) if draft is not None else None
@@ -88,7 +90,7 @@ class BatchedEngine(Engine):
         if options.prefix_cache_bytes and self._cache is not None:
             budget, chunk = options.prefix_cache_bytes, options.prefill_chunk
             self._prefixes = PrefixCache(budget, chunk, self._cache)
-        self._max_tokens = self._max_cache_tokens()
+        self._max_cache_tokens = self._cache_limit()
         self._max_stall = options.max_stall
         self._scheduler = self._make_scheduler()
         self._adapters = AdapterTable(backend, lambda: self._scheduler.states())
@@ -155,7 +157,7 @@ class BatchedEngine(Engine):
             num_waiting=self.num_waiting,
             cache_tokens=tokens,
             cache_bytes=tokens * per_token,
-            cache_capacity_bytes=per_token * self._max_tokens,
+            cache_capacity_bytes=per_token * self._max_cache_tokens,
             prefix_bytes=prefixes.num_bytes if prefixes else 0,
             prefix_hit_tokens=prefixes.hit_tokens if prefixes else 0,
             prefix_query_tokens=prefixes.query_tokens if prefixes else 0,
@@ -286,7 +288,7 @@ class BatchedEngine(Engine):
         return SlotRoom(
             self._backend,
             num_slots=self.max_num_seqs,
-            max_tokens=self._max_tokens,
+            max_tokens=self._max_cache_tokens,
             chunk=self._options.prefill_chunk,
             is_long=self._progress.is_long,
             adapter=self.adapter_number(adapter),
@@ -329,13 +331,13 @@ class BatchedEngine(Engine):
             self.max_num_seqs,
             self._options.prefill_chunk,
             cache=self._cache,
-            max_cache_tokens=self._max_tokens if self._options.kv_cache_bytes else inf,
+            max_cache_tokens=self._max_cache_tokens if self._options.kv_cache_bytes else inf,
             window=self._window,
             reuse=reuse,
             on_release=self._speculation.release,
         )
 
-    def _max_cache_tokens(self) -> int:
+    def _cache_limit(self) -> int:
         """Tokens that the cache may hold for all requests together.
 
         Raises:
@@ -377,18 +379,19 @@ class BatchedEngine(Engine):
             self._scheduler.waiting.serve(state.request.tenant, count)
             if self._prefixes is not None:
                 self._prefixes.keep(state, row)
-            self._forget_old(state, count)
+            self._forget_old(state)
         self._steps += 1
         self._prompt_tokens += num_prompt
         self._pace.note(num_decode, num_prompt, seconds)
 
-    def _forget_old(self, state: RequestState, count: int) -> None:
+    def _forget_old(self, state: RequestState) -> None:
         """Give back the memory of what no token looks back on any more, now and then."""
         if self._window is None or self._cache is None:
             return
         before = state.num_computed - self._window
-        if before > 0 and state.num_computed % _FORGET_EVERY < count:
+        if before - state.num_forgotten >= _FORGET_EVERY:
             self._cache.forget(state.slot, before)
+            state.num_forgotten = before
 
     def _share(self, state: RequestState) -> list[RequestState]:
         """Take those that have the prompt which `state` has just finished to where it is."""

@@ -108,7 +108,8 @@ class _Group:
                 start = self._computed[slot]
                 tokens = text[start : start + chunk]
                 self._computed[slot] += len(tokens)
-                yield Row(slot, start, tokens, int(is_last), self._is_long, adapter)
+                num_prompt = min(max(len(self.search.prompt) - start, 0), len(tokens))
+                yield Row(slot, start, tokens, int(is_last), self._is_long, adapter, num_prompt)
 
     def take(self, logits: Floats) -> None:
         """Choose the next tokens by the logits after all texts, and let each beam have a slot that

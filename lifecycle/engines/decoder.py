@@ -28,7 +28,8 @@ Outputs: `logits` float32 [L, vocab_size]; `present.{i}.key`, `.value`, which ma
 to the memory of the past.
 
 A folder may have a second graph over the same weights, `hidden.onnx`: it has no output head, and gives
-`hidden_states` float32 [L, hidden_size], normed, in place of `logits`.
+`hidden_states` float32 [L, hidden_size], normed, in place of `logits`. Another one, `prefill.onnx` with weights of
+its own, computes the tokens of prompts over the same cache, where `prefill_scheme` says so.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ FILE = "decoder.json"
 GRAPH = "model.onnx"
 HIDDEN_GRAPH, HIDDEN_STATES = "hidden.onnx", "hidden_states"
 WEIGHTS = "model.onnx.data"
+PREFILL_GRAPH, PREFILL_WEIGHTS = "prefill.onnx", "prefill.onnx.data"
 FORMAT = 2
 
 
@@ -78,6 +80,8 @@ class DecoderInfo:
     """The quantisations that the hardware runs well."""
     kv_dtypes: tuple[str, ...] = ("float32",)
     """The types of cache that the hardware runs."""
+    prefill_scheme: str | None = None
+    """How the weights of `prefill.onnx` are stored; None if there is no such graph."""
 
     @property
     def cache_width(self) -> int:
@@ -132,6 +136,7 @@ def _read_value(path: Path, name: str, kind: str, value: object) -> object:
         "str": isinstance(value, str),
         "int": is_count,
         "int | None": is_count or value is None,
+        "str | None": isinstance(value, str | None),
         "tuple[int, ...]": _is_list(value, int),
         "tuple[str, ...]": _is_list(value, str),
     }

@@ -1,4 +1,4 @@
-"""Finds the files that an ONNX graph takes its weights from, without the onnx package.
+"""Finds the files that an ONNX graph takes its weights from, and changes where, without the onnx package.
 
 A graph can name any file of the machine as its external data, so the names are read and
 checked before a runtime opens them. Only the few messages of onnx.proto that lead there are
@@ -7,7 +7,7 @@ followed; everything else is skipped by its length.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from lifecycle.errors import EngineError
@@ -34,6 +34,11 @@ _LEADS_TO: dict[str, dict[int, str]] = {
     "Tensor": {13: "Entry"},
 }
 """Message -> field number -> message; `Entry` is one key and value of the external data."""
+_GRAPH, _INITIALIZER, _NAME, _EXTERNAL_DATA = 7, 5, 8, 13
+"""Fields of a model, of its graph, and of a tensor."""
+
+Entries = dict[str, str]
+"""Where a tensor's bytes are: `location`, `offset`, `length`, and what else was said with them."""
 
 
 def check_external_data(graph: Path) -> list[str]:
@@ -72,34 +77,97 @@ def check_external_data(graph: Path) -> list[str]:
     return sorted(locations)
 
 
+def external_tensors(data: bytes) -> dict[str, Entries]:
+    """The initializers of a model whose bytes are in other files, by name.
+
+    Raises:
+        ValueError, IndexError: it is no ONNX model.
+    """
+    found: dict[str, Entries] = {}
+
+    def note(name: str, entries: Entries) -> None:
+        found[name] = entries
+
+    change_external_tensors(data, note)
+    return found
+
+
+def change_external_tensors(data: bytes, change: Callable[[str, Entries], Entries | None]) -> bytes:
+    """A model with other places for its initializers' bytes.
+
+    Args:
+        change: is told an initializer's name and where it is, and says where it is to be; None leaves
+            it.
+
+    Raises:
+        ValueError, IndexError: it is no ONNX model.
+    """
+
+    def tensor(message: memoryview) -> bytes:
+        fields = list(_spans(message))
+        names = [bytes(value or b"").decode() for field, value, _ in fields if field == _NAME]
+        old = [_entry(value) for field, value, _ in fields if field == _EXTERNAL_DATA and value]
+        new = change(names[-1] if names else "", dict(old)) if old else None
+        if new is None:
+            return bytes(message)
+        kept = b"".join(message[span] for field, _, span in fields if field != _EXTERNAL_DATA)
+        entries = (_field(1, k.encode()) + _field(2, v.encode()) for k, v in new.items())
+        return kept + b"".join(_field(_EXTERNAL_DATA, entry) for entry in entries)
+
+    def graph(message: memoryview) -> bytes:
+        return _replaced(message, _INITIALIZER, tensor)
+
+    return _replaced(memoryview(data), _GRAPH, graph)
+
+
+def _replaced(data: memoryview, field: int, change: Callable[[memoryview], bytes]) -> bytes:
+    """A message with other messages in one of its fields."""
+    parts: list[bytes | memoryview] = []
+    for number, value, span in _spans(data):
+        if number == field and value is not None:
+            parts.append(_field(field, change(value)))
+        else:
+            parts.append(data[span])
+    return b"".join(parts)
+
+
 def _locations(data: memoryview, message: str) -> Iterator[str]:
     """The `location` of every tensor below a message."""
-    for field, value in _fields(data):
+    for field, value, _ in _spans(data):
         below = _LEADS_TO[message].get(field)
         if below is None or value is None:
             continue
         if below != "Entry":
             yield from _locations(value, below)
             continue
-        entry = {number: bytes(text or b"") for number, text in _fields(value)}
-        if entry.get(1) == b"location":
-            yield entry.get(2, b"").decode()
+        key, text = _entry(value)
+        if key == "location":
+            yield text
 
 
-def _fields(data: memoryview) -> Iterator[tuple[int, memoryview | None]]:
-    """The fields of a protobuf message: number, and the bytes of those that have a length."""
+def _entry(data: memoryview) -> tuple[str, str]:
+    """A key and its value."""
+    entry = {number: bytes(text or b"") for number, text, _ in _spans(data)}
+    return entry.get(1, b"").decode(), entry.get(2, b"").decode()
+
+
+def _spans(data: memoryview) -> Iterator[tuple[int, memoryview | None, slice]]:
+    """The fields of a protobuf message: number, the bytes of those that have a length, and where they
+    are in the message."""
     at = 0
     while at < len(data):
+        begun = at
         tag, at = _varint(data, at)
         if tag >> 32:
             # Parsers that cut a tag to 32 bits would see a field that is passed over here.
             raise ValueError("a tag is too long")
         field, wire = tag >> 3, tag & 7
+        value = None
         if wire == _BYTES:
             size, at = _varint(data, at)
             if at + size > len(data):
                 raise ValueError("a field is longer than its message")
-            yield field, data[at : at + size]
+            value = data[at : at + size]
             at += size
         elif wire == _VARINT:
             _, at = _varint(data, at)
@@ -107,6 +175,20 @@ def _fields(data: memoryview) -> Iterator[tuple[int, memoryview | None]]:
             at += 4 if wire == _FIXED32 else 8
         else:
             raise ValueError(f"wire type {wire}")
+        yield field, value, slice(begun, at)
+
+
+def _field(number: int, value: bytes) -> bytes:
+    """A field that has a length."""
+    return _number(number << 3 | _BYTES) + _number(len(value)) + value
+
+
+def _number(value: int) -> bytes:
+    found = bytearray()
+    while value > 0x7F:
+        found.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes([*found, value])
 
 
 def _varint(data: memoryview, at: int) -> tuple[int, int]:

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import Any, Self
@@ -21,10 +22,16 @@ from lifecycle.engines.adapters import AdapterLayout
 from lifecycle.engines.backend import Block, Row
 from lifecycle.engines.base import AdapterWeights, EngineOptions, StrPath
 from lifecycle.engines.batched import BatchedEngine
-from lifecycle.engines.decoder import GRAPH, HIDDEN_GRAPH, HIDDEN_STATES, DecoderInfo
+from lifecycle.engines.decoder import (
+    GRAPH,
+    HIDDEN_GRAPH,
+    HIDDEN_STATES,
+    PREFILL_GRAPH,
+    DecoderInfo,
+)
 from lifecycle.engines.draft_model import Draft
 from lifecycle.engines.draft_pair import check_pair
-from lifecycle.engines.layout import MIN_WIDTH, Inputs, advance, pack
+from lifecycle.engines.layout import Inputs, advance, pack
 from lifecycle.engines.limits import context_length
 from lifecycle.engines.ort_session import (
     CACHE_TYPES,
@@ -33,7 +40,9 @@ from lifecycle.engines.ort_session import (
     open_session,
     present_name,
 )
+from lifecycle.engines.prompt_graph import run_parts
 from lifecycle.engines.slot_cache import SlotCache
+from lifecycle.engines.state import LONGEST_RUN
 from lifecycle.errors import EngineError
 
 _MAX_BINDINGS = 64
@@ -63,6 +72,7 @@ class OnnxEngine(BatchedEngine):
             eos_token_ids=frozenset(info.eos_token_ids),
             long_context=info.long_context,
             sliding_window=info.sliding_window,
+            has_prompt_graph=info.prefill_scheme is not None,
             draft=_draft(path, info, options, max_model_len, providers),
         )
 
@@ -87,6 +97,9 @@ class OrtBackend:
         self._max_model_len = max_model_len
         self._long_offset = info.max_position_embeddings if info.long_context else 0
         self._graph: _Graph | None = _Graph(open_graph(GRAPH, {}), "logits", info.vocab_size)
+        self._prefill: _Graph | None = None
+        if info.prefill_scheme is not None:
+            self._prefill = _Graph(open_graph(PREFILL_GRAPH, {}), "logits", info.vocab_size)
         self._adapted: _Graph | None = None
         """The graph with slots, once an adapter has been read."""
         self._hidden: _Graph | None = None
@@ -98,7 +111,7 @@ class OrtBackend:
         num_slots = options.max_num_seqs
         # The attention wants room for the whole width of a step behind every text, also behind
         # those that bring fewer tokens to it.
-        capacity = max_model_len + max(options.prefill_chunk, MIN_WIDTH)
+        capacity = max_model_len + max(options.prefill_chunk, LONGEST_RUN) + options.draft_tokens
         self.cache = SlotCache(
             cache_names(info),
             slots=num_slots,
@@ -112,7 +125,9 @@ class OrtBackend:
         """What the last step was bound to: its graph, slots and adapters."""
 
     def forward(self, rows: Sequence[Row]) -> NDArray[np.float32]:
-        return self._run(rows)
+        if self._prefill is None:
+            return self._run(rows)
+        return run_parts(rows, partial(self._run, graph=self._prefill), self._run)
 
     def hidden_states(self, rows: Sequence[Row]) -> NDArray[np.float32]:
         if self._hidden is None:
@@ -173,9 +188,12 @@ class OrtBackend:
                 self._adapted = _Graph(session, "logits", self._graph.width)
         return weights
 
-    def load_adapter(self, weights: AdapterWeights) -> int:
-        assert self._bank is not None
-        return self._bank.load(weights)
+    def load_adapter(self, weights: AdapterWeights, instead_of: int = 0) -> int:
+        if self._bank is None or self._adapted is None:
+            raise EngineError(
+                "the adapter was read by another engine: read it with this engine's read_adapter"
+            )
+        return self._bank.load(weights, instead_of)
 
     def unload_adapter(self, number: int) -> None:
         assert self._bank is not None
@@ -198,7 +216,8 @@ class OrtBackend:
         self.cache.forget(slot, before)
 
     def close(self) -> None:
-        self._graph = self._adapted = self._hidden = self._bank = self._step = None
+        self._graph = self._prefill = self._adapted = self._hidden = None
+        self._bank = self._step = None
         self.cache.clear()
 
     def _binding(self, graph: _Graph, num_rows: int, entries: range | None) -> _Binding:
@@ -228,7 +247,9 @@ def _backend(
             raise EngineError(
                 f"{path} gives no hidden states: export the model with hidden_states: true"
             )
-        session = open_session(path / name, providers or info.providers, options.threads)
+        session = open_session(
+            path / name, providers or info.providers, options.threads, options.packed_weights
+        )
         check_signature(session, info, path / name, more, output)
         return session
 

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from lifecycle.engines.adapters import PLACES, TOKENS
 from lifecycle.engines.decoder import DecoderInfo
 from lifecycle.engines.limits import usable_cores
 from lifecycle.engines.onnx_file import check_external_data
+from lifecycle.engines.packed_weights import PROVIDERS, open_packed
 from lifecycle.errors import EngineError
 
 STEP_INPUTS = frozenset(
@@ -50,13 +52,17 @@ in which an engine that has nothing to do starves whatever else runs on the mach
 
 
 def open_session(
-    graph: Path, providers: Sequence[str], threads: int | None = None
+    graph: Path,
+    providers: Sequence[str],
+    threads: int | None = None,
+    packed_weights: Path | None = None,
 ) -> ort.InferenceSession:
-    """Load a graph; `threads` None takes one per core that the process may use.
+    """Load a graph; `threads` None takes one per core that the process may use. `packed_weights` is a
+    folder that keeps weights as the kernels of the CPU want them; other providers make no use of it.
 
     Raises:
-        EngineError: the file is missing, damaged or takes weights from outside its folder, or
-            this build of ONNX Runtime lacks one of `providers`.
+        EngineError: the file is missing, damaged or takes weights from outside its folder, this
+            build of ONNX Runtime lacks one of `providers`, or anyone may write to the folder.
     """
     available: list[str] = ort.get_available_providers()
     if missing := [name for name in providers if name not in available]:
@@ -65,6 +71,17 @@ def open_session(
             f"it has {', '.join(available)}"
         )
     check_external_data(graph)
+    try:
+        if packed_weights is not None and tuple(providers) == PROVIDERS:
+            return open_packed(graph, packed_weights, partial(_options, threads))
+        return ort.InferenceSession(graph, _options(threads), providers=list(providers))
+    except EngineError:
+        raise
+    except Exception as error:
+        raise EngineError(f"{graph} cannot be opened: {error}") from error
+
+
+def _options(threads: int | None) -> Any:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads or usable_cores()
     options.inter_op_num_threads = 1
@@ -73,10 +90,7 @@ def open_session(
     options.add_session_config_entry("session.intra_op.spin_duration_us", _SPIN_US)
     # What goes wrong is raised; it need not be printed as well.
     options.log_severity_level = 4
-    try:
-        return ort.InferenceSession(graph, options, providers=list(providers))
-    except Exception as error:
-        raise EngineError(f"{graph} cannot be opened: {error}") from error
+    return options
 
 
 def check_signature(

@@ -24,6 +24,10 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 _LARGEST_CONFIG = 1 << 22
 """Bytes; PEFT writes some thousand."""
+_LARGEST_HEADER = 1 << 20
+"""Bytes, of the file with weights: room for some 6,000 tensors, as PEFT calls them."""
+_MOST_PATTERNS = 1024
+"""Of `alpha_pattern`: every module is compared with each of them."""
 _REPETITION = re.compile(r"(?<!\()[*+?{]")
 _REPEATED_GROUP = re.compile(r"\)[*+?{]")
 _MOST_REPETITIONS = 3
@@ -157,16 +161,20 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise EngineError(f"{path} is damaged: it holds no JSON object")
     config = cast("dict[str, Any]", found)
     if (kind := config.get("peft_type")) != "LORA":
-        raise EngineError(f"{path}: peft_type is {kind!r}; slots take LORA")
+        raise EngineError(f"{path}: peft_type is {kind!r:.80}; slots take LORA")
     for field, reason in _REFUSED.items():
         if config.get(field):
-            raise EngineError(f"{path}: {field} is {config[field]!r}: {reason}; merge it instead")
+            raise EngineError(
+                f"{path}: {field} is {config[field]!r:.80}: {reason}; merge it instead"
+            )
     if (bias := config.get("bias", "none")) != "none":
-        raise EngineError(f"{path}: bias is {bias!r}: slots have no place for it; merge it instead")
+        raise EngineError(
+            f"{path}: bias is {bias!r:.80}: slots have no place for it; merge it instead"
+        )
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(_CHANGING_BASE):
         raise EngineError(
-            f"{path}: init_lora_weights is {start!r}, which changes the base weights; convert the "
+            f"{path}: init_lora_weights is {start!r:.80}, which changes the base weights; convert the "
             "adapter to plain LoRA (save_pretrained with path_initial_model_for_weight_conversion)"
         )
     return config
@@ -176,18 +184,24 @@ def _read_alphas(path: Path, config: dict[str, Any]) -> tuple[float, dict[re.Pat
     """lora_alpha, and the values of it for modules whose paths end with a pattern."""
     patterns: object = config.get("alpha_pattern") or {}
     if not isinstance(patterns, dict):
-        raise EngineError(f"{path}: alpha_pattern is {patterns!r}, expected an object")
+        raise EngineError(f"{path}: alpha_pattern is {patterns!r:.80}, expected an object")
+    patterns = cast("dict[str, object]", patterns)
+    if len(patterns) > _MOST_PATTERNS:
+        raise EngineError(
+            f"{path}: alpha_pattern has {len(patterns)} patterns; at most {_MOST_PATTERNS} are taken: let one "
+            "fit several modules"
+        )
     alphas: dict[re.Pattern[str], float] = {}
-    for pattern, value in cast("dict[str, object]", patterns).items():
+    for pattern, value in patterns.items():
         if _REPEATED_GROUP.search(pattern) or len(_REPETITION.findall(pattern)) > _MOST_REPETITIONS:
             raise EngineError(
-                f"{path}: alpha_pattern has '{pattern}', which could be tried for hours: spell it "
+                f"{path}: alpha_pattern has '{pattern:.80}', which could be tried for hours: spell it "
                 "with fewer repetitions, and none of a group"
             )
         try:
             ending = re.compile(rf"(.*\.)?({pattern})")
-        except re.error as error:
-            raise EngineError(f"{path}: alpha_pattern has '{pattern}': {error}") from None
+        except (re.error, RecursionError, OverflowError) as error:
+            raise EngineError(f"{path}: alpha_pattern has '{pattern:.80}': {error}") from None
         alphas[ending] = _number(path, f"alpha_pattern.{pattern}", value)
     return _number(path, "lora_alpha", config.get("lora_alpha", 8)), alphas
 
@@ -197,8 +211,8 @@ def _number(path: Path, name: str, value: object) -> float:
         if isinstance(value, int | float) and type(value) is not bool and math.isfinite(value):
             return float(value)
     except OverflowError:
-        raise EngineError(f"{path}: {name} is larger than any float") from None
-    raise EngineError(f"{path}: {name} is {value!r}, expected a number")
+        raise EngineError(f"{path}: {name:.80} is larger than any float") from None
+    raise EngineError(f"{path}: {name:.80} is {value!r:.80}, expected a number")
 
 
 def _read_tensors(folder: Path) -> dict[str, StoredTensor]:
@@ -212,6 +226,6 @@ def _read_tensors(folder: Path) -> dict[str, StoredTensor]:
             )
         raise EngineError(f"{file} is missing")
     try:
-        return read_header(file)
+        return read_header(file, _LARGEST_HEADER)
     except CheckpointError as error:
         raise EngineError(str(error)) from error

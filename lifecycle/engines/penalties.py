@@ -81,15 +81,15 @@ class Adjustments:
 
     def note(self, token: int) -> None:
         """Take note of a chosen token."""
+        if self._params.repetition_penalty != 1.0:
+            self._tokens_seen()[token] = True
+        if self._params.dry_multiplier:
+            history, size = self._text(), len(self._prompt) + self._num_output
+            if size == len(history):
+                self._history = history = np.concatenate([history, np.empty_like(history)])
+            history[size] = token
         self._counts[token] += 1
         self._num_output += 1
-        if self._seen is not None:
-            self._seen[token] = True
-        if self._history is not None:
-            size = len(self._prompt) + self._num_output
-            if size > len(self._history):
-                self._history = np.concatenate([self._history, np.empty_like(self._history)])
-            self._history[size - 1] = token
 
     def _tokens_seen(self) -> NDArray[np.bool_]:
         """Which tokens the prompt and the output hold, [vocab_size]."""
@@ -98,13 +98,17 @@ class Adjustments:
             self._seen[np.asarray(self._begun)] = True
         return self._seen
 
+    def _text(self) -> Ids:
+        """Prompt and output, and room for more of it."""
+        if self._history is None:
+            self._history = np.array(self._begun, np.int64)
+        return self._history
+
     def _dry(self, logits: Floats) -> None:
         """DRY ("don't repeat yourself", as text-generation-webui and llama.cpp have it): a token that would
         make a repetition longer loses multiplier * base ** (length - allowed)."""
         params = self._params
-        if self._history is None:
-            self._history = np.array(self._begun, np.int64)
-        history = self._history[: len(self._prompt) + self._num_output]
+        history = self._text()[: len(self._prompt) + self._num_output]
         tokens, lengths = continuations(history[-_READ:], self._breakers)
         counted = lengths >= params.dry_allowed_length
         tokens, lengths = tokens[counted], lengths[counted]

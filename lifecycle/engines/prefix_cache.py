@@ -33,8 +33,8 @@ class PrefixCache:
         """Fill the slot of a request with the chunks that come next in its prompt and are here. One
         token at least is left to compute: the logits after it are needed."""
         found: list[bytes] = []
-        chunk = self._chunk
-        while (start := state.num_computed) % chunk == 0 and start + chunk <= state.first_logit:
+        chunk, most = self._chunk, min(state.first_logit, state.num_prompt)
+        while (start := state.num_computed) % chunk == 0 and start + chunk <= most:
             key = self._key(state, start // chunk)
             if key not in self._blocks:
                 break
@@ -54,7 +54,7 @@ class PrefixCache:
         """Keep the chunk that a step has just ended, if it was one of a prompt."""
         stop = row.start + len(row.tokens)
         start = stop - self._chunk
-        if stop % self._chunk or stop > state.num_prefill:
+        if stop % self._chunk or stop > state.num_prompt:
             return
         key = self._key(state, start // self._chunk)
         if key in self._blocks:

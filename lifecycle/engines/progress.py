@@ -10,7 +10,7 @@ from lifecycle.engines.sampling import Choice, Floats, choose, log_softmax, rank
 from lifecycle.engines.state import RequestState
 from lifecycle.errors import RequestError
 
-_NOT_FINITE = "the model's output is not a finite number, or no token may come"
+_NOT_FINITE = "the model's output is not a finite number"
 
 
 class Progress:

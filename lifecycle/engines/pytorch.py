@@ -86,7 +86,7 @@ class TorchBackend:
     def read_adapter(self, folder: Path) -> AdapterWeights:
         raise EngineError(_NO_SLOTS)
 
-    def load_adapter(self, weights: AdapterWeights) -> int:
+    def load_adapter(self, weights: AdapterWeights, instead_of: int = 0) -> int:
         raise EngineError(_NO_SLOTS)
 
     def unload_adapter(self, number: int) -> None:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from lifecycle.engines.base import Constraint, SamplingParams
 from lifecycle.engines.penalties import Adjustments
+from lifecycle.errors import RequestError
 
 Floats = NDArray[np.float32]
 
@@ -111,8 +112,10 @@ class Sampler:
 def choose(logits: Floats, sampler: Sampler, best: int, top: float) -> Choice | None:
     """The next token by `logits` [vocab_size], where `best` has the largest, `top` (see `largest`).
 
-    None stands for logits with NaN or +inf among them, or nothing but -inf, and for no token that may
-    come.
+    None stands for logits with NaN or +inf among them, or nothing but -inf.
+
+    Raises:
+        RequestError: what the request asks for leaves no token that may come.
     """
     if not isfinite(top):
         return None
@@ -123,7 +126,10 @@ def choose(logits: Floats, sampler: Sampler, best: int, top: float) -> Choice | 
     with np.errstate(over="ignore"):
         token = best if sampler.is_plain else sampler.choose(logits)
         if token is None:
-            return None
+            raise RequestError(
+                "no token may come next: the grammar, min_tokens, stop_token_ids and banned_token_ids leave "
+                "none together"
+            )
         if count is None:
             return Choice(token)
         # The model's own chances: before penalty, temperature and filters.

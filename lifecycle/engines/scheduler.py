@@ -164,6 +164,7 @@ class Scheduler:
             try:
                 self._cache.write_cache(state.slot, 0, state.parked)
                 state.parked = None
+                state.num_forgotten = 0
             except COPY_ERRORS:
                 state.recompute()
 

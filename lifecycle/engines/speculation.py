@@ -41,7 +41,7 @@ class Speculation:
     def draft(self, states: Iterable[RequestState], pace: Pace) -> None:
         """Set the drafts of those that decode."""
         states = list(states)
-        decoding = [state for state in states if not state.is_prefilling]
+        decoding = [state for state in states if not (state.is_prefilling or state.is_behind)]
         if not self._most or not decoding:
             return
         asking = self._asking

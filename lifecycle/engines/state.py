@@ -14,6 +14,9 @@ GRAIN = 2
 """Tokens that prompts are cut at multiples of where a step has no room for a whole chunk. What a prompt
 gives is the same to the last bit wherever it is cut, unless a single token is left: ONNX Runtime computes
 products of one row by another kernel."""
+LONGEST_RUN = 16
+"""Tokens that a request which decodes brings to a step, drafts aside. A constraint may force hundreds at once;
+computed together they would hold up all others, and be wider than the cache has room for."""
 
 
 @dataclass(slots=True, eq=False)
@@ -29,6 +32,8 @@ class RequestState:
     """Tokens to compute before the next one is chosen: the prompt, or more after `recompute`."""
     num_computed: int = 0
     """Tokens in the cache."""
+    num_forgotten: int = 0
+    """Of those, the first ones whose memory has been given back."""
     is_long: bool = False
     """Whether the text is beyond the model's first context (see `Row`)."""
     adapter: int = 0
@@ -67,6 +72,11 @@ class RequestState:
         return self.num_computed < self.num_prefill
 
     @property
+    def is_behind(self) -> bool:
+        """Whether more was forced upon a request that decodes than the next step computes."""
+        return len(self.tokens) - self.num_computed > LONGEST_RUN
+
+    @property
     def rank(self) -> tuple[int, int]:
         """Requests of lower rank go first."""
         return self.request.priority, self.order
@@ -84,7 +94,7 @@ class RequestState:
     def recompute(self) -> None:
         """Begin again with all tokens so far."""
         self.num_computed, self.num_prefill = 0, len(self.tokens)
-        self.num_cached = 0
+        self.num_cached = self.num_forgotten = 0
         self.prefix_keys.clear()
         self.draft.clear()
         self.parked = None
@@ -103,10 +113,13 @@ class RequestState:
                     return None
                 stop += last - stop == 1
             tokens = tokens[: stop - start]
+        else:
+            tokens = tokens[:LONGEST_RUN]
         # A draft stands behind the newest token only.
         stop = start + len(tokens)
         if stop == end:
             tokens += self.draft
         first = max(self.first_logit, start)
         count = max(start + len(tokens) - first, 0)
-        return Row(self.slot, start, tokens, count, self.is_long, self.adapter)
+        num_prompt = min(max(self.num_prompt - start, 0), len(tokens))
+        return Row(self.slot, start, tokens, count, self.is_long, self.adapter, num_prompt)

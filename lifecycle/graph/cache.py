@@ -22,6 +22,8 @@ _STORED = {"int8": ir.DataType.INT8, "int4": ir.DataType.UINT8}
 _LARGEST = {"int8": 127, "int4": 7}
 _K_SCALE, _V_SCALE = 12, 13
 """Inputs of `GroupQueryAttention`."""
+SCALE_SUFFIXES = (".k_scale", ".v_scale")
+"""What the names of the scales of keys and of values end with."""
 _PLACES = 16
 """Places, spread over the whole context, at which each key is measured: a rotation makes another of
 two channels large at each, and texts for calibration are shorter than those that are served."""
@@ -43,8 +45,9 @@ class QuantizedCache:
         """Let the attention of every layer store integers."""
         nodes = [node for node in rewrite.graph if node.op_type == "GroupQueryAttention"]
         for node, scales in zip(nodes, self.scales, strict=True):
-            for place, part, scale in zip((_K_SCALE, _V_SCALE), "kv", scales, strict=True):
-                name = f"{node.name}.{part}_scale"
+            places = (_K_SCALE, _V_SCALE)
+            for place, suffix, scale in zip(places, SCALE_SUFFIXES, scales, strict=True):
+                name = f"{node.name}{suffix}"
                 value = rewrite.weights.add_array(name, scale[None, :, None, :])
                 rewrite.graph.initializers[name] = value
                 node.replace_input_with(place, value)

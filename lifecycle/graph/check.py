@@ -9,13 +9,13 @@ from onnx import TensorProto
 from onnx.external_data_helper import ExternalDataInfo
 
 from lifecycle.engines.adapters import GRAPH as ADAPTED
-from lifecycle.engines.decoder import GRAPH, HIDDEN_GRAPH
+from lifecycle.engines.decoder import GRAPH, HIDDEN_GRAPH, PREFILL_GRAPH
 from lifecycle.errors import StageError
 
 
 def check_graph(folder: Path) -> None:
-    """Check `model.onnx`, and `adapters.onnx` and `hidden.onnx` if they are there: valid ONNX, and all their weights
-    whole and inside the folder.
+    """Check `model.onnx`, and the other graphs of a decoder that are there: valid ONNX, and all their
+    weights whole and inside the folder.
 
     Numbers are the business of others: the checkpoint reader refuses weights that are not
     finite, and `evaluate` compares outputs.
@@ -23,7 +23,7 @@ def check_graph(folder: Path) -> None:
     Raises:
         StageError: names the file and what is wrong with it.
     """
-    for name in (GRAPH, ADAPTED, HIDDEN_GRAPH):
+    for name in (GRAPH, ADAPTED, HIDDEN_GRAPH, PREFILL_GRAPH):
         if name == GRAPH or (folder / name).is_file():
             _check_file(folder / name)
 

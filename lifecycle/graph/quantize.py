@@ -127,6 +127,8 @@ def _require_float(source: Path, info: DecoderInfo | None, graph: ir.Graph) -> N
         found = info.scheme
     elif info is not None and info.kv_dtype != "float32":
         found = f"{info.kv_dtype} cache"
+    elif info is not None and info.prefill_scheme is not None:
+        found = f"{info.prefill_scheme} for prompts"
     if found is not None:
         start = "the export" if info is not None else "the float32 model"
         raise StageError(f"{source} is quantised already ({found}); start from {start}")

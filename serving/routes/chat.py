@@ -34,7 +34,7 @@ async def chat_completions(body: ChatBody, request: Request) -> Response:
     params = scored(limited(params, room), [prompt], body.n, body.prompt_logprobs)
     request_id: str = request.state.request_id
     prompts = choices(prompt, params, body.n)
-    generation = await begin(request, body, card, prompts)
+    generation, card = await begin(request, body, card, prompts)
     form = ChatFormat(
         id=request_id.replace("req_", "chatcmpl-"),
         card=card,

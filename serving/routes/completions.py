@@ -44,7 +44,7 @@ async def completions(body: CompletionBody, request: Request) -> Response:
         room = service.room(prompt, body.max_tokens, default, "prompt")
         prompts += choices(prompt, limited(params, room), body.num_answers)
     request_id: str = request.state.request_id
-    generation = await begin(request, body, card, prompts, continued=True)
+    generation, card = await begin(request, body, card, prompts, continued=True)
     form = CompletionFormat(
         id=request_id.replace("req_", "cmpl-"),
         card=card,

@@ -116,9 +116,10 @@ async def begin(
     prompts: Sequence[Prompt],
     *,
     continued: bool = False,
-) -> Generation:
+) -> tuple[Generation, ModelCard]:
     """Begin to answer prompts as the model that the request names, for the client that sent it; see
-    `Service.generate`."""
+    `Service.generate`. With the card of what answers: an adapter may have been replaced since the request
+    came."""
     settings: ServerSettings = request.app.state.settings
     if body.priority < 0 and not settings.allow_priority:
         raise bad_request(
@@ -127,7 +128,7 @@ async def begin(
         )
     service, asked = service_of(request), asked_grammar(body)
     grammar = None if asked is None else await service.grammars.compile(asked)
-    return await service.generate(
+    generation = await service.generate(
         request.state.request_id,
         prompts,
         body.stop,
@@ -139,6 +140,8 @@ async def begin(
         timeout=body.timeout,
         grammar=grammar,
     )
+    # The engine takes requests and adapters one after the other, and the event loop hears of them in that order.
+    return generation, service.cards.get(card.name, card)
 
 
 def scored(

@@ -46,7 +46,11 @@ class AdapterToy(ToyBackend):
         self.loaded: dict[int, int] = {0: 0}
         self.num_loaded = 0
 
-    def load_adapter(self, weights: AdapterWeights) -> int:
+    def load_adapter(self, weights: AdapterWeights, instead_of: int = 0) -> int:
+        if "seed" not in weights:
+            raise EngineError("of another model")
+        if instead_of:
+            self.unload_adapter(instead_of)
         assert len(self.loaded) <= SLOTS, "no slot is free"
         self.num_loaded += 1
         self.loaded[self.num_loaded] = int(weights["seed"])
@@ -112,8 +116,13 @@ class AdapterMachine(RuleBasedStateMachine):
     def _used(self) -> set[int]:
         return {seed for seed, _ in self.requests.values()}
 
-    @rule(name=st.sampled_from("abc"), replace=st.booleans(), evict=st.booleans())
-    def load(self, name: str, replace: bool, evict: bool) -> None:
+    @rule(
+        name=st.sampled_from("abc"),
+        replace=st.booleans(),
+        evict=st.booleans(),
+        is_wrong=st.integers(0, 3).map(lambda n: n == 0),
+    )
+    def load(self, name: str, replace: bool, evict: bool, is_wrong: bool) -> None:
         self.count += 1
         # Seeds are never used twice, as weights hardly are.
         seed = self.count
@@ -130,9 +139,11 @@ class AdapterMachine(RuleBasedStateMachine):
             victim = next(iter(idle), None) if evict else None
             fits = victim is not None
         before = self.engine.adapters
+        fits = fits and not is_wrong
+        weights = {} if is_wrong else _weights(seed)
         try:
             self.engine.load_adapter(
-                name, _weights(seed), replace=replace, evict=["a", "b", "c"] if evict else ()
+                name, weights, replace=replace, evict=["a", "b", "c"] if evict else ()
             )
         except EngineError:
             assert not fits and self.engine.adapters == before
@@ -307,6 +318,24 @@ def test_what_does_not_fit_leaves_the_old_one(model: Path, tmp_path: Path) -> No
     with pytest.raises(EngineError, match="no PEFT adapter"):
         engine.load_adapter("a", tmp_path, replace=True)
     np.testing.assert_array_equal(engine.logits(PROMPT, "a"), wanted)
+    weights = dict(engine.read_adapter(model / "1"))
+    engine.load_adapter("b", weights)
+    name = min(weights)
+    for wrong in (
+        {},
+        weights | {name: weights[name][:1]},
+        weights | {"more": weights[name]},
+        {other: weights[other] for other in weights if other != name},
+    ):
+        for evict in ((), ("a", "b")):
+            with pytest.raises(EngineError, match=r"read for another model|slots are taken"):
+                engine.load_adapter("c", wrong, evict=evict)
+        with pytest.raises(EngineError, match=r"read for another model"):
+            engine.load_adapter("a", wrong, replace=True)
+    assert engine.adapters == ("a", "b")
+    np.testing.assert_array_equal(engine.logits(PROMPT, "a"), wanted)
+    with pytest.raises(EngineError, match="read it with this engine"):
+        _open(model).load_adapter("a", weights)
 
 
 def test_reading_in_another_thread_holds_nobody_up(model: Path, alone: list[Output]) -> None:

@@ -318,6 +318,23 @@ def test_a_pattern_that_could_be_tried_for_ever_is_refused(
         read_weights(folder, _layout(model))
 
 
+@pytest.mark.parametrize(
+    ("patterns", "said"),
+    [
+        (["(" * 5000 + "a" + ")" * 5000], "alpha_pattern has '.{80}': "),
+        (["a{4294967296}"], "alpha_pattern has 'a"),
+        ([f"a{n}" for n in range(1025)], "1025 patterns; at most 1024"),
+    ],
+)
+def test_patterns_that_take_too_much_are_refused(
+    patterns: list[str], said: str, model: Path, folders: list[Path], tmp_path: Path
+) -> None:
+    given = dict.fromkeys(patterns, 4)
+    folder = _changed(folders[0], tmp_path / "a", lambda c: c.update(alpha_pattern=given))
+    with pytest.raises(EngineError, match=said):
+        read_weights(folder, _layout(model))
+
+
 @pytest.mark.parametrize("alpha", [10**400, 1e300, True], ids=["int", "float", "bool"])
 def test_an_alpha_beyond_all_bounds_is_refused(
     alpha: float, model: Path, folders: list[Path], tmp_path: Path
@@ -351,14 +368,15 @@ def test_a_layout_that_no_memory_holds_is_refused(
         AdapterBank(_layout(tmp_path))
 
 
-def test_a_header_larger_than_the_format_allows_is_not_read(
-    model: Path, folders: list[Path], tmp_path: Path
+@pytest.mark.parametrize("length", [2**20 + 1, 100_000_001])
+def test_a_header_that_no_adapter_has_is_not_read(
+    length: int, model: Path, folders: list[Path], tmp_path: Path
 ) -> None:
     folder = _changed(folders[0], tmp_path / "a", lambda c: None)
     with (folder / "adapter_model.safetensors").open("wb") as file:
-        file.write(struct.pack("<Q", 100_000_001))
+        file.write(struct.pack("<Q", length))
         file.truncate(200_000_000)
-    with pytest.raises(EngineError, match="its header has 100000001 bytes"):
+    with pytest.raises(EngineError, match=f"its header has {length} bytes; at most 1048576"):
         read_weights(folder, _layout(model))
 
 

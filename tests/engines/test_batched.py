@@ -204,3 +204,12 @@ def test_a_closed_engine_refuses_requests() -> None:
     assert engine.backend.closed and engine.num_waiting == 0 and engine.step() == []
     with pytest.raises(EngineError, match="closed"):
         engine.submit(Request("b", [1], FREE))
+
+
+def test_an_engine_with_a_bounded_cache_can_be_closed() -> None:
+    engine = ToyEngine.make(kv_cache_bytes=30 * 8)
+    engine.submit(Request("a", [1], FREE))
+    engine.step()
+    engine.close()
+    assert engine.backend.closed and engine.step() == []
+    assert engine.stats.num_running == engine.stats.cache_capacity_bytes == 0

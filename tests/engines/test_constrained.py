@@ -24,7 +24,9 @@ from lifecycle.engines.base import (
 from lifecycle.engines.grammar.compiler import Grammar, GrammarCompiler
 from lifecycle.engines.grammar.spec import GrammarSpec
 from lifecycle.engines.ort import OnnxEngine
+from lifecycle.engines.state import LONGEST_RUN
 from lifecycle.errors import RequestError
+from tests.engines.clock import StepClock
 from tests.engines.conftest import Model
 from tests.engines.grammars import PERSON, compiler_of, encode
 from tests.engines.toy import EOS, VOCAB, ToyEngine
@@ -84,6 +86,23 @@ def test_forced_tokens_take_no_step() -> None:
     assert [row.tokens for rows in engine.backend.steps for row in rows] == [[7], text[:4]]
 
 
+@pytest.mark.parametrize("draft_tokens", [0, 4])
+def test_a_long_run_is_computed_piece_by_piece(draft_tokens: int) -> None:
+    text = [3, 1, 4, 1, 5, 9, 2, 6] * 12
+    engine = ToyEngine.make(max_model_len=120, draft_tokens=draft_tokens)
+    neighbour = SamplingParams(max_tokens=100, ignore_eos=True)
+    found = finish(
+        engine, Request("a", [7], constraint=Recital(text, run=90)), Request("b", [8], neighbour)
+    )
+    assert tokens_of(found["a"]) == text and len(tokens_of(found["b"])) == 100
+    rows = [row for rows in engine.backend.steps for row in rows if row.slot == 0]
+    assert max(len(row.tokens) for row in rows[: len(text) // LONGEST_RUN]) == LONGEST_RUN
+    assert max(len(row.tokens) for row in rows) <= LONGEST_RUN + draft_tokens
+    if not draft_tokens:
+        first = [token for row in rows for token in row.tokens][: len(text)]
+        assert first[:92] == [7, *text[:91]], "each is computed once"
+
+
 def test_forced_tokens_end_where_the_request_does() -> None:
     engine = ToyEngine.make()
     params = SamplingParams(max_tokens=3)
@@ -99,7 +118,8 @@ def test_no_banned_token_is_forced() -> None:
     request = Request("a", [7], params, constraint=Recital([3, 4, 5, 6], run=3))
     events = finish(ToyEngine.make(), request)["a"]
     assert tokens_of(events) == [3, 4]
-    assert events[-1].finish_reason is FinishReason.ERROR and not events[-1].is_refused
+    assert events[-1].finish_reason is FinishReason.ERROR
+    assert events[-1].is_refused and "no token may come next" in events[-1].error
 
 
 def test_log_probabilities_are_those_of_the_model_for_every_token() -> None:
@@ -120,12 +140,13 @@ def test_a_constraint_that_fails_ends_its_request_alone() -> None:
     assert tokens_of(found["b"]) == plain
 
 
-def test_a_constraint_with_twins_drafts_and_preemption() -> None:
+def test_a_constraint_with_twins_drafts_and_preemption(monkeypatch: pytest.MonkeyPatch) -> None:
     """One prompt for several, each with its own constraint, through everything an engine does with them."""
     texts = [[n, 1, 2, 1, 2, 1, 2, n, EOS + 1] for n in range(3, 7)]
     engine = ToyEngine.make(
         max_num_seqs=2, max_model_len=24, draft_tokens=4, kv_cache_bytes=8 * 24, long_context=8
     )
+    StepClock(monkeypatch).times(engine.backend, 1.0)
     requests = [
         Request(str(n), [9, 9, 9, 9, 9], priority=-n, constraint=Recital(text, run=n % 3))
         for n, text in enumerate(texts)
@@ -196,13 +217,16 @@ def test_a_cut_answer_ends_by_length(made: Any, person: Grammar, stories: Model)
     assert len(tokens_of(events)) == 12 and events[-1].finish_reason is FinishReason.LENGTH
 
 
-def test_drafts_change_nothing(made: Any, person: Grammar, stories: Model) -> None:
+def test_drafts_change_nothing(
+    made: Any, person: Grammar, stories: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tokenizer, _ = made
     prompt = [1, *encode(tokenizer, '{"name":"a","age":1,"tags":["a","a","a"],"kind":"cat"}\n')]
     answers: list[list[list[int]]] = []
     for draft_tokens in (0, 4):
         options = EngineOptions(max_num_seqs=2, draft_tokens=draft_tokens)
         engine = OnnxEngine.open(stories.graph, options)
+        StepClock(monkeypatch).times(engine._backend, 1.0)
         found = finish(engine, *(request(person, prompt, seed) for seed in range(4)))
         answers.append([tokens_of(found[str(seed)]) for seed in range(4)])
         assert (engine.stats.draft_tokens > 0) == (draft_tokens > 0)

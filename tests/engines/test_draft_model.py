@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-import time
-from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -12,10 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lifecycle.engines.backend import Row
+from lifecycle.engines import speculation
 from lifecycle.engines.base import EngineOptions, Generation, Request, SamplingParams
 from lifecycle.engines.batched import BatchedEngine
 from lifecycle.engines.draft_model import Draft, DraftModel
@@ -26,29 +24,16 @@ from lifecycle.engines.pytorch import TorchEngine
 from lifecycle.errors import EngineError
 from lifecycle.graph.export import export_decoder
 from lifecycle.graph.targets import Cpu
+from tests.engines.clock import StepClock
 from tests.engines.conftest import Model
 from tests.engines.toy import VOCAB, ToyBackend, ToyEngine, next_token
 
 
-class Clock:
-    """The time of a test."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.now = 0.0
-        monkeypatch.setattr(time, "perf_counter", lambda: self.now)
-
-
-class Timed(ToyBackend):
+def timed(clock: StepClock, step: float, token: float, agreement: float = 1.0) -> ToyBackend:
     """A toy whose steps take `step` seconds, and `token` for each token more than one."""
-
-    def __init__(self, clock: Clock, step: float, token: float, agreement: float = 1.0) -> None:
-        super().__init__(agreement)
-        self.clock, self.step, self.token = clock, step, token
-
-    def forward(self, rows: Sequence[Row]) -> NDArray[np.float32]:
-        count = sum(len(row.tokens) for row in rows)
-        self.clock.now += self.step + self.token * (count - 1)
-        return super().forward(rows)
+    backend = ToyBackend(agreement)
+    clock.times(backend, step, token)
+    return backend
 
 
 def speed(
@@ -67,13 +52,13 @@ def speed(
     seconds: list[float] = []
     texts: list[object] = []
     for has_draft in (False, True):
-        clock = Clock(monkeypatch)
-        guesser = Timed(clock, cost * 0.02, cost * 0.002, agreement)
+        clock = StepClock(monkeypatch)
+        guesser = timed(clock, cost * 0.02, cost * 0.002, agreement)
         engine = ToyEngine.make(
             batch,
             2048,
             128,
-            backend=Timed(clock, 0.02, 0.002),
+            backend=timed(clock, 0.02, 0.002),
             draft=Draft(guesser, 2048) if has_draft else None,
             draft_tokens=6 if has_draft else 0,
         )
@@ -99,10 +84,10 @@ def test_guesses_that_come_are_worth_their_time(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_model_that_begins_to_agree_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = Clock(monkeypatch)
-    guesser = Timed(clock, 0.004, 0.0004, agreement=0.0)
+    clock = StepClock(monkeypatch)
+    guesser = timed(clock, 0.004, 0.0004, agreement=0.0)
     engine = ToyEngine.make(
-        1, 1024, backend=Timed(clock, 0.02, 0.002), draft=Draft(guesser, 1024), draft_tokens=6
+        1, 1024, backend=timed(clock, 0.02, 0.002), draft=Draft(guesser, 1024), draft_tokens=6
     )
     params = SamplingParams(max_tokens=300, ignore_eos=True)
     engine.generate([[n] * 4 for n in range(1, 5)], params)
@@ -150,10 +135,33 @@ def test_its_cache_is_counted_and_given_back(always: None) -> None:
     assert most > 10 and engine.stats.draft_cache_bytes == 0
 
 
+def test_what_is_behind_the_window_is_given_back(
+    always: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where accepted guesses jump over the moment at which it is looked at."""
+    choose, steps = speculation.choose_lengths, itertools.count()
+
+    def now_and_then(*args: Any) -> tuple[list[int], float]:
+        lengths, saved = choose(*args)
+        return (lengths if next(steps) % 4 == 0 else [0] * len(lengths)), saved
+
+    monkeypatch.setattr(speculation, "choose_lengths", now_and_then)
+    draft = Draft(ToyBackend(), 1500)
+    engine = ToyEngine.make(1, 1500, sliding_window=40, draft=draft, draft_tokens=5)
+    engine.submit(Request("r", [5], SamplingParams(max_tokens=1400, ignore_eos=True)))
+    held = 0
+    while engine.num_running or engine.num_waiting:
+        if 0 in engine.backend.texts:
+            kept = len(engine.backend.texts[0]) - engine.backend.forgotten.get(0, 0)
+            held = max(held, kept)
+        engine.step()
+    assert 40 <= held < 40 + 256 + 2 * 6
+
+
 @pytest.fixture
 def always(monkeypatch: pytest.MonkeyPatch) -> None:
     """Guesses take no time, so that as many are made as may be."""
-    monkeypatch.setattr(time, "perf_counter", lambda: 0.0)
+    StepClock(monkeypatch)
     monkeypatch.setattr(Pace, "decode_seconds", lambda self, num_tokens: 1.0)
     monkeypatch.setattr(DraftModel, "ask_seconds", lambda self, num_requests: 0.0)
 

@@ -17,6 +17,7 @@ from lifecycle.engines.base import Engine, EngineOptions, FinishReason, Request,
 from lifecycle.engines.decoder import DecoderInfo
 from lifecycle.engines.ort import OnnxEngine
 from lifecycle.engines.pytorch import TorchEngine
+from lifecycle.engines.state import LONGEST_RUN
 from lifecycle.errors import EngineError, RequestError
 from lifecycle.graph.blockwise import Blockwise
 from lifecycle.graph.cache import calibrate_cache
@@ -198,6 +199,22 @@ def test_a_text_near_its_end_runs_beside_a_prompt_chunk(random_model: Model) -> 
             assert event.token_id is not None
             tokens[int(event.request_id)].append(event.token_id)
     assert [tuple(row) for row in tokens] == [result.token_ids for result in alone]
+
+
+@pytest.mark.parametrize(("chunk", "draft_tokens"), [(1, 0), (4, 100), (64, 0)])
+def test_a_full_text_runs_beside_the_widest_row(
+    random_model: Model, chunk: int, draft_tokens: int
+) -> None:
+    """A chunk of a prompt, or what a constraint forced with guesses behind it."""
+    options = EngineOptions(
+        max_num_seqs=2, max_model_len=126, prefill_chunk=chunk, draft_tokens=draft_tokens
+    )
+    engine = OnnxEngine.open(random_model.graph, options)
+    text, other = prompts(160, [126, max(chunk, LONGEST_RUN) + draft_tokens])
+    alone = engine.logits(text)[-1]
+    engine.forward([Row(0, 0, text[:-1], 0)])
+    beside = engine.forward([Row(0, 125, text[-1:], 1), Row(1, 0, other, 1)])[0]
+    np.testing.assert_allclose(beside, alone, atol=1e-4)
 
 
 def test_the_model_says_where_texts_end(engine: Engine, stories: Model) -> None:

@@ -33,6 +33,10 @@ def adjusted(
     np.testing.assert_array_equal(LOGITS, before)
     at_once = Adjustments(SamplingParams(**params), prompt, SIZE, frozenset(ends), output)
     np.testing.assert_array_equal(at_once.apply(LOGITS), found)
+    unasked = Adjustments(SamplingParams(**params), prompt, SIZE, frozenset(ends))
+    for token in output:
+        unasked.note(token)
+    np.testing.assert_array_equal(unasked.apply(LOGITS), found)
     return found
 
 
@@ -72,6 +76,19 @@ def test_repetitions_are_found_as_long_as_they_are(
     for token, length in zip(tokens.tolist(), lengths.tolist(), strict=True):
         found[token] = max(found.get(token, 0), length)
     assert found == spelled_out(text, breakers)
+
+
+@settings(deadline=None, max_examples=60)
+@given(prompt=TEXTS, output=st.lists(st.integers(0, 3), max_size=20))
+def test_the_repetition_penalty_reads_prompt_and_output(
+    prompt: list[int], output: list[int]
+) -> None:
+    found = adjusted({"repetition_penalty": 1.5}, prompt, output)
+    wanted = [
+        logit * (1.5 if logit < 0 else 1 / 1.5) if token in {*prompt, *output} else logit
+        for token, logit in enumerate(LOGITS.tolist())
+    ]
+    np.testing.assert_allclose(found, wanted, rtol=1e-6)
 
 
 @settings(deadline=None, max_examples=60)

@@ -5,13 +5,24 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.soak import soak
-from benchmarks.watched import SoakError, Watched
-from lifecycle.engines.backend import Row
+from benchmarks.watched import SoakError, Watched, WatchedEngine
+from lifecycle.engines.backend import CacheBackend, Row
 from lifecycle.engines.ort import OnnxEngine
+from tests.engines.clock import StepClock
 from tests.engines.conftest import Model
 
 
-def test_no_request_is_lost_and_nothing_is_kept(stories: Model) -> None:
+def test_no_request_is_lost_and_nothing_is_kept(
+    stories: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, watch = StepClock(monkeypatch), WatchedEngine.watch
+
+    def timed(self: WatchedEngine, backend: CacheBackend) -> Watched:
+        watched = watch(self, backend)
+        clock.times(watched, 0.002, 0.0001)
+        return watched
+
+    monkeypatch.setattr(WatchedEngine, "watch", timed)
     found = soak(stories.graph, 500, seed=1)
     assert sum(found["ends"].values()) == 500
     assert set(found["ends"]) == {"stop", "length", "cancelled", "timeout"}

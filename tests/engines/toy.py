@@ -48,6 +48,8 @@ class ToyBackend:
     def __init__(self, agreement: float = 1.0) -> None:
         self.agreement = agreement
         self.texts: dict[int, list[int]] = {}
+        self.forgotten: dict[int, int] = {}
+        """The first tokens of slots that have been given back."""
         self.steps: list[list[Row]] = []
         self.fail_next = False
         self.poison: int | None = None
@@ -101,13 +103,14 @@ class ToyBackend:
     def forget(self, slot: int, before: int | None = None) -> None:
         if before is None:
             self.texts.pop(slot, None)
+        self.forgotten[slot] = before or 0
 
     adapter_slots = 0
 
     def read_adapter(self, folder: Path) -> AdapterWeights:
         raise NotImplementedError
 
-    def load_adapter(self, weights: AdapterWeights) -> int:
+    def load_adapter(self, weights: AdapterWeights, instead_of: int = 0) -> int:
         raise NotImplementedError
 
     def unload_adapter(self, number: int) -> None:
@@ -132,6 +135,7 @@ class ToyEngine(BatchedEngine):
         long_context: int | None = None,
         backend: ToyBackend | None = None,
         draft: Draft | None = None,
+        sliding_window: int | None = None,
         **options: Any,
     ):
         """`options` are those of `EngineOptions`."""
@@ -143,6 +147,7 @@ class ToyEngine(BatchedEngine):
             max_model_len=max_model_len,
             eos_token_ids=frozenset({EOS}),
             long_context=long_context,
+            sliding_window=sliding_window,
             draft=draft,
         )
         engine.backend = backend

@@ -63,6 +63,8 @@ ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
         (ENTRY | {"dtype": ["F32"]}, "no tensor there"),
         (ENTRY | {"shape": "ab"}, "no tensor there"),
         (ENTRY | {"shape": [-2, -1]}, "no tensor there"),
+        (ENTRY | {"shape": [2**63]}, "no tensor there"),
+        (ENTRY | {"shape": [1] * 65}, "no tensor there"),
         (ENTRY | {"data_offsets": [-8, 0]}, "no tensor there"),
         (ENTRY | {"data_offsets": ["0", 8]}, "no tensor there"),
         (ENTRY | {"data_offsets": [8]}, "no tensor there"),
@@ -73,6 +75,32 @@ ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 def test_a_damaged_entry_names_its_tensor(entry: object, named: str, tmp_path: Path) -> None:
     _write_header(tmp_path, {"w": entry, "v": ENTRY})
     with pytest.raises(CheckpointError, match=rf"model\.safetensors: w: .*{named}"):
+        Checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("offsets", "said"),
+    [
+        ([(0, 8), (8, 16)], None),
+        ([(8, 16), (0, 8)], None),
+        ([(0, 8), (0, 8)], "b begins at byte .*copy the file again"),
+        ([(0, 8), (2**40, 2**40 + 8)], "b begins at byte"),
+        ([(8, 16)], "a begins at byte"),
+        ([(0, 8)], "only .* hold tensors; copy it again"),
+        ([], "only .* hold tensors"),
+        ([(0, 8), (8, 16), (16, 24)], "is cut off"),
+    ],
+)
+def test_tensors_lie_one_behind_the_other(
+    offsets: list[tuple[int, int]], said: str | None, tmp_path: Path
+) -> None:
+    """So a file of terabytes without content, which costs nobody anything, cannot be one that is read."""
+    pairs = zip("abc", offsets, strict=False)
+    _write_header(tmp_path, {name: ENTRY | {"data_offsets": pair} for name, pair in pairs})
+    if said is None:
+        Checkpoint(tmp_path)
+        return
+    with pytest.raises(CheckpointError, match=said):
         Checkpoint(tmp_path)
 
 

@@ -86,7 +86,7 @@ def make_service(chat_bundle: Path) -> MakeService:
         made = ScriptedEngine.make(script, tokenizer.vocab_size, **engine)
         card = ModelCard("scripted", gated=False, fingerprint=None, created=0)
         service = Service(card, made, tokenizer, Defaults(temperature=0.0), max_queue)
-        service.backend = made.backend  # type: ignore[attr-defined]
+        service.engine, service.backend = made, made.backend  # type: ignore[attr-defined]
         return service
 
     return make

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import Any
 
 import httpx2 as httpx
 import uvicorn
@@ -15,6 +17,7 @@ from serving.protocol import Protocol
 from serving.server import bind, url
 from serving.service import Service
 from serving.settings import ServerSettings
+from tests.serving.scripted import ScriptedEngine
 
 
 @contextmanager
@@ -39,12 +42,36 @@ def running(service: Service, settings: ServerSettings | None = None) -> Iterato
         thread.join()
 
 
-def wait_until(condition, seconds: float = 10.0) -> None:
+def wait_until(condition, seconds: float = 60.0) -> None:
     """Wait for something that another thread brings about."""
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not happen in time"
         time.sleep(0.005)
+
+
+def order_of_ends(
+    service: Service, settings: ServerSettings, asked: Sequence[tuple[str | None, dict[str, Any]]]
+) -> list[int]:
+    """Which of several completions of a scripted service, sent one after another while the first of
+    them runs, end first: their places in `asked`, which holds the API key and the body of each."""
+    engine: ScriptedEngine = service.engine  # type: ignore[attr-defined]
+    engine.backend.hold()
+
+    def ask(url: str, key: str | None, body: dict[str, Any]) -> None:
+        with client(url, key) as http:
+            http.post("/v1/completions", json=body).raise_for_status()
+
+    with running(service, settings) as url, ThreadPoolExecutor(len(asked)) as pool:
+        answers: list[Future[None]] = []
+        for key, body in asked:
+            answers.append(pool.submit(ask, url, key, body))
+            wait_until(lambda: service.worker.num_unfinished == len(answers))
+            wait_until(lambda: engine.backend.is_held)
+        engine.backend.go()
+        for answer in answers:
+            answer.result()
+    return [engine.came.index(id) for id in engine.ended]
 
 
 def client(base_url: str, key: str | None = None) -> httpx.Client:

@@ -5,18 +5,21 @@ from __future__ import annotations
 import json
 import shutil
 import threading
-import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx2 as httpx
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 
+from lifecycle.bundle.manifest import write_manifest
 from lifecycle.data.chat import ChatTokenizer
+from lifecycle.engines.backend import Row
 from lifecycle.engines.base import EngineOptions
 from lifecycle.engines.ort import OnnxEngine
 from lifecycle.errors import RecipeError
@@ -26,7 +29,7 @@ from serving.cli import serve
 from serving.service import Service, open_service
 from serving.settings import ServerSettings
 from tests.serving.conftest import COMPANIONS
-from tests.serving.running import client, running
+from tests.serving.running import client, running, wait_until
 from tests.serving.test_cli import serving, url_of
 from tests.serving.test_errors import error_of
 from tests.serving.test_metrics import scrape, value
@@ -48,6 +51,7 @@ def folder(chat_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     export_decoder(chat_model, root / "base", Cpu(), slots=(2, 4))
     for name in COMPANIONS:
         (root / "base" / name).write_bytes((chat_model / name).read_bytes())
+    write_manifest(root / "base", {"name": "base", "gated": False})
     for n, name in enumerate("xyz"):
         torch.manual_seed(n)
         config = LoraConfig(
@@ -78,25 +82,48 @@ def texts(folder: Path) -> dict[str, str]:
 
 @contextmanager
 def served(
-    folder: Path, *, seconds: float = 0.0, evict: bool = False, fixed: str = ""
+    folder: Path, *, evict: bool = False, fixed: str = ""
 ) -> Iterator[tuple[httpx.Client, Service]]:
-    """A server whose steps take so long, asked with the operator's key."""
+    """A server asked with the operator's key."""
     options = EngineOptions(max_num_seqs=4, prefix_cache_bytes=1 << 20, prefill_chunk=4)
     adapters = {name: folder / "adapters" / name for name in fixed}
     service = open_service(folder / "base", options=options, adapters=adapters)
-    backend: Any = service.worker._thread._engine._backend  # type: ignore[attr-defined]
-    forward = backend.forward
-
-    def slow(rows: Any) -> Any:
-        time.sleep(seconds)
-        return forward(rows)
-
-    backend.forward = slow
     settings = ServerSettings(
         admin_keys=("admin",), adapter_root=folder / "adapters", evict_adapters=evict
     )
     with running(service, settings) as url, client(url, "admin") as http:
         yield http, service
+
+
+class Steps:
+    """The steps of a server's engine: each waits until it is let go, or until the engine is asked for
+    something, which it does between steps. All go at the end of the block."""
+
+    def __init__(self, service: Service) -> None:
+        thread: Any = service.worker._thread
+        self._inbox, self._backend = thread._inbox, thread._engine._backend
+        self._forward, self._permits = self._backend.forward, threading.Semaphore(0)
+        self.rows: list[int] = []
+        """How many requests each step that has begun computes."""
+
+    def __enter__(self) -> Steps:
+        self._backend.forward = self._hold
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._permits.release(1000)
+
+    def go(self) -> None:
+        """Let a step go, and wait for the next one."""
+        count = len(self.rows)
+        self._permits.release()
+        wait_until(lambda: len(self.rows) > count)
+
+    def _hold(self, rows: Sequence[Row]) -> NDArray[np.float32]:
+        self.rows.append(len(rows))
+        while self._inbox.empty() and not self._permits.acquire(timeout=0.005):
+            pass
+        return self._forward(rows)
 
 
 def ask(http: httpx.Client, model: str) -> str:
@@ -140,24 +167,53 @@ def test_they_come_and_go(folder: Path, texts: dict[str, str]) -> None:
 
 def test_requests_that_run_end_with_what_they_began(folder: Path, texts: dict[str, str]) -> None:
     """Two swaps under running streams: one by replacing, one by unloading and loading."""
-    with served(folder, seconds=0.05) as (http, service), ThreadPoolExecutor(2) as pool:
-        load(http, "a", "x").raise_for_status()
-        old = pool.submit(ask, http, "a")
-        _until(lambda: service.worker.stats.num_running == 1)
-        load(http, "a", "y", load_inplace=True).raise_for_status()
-        new = pool.submit(ask, http, "a")
-        _until(lambda: service.worker.stats.num_running == 2)
-        error = error_of(load(http, "a", "z", load_inplace=True), 400)
-        assert "all 2 adapter slots are taken (1 until requests have ended)" in error["message"]
-        assert old.result() == texts["x"]
-        assert not new.done()
-        http.post(UNLOAD, json={"lora_name": "a"}).raise_for_status()
-        assert not new.done()
-        load(http, "a", "z").raise_for_status()
-        assert models(http) == ["base", "a"]
-        assert not new.done()
-        assert ask(http, "a") == texts["z"]
+    with served(folder) as (http, service), ThreadPoolExecutor(2) as pool:
+        with Steps(service) as steps:
+            load(http, "a", "x").raise_for_status()
+            old = pool.submit(ask, http, "a")
+            wait_until(lambda: steps.rows == [1])
+            for _ in range(LENGTH // 2):
+                steps.go()
+            load(http, "a", "y", load_inplace=True).raise_for_status()
+            new = pool.submit(ask, http, "a")
+            wait_until(lambda: steps.rows[-1] == 2)
+            error = error_of(load(http, "a", "z", load_inplace=True), 400)
+            assert "all 2 adapter slots are taken (1 until requests have ended)" in error["message"]
+            while steps.rows[-1] == 2:
+                steps.go()
+            assert old.result() == texts["x"]
+            http.post(UNLOAD, json={"lora_name": "a"}).raise_for_status()
+            load(http, "a", "z").raise_for_status()
+            assert models(http) == ["base", "a"]
+            newest = pool.submit(ask, http, "a")
+            wait_until(lambda: steps.rows[-1] == 2)
+            assert not new.done()
+        assert newest.result() == texts["z"]
         assert new.result() == texts["y"]
+
+
+def test_an_answer_is_signed_by_what_gave_it(
+    folder: Path, texts: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if its adapter was replaced while its text was tokenised."""
+    with served(folder) as (http, service), ThreadPoolExecutor(1) as pool:
+        load(http, "a", "x").raise_for_status()
+        begun, gate = threading.Event(), threading.Event()
+
+        def gated(text: str, **options: bool) -> list[int]:
+            begun.set()
+            assert gate.wait(60)
+            return PROMPT
+
+        body = {"model": "a", "prompt": "x", "max_tokens": LENGTH, "temperature": 0}
+        monkeypatch.setattr(service.tokenizer, "encode", gated)
+        asked = pool.submit(http.post, "/v1/completions", json=body | {"ignore_eos": True})
+        assert begun.wait(60)
+        load(http, "a", "y", load_inplace=True).raise_for_status()
+        gate.set()
+        answer = asked.result().raise_for_status().json()
+        assert answer["choices"][0]["text"] == texts["y"]
+        assert answer["system_fingerprint"] == service.cards["a"].fingerprint
 
 
 def test_reading_an_adapter_holds_nobody_up(folder: Path) -> None:
@@ -317,10 +373,3 @@ def test_the_command_line(folder: Path, tmp_path: Path, texts: dict[str, str]) -
     ):
         load(http, "a", "x").raise_for_status()
         assert ask(http, "a") == texts["x"]
-
-
-def _until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.005)

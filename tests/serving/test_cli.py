@@ -8,10 +8,10 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import httpx2 as httpx
 import openai
@@ -19,7 +19,7 @@ import pytest
 
 from lifecycle.errors import LifecycleError, RecipeError
 from serving.cli import serve
-from tests.serving.running import client
+from tests.serving.running import client, wait_until
 from tests.serving.test_errors import error_of
 
 READY = re.compile(r"^Serving (?P<name>\S+) on (?P<url>http://\S+)(?P<rest>.*)\n$")
@@ -106,9 +106,17 @@ def test_a_second_signal_ends_at_once(stories_bundle: Path) -> None:
             lines = response.iter_lines()
             next(lines)
             process.send_signal(signal.SIGTERM)
-            time.sleep(0.3)
+            # Two signals that come before the first is seen to are one.
+            wait_until(lambda: not is_open(process))
             process.send_signal(signal.SIGTERM)
-            assert process.wait(timeout=5) == -signal.SIGTERM
+            assert process.wait(timeout=20) == -signal.SIGTERM
+
+
+def is_open(process: subprocess.Popen[str]) -> bool:
+    """Whether a server's port is."""
+    place = urlsplit(url_of(process))
+    with socket.socket() as connection:
+        return connection.connect_ex((place.hostname, place.port)) == 0
 
 
 def test_the_options_reach_the_server(chat_bundle: Path, tmp_path: Path) -> None:

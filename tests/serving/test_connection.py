@@ -7,7 +7,6 @@ import json
 import logging
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -41,7 +40,7 @@ def served(
         try:
             yield http, service, backend
         finally:
-            backend.gate.set()
+            backend.go()
 
 
 def in_background(work: Callable[[], Any]) -> tuple[threading.Thread, list[Any]]:
@@ -70,14 +69,14 @@ def test_a_response_waits_for_no_acknowledgement() -> None:
 
 def test_a_full_queue_refuses_at_once(make_service: MakeService) -> None:
     with served(make_service, slots=1, max_queue=1) as (http, service, backend):
-        backend.gate.clear()
+        backend.hold()
         waiting = [in_background(lambda: http.post(ROUTE, json=SHORT)) for _ in range(2)]
         wait_until(lambda: service.worker.num_unfinished == 2)
         response = http.post(ROUTE, json=SHORT)
         assert error_of(response, 503)["code"] == "queue_full"
         assert int(response.headers["retry-after"]) >= 1
         assert http.get("/readyz").status_code == 200
-        backend.gate.set()
+        backend.go()
         for thread, results in waiting:
             thread.join()
             assert results[0].status_code == 200
@@ -85,34 +84,38 @@ def test_a_full_queue_refuses_at_once(make_service: MakeService) -> None:
 
 def test_a_client_that_leaves_a_stream_frees_its_slot(make_service: MakeService) -> None:
     with served(make_service, slots=1) as (http, service, backend):
-        backend.step_seconds = 0.01
+        backend.hold(after=2)
         with http.stream("POST", ROUTE, json=LONG | {"stream": True}) as response:
             lines = response.iter_lines()
             next(lines)
+            wait_until(lambda: backend.is_held)
             assert service.worker.num_unfinished == 1
         wait_until(lambda: service.worker.num_unfinished == 0)
-        assert backend.num_steps < 300
+        backend.go()
         assert http.post(ROUTE, json=SHORT).status_code == 200
+        assert backend.num_steps < 20
 
 
 def test_a_client_that_leaves_before_the_answer_frees_its_slot(make_service: MakeService) -> None:
     with served(make_service, slots=1) as (http, service, backend):
-        backend.step_seconds = 0.01
+        backend.hold(after=2)
         with raw_request(http, ROUTE, LONG):
-            wait_until(lambda: service.worker.num_unfinished == 1)
+            wait_until(lambda: backend.is_held)
+            assert service.worker.num_unfinished == 1
         wait_until(lambda: service.worker.num_unfinished == 0)
-        assert backend.num_steps < 300
+        backend.go()
+        assert http.post(ROUTE, json=SHORT).status_code == 200
+        assert backend.num_steps < 20
 
 
 def test_a_client_that_leaves_while_it_waits_frees_its_place(make_service: MakeService) -> None:
     with served(make_service, slots=1, max_queue=1) as (http, service, backend):
-        backend.gate.clear()
+        backend.hold()
         thread, results = in_background(lambda: http.post(ROUTE, json=SHORT))
-        wait_until(lambda: service.worker.num_unfinished == 1)
-        time.sleep(0.05)
+        wait_until(lambda: backend.is_held)
         with raw_request(http, ROUTE, LONG | {"stream": True}):
             wait_until(lambda: service.worker.num_unfinished == 2)
-        backend.gate.set()
+        backend.go()
         thread.join()
         assert results[0].status_code == 200
         wait_until(lambda: service.worker.num_unfinished == 0)
@@ -128,13 +131,31 @@ def test_a_failed_step_is_a_plain_500(make_service: MakeService) -> None:
         assert http.post(ROUTE, json=SHORT).status_code == 200
 
 
+def test_a_bug_is_a_plain_500_on_a_connection_that_ends(
+    make_service: MakeService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with served(make_service) as (http, service, _):
+
+        async def fail(prompt: object) -> list[int]:
+            raise RuntimeError("a bug at 0x7f00")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(service, "prompt_tokens", fail)
+            response = http.post(ROUTE, json=SHORT)
+        assert response.headers["x-request-id"] in error_of(response, 500)["message"]
+        assert "0x7f00" not in response.text and response.headers["connection"] == "close"
+        assert http.post(ROUTE, json=SHORT).status_code == 200
+
+
 def test_a_failure_in_a_stream_is_its_last_event(make_service: MakeService) -> None:
     with served(make_service) as (http, _, backend):
-        backend.step_seconds = 0.01
+        backend.hold(after=2)
         with http.stream("POST", ROUTE, json=LONG | {"stream": True}) as response:
             lines = response.iter_lines()
             next(lines)
+            wait_until(lambda: backend.is_held)
             backend.failure = EngineError("gone")
+            backend.go()
             events = [line for line in lines if line]
         last = json.loads(events[-1].removeprefix("data: "))
         assert last["error"].keys() == {"message", "type", "param", "code"}
@@ -173,11 +194,11 @@ def test_no_character_of_an_answer_ends_its_line(make_service: MakeService) -> N
 
 def test_a_silent_stream_is_kept_alive(make_service: MakeService) -> None:
     with served(make_service, ServerSettings(keep_alive=0.05)) as (http, _, backend):
-        backend.gate.clear()
+        backend.hold()
         with http.stream("POST", ROUTE, json=SHORT | {"stream": True}) as response:
             lines = response.iter_lines()
             assert next(lines) == ": keep-alive"
-            backend.gate.set()
+            backend.go()
             assert [line for line in lines if line][-1] == "data: [DONE]"
 
 
@@ -216,7 +237,8 @@ def test_a_slow_body_times_out(make_service: MakeService) -> None:
                 b"Content-Length: 100\r\n\r\n{"
             )
             assert connection.recv(100).startswith(b"HTTP/1.1 408")
-        assert http.post(ROUTE, json=SHORT).status_code == 200
+        # Without a body, which might be slow too.
+        assert http.get("/health").status_code == 200
 
 
 def test_no_text_of_a_request_is_logged(
@@ -278,13 +300,58 @@ def test_a_head_in_time_lets_the_answer_take_its_own(
 
     monkeypatch.setattr(Protocol, "connection_made", connection_made)
     with served(make_service) as (http, service, backend):
-        backend.gate.clear()
+        backend.hold()
         thread, results = in_background(lambda: http.post(ROUTE, json=SHORT))
         wait_until(lambda: service.worker.num_unfinished == 1)
         assert [protocol._deadline for protocol in made] == [None]
-        backend.gate.set()
+        backend.go()
         thread.join()
         assert results[0].status_code == 200
+
+
+def test_who_does_not_read_is_not_waited_for(
+    make_service: MakeService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More is asked than the system's buffers have room for; who reads some of it may go on."""
+    made: list[Protocol] = []
+    begin = Protocol.connection_made
+
+    def connection_made(self: Protocol, transport: asyncio.Transport) -> None:
+        begin(self, transport)
+        made.append(self)
+        connection = transport.get_extra_info("socket")
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)
+
+    monkeypatch.setattr(Protocol, "connection_made", connection_made)
+    with served(make_service) as (http, _, _):
+        size = len(http.get("/openapi.json").content)
+        asked = b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n" * (4_000_000 // size)
+        with socket.socket() as reader:
+            reader.settimeout(10)
+            reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+            reader.connect((http.base_url.host, http.base_url.port or 80))
+            reader.sendall(asked)
+            wait_until(lambda: len(made) == 2)
+            protocol = made[1]
+
+            def is_closed() -> bool:
+                """After what is done when the time is over."""
+                wait_until(lambda: protocol.flow.write_paused)
+                assert protocol._reader is not None
+                protocol._reader.cancel()
+                checked = threading.Event()
+                protocol.loop.call_soon_threadsafe(protocol._check_reader)
+                protocol.loop.call_soon_threadsafe(checked.set)
+                assert checked.wait(10)
+                return protocol.transport.is_closing()
+
+            wait_until(lambda: protocol.flow.write_paused)
+            while not protocol._has_read:
+                reader.recv(1 << 16)
+            assert not is_closed()
+            # The system may still be taking some.
+            wait_until(is_closed)
+        assert http.get("/health").status_code == 200
 
 
 def test_long_texts_are_tokenised_one_at_a_time_and_only_so_many_wait(
@@ -313,3 +380,25 @@ def test_long_texts_are_tokenised_one_at_a_time_and_only_so_many_wait(
             thread.join()
             assert error_of(results[0], 400)["code"] == "context_length_exceeded"
         assert most[1] == 1
+
+
+def test_as_many_texts_are_tokenised_as_there_are_places(
+    make_service: MakeService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with served(make_service, slots=1, max_queue=1) as (http, service, _):
+        encode, going, begun = service.tokenizer.encode, threading.Event(), list[str]()
+
+        def slow(text: str, **options: bool) -> list[int]:
+            begun.append(text)
+            going.wait(10)
+            return encode(text, **options)
+
+        monkeypatch.setattr(service.tokenizer, "encode", slow)
+        waiting = [in_background(lambda: http.post(ROUTE, json=SHORT)) for _ in range(2)]
+        wait_until(lambda: len(begun) == 2)
+        assert error_of(http.post(ROUTE, json=SHORT), 503)["code"] == "queue_full"
+        going.set()
+        for thread, results in waiting:
+            thread.join()
+            assert results[0].status_code == 200
+        assert http.post(ROUTE, json=SHORT).status_code == 200

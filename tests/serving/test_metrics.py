@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import httpx2 as httpx
 import pytest
@@ -14,6 +14,8 @@ from lifecycle.errors import EngineError
 from serving.metrics import Family, Histogram, Sample, write
 from serving.monitor import MAX_MODELS, REASONS, Monitor
 from serving.settings import ServerSettings
+from tests.engines.clock import StepClock
+from tests.engines.toy import ToyEngine
 from tests.serving.conftest import MakeService
 from tests.serving.running import client, running, wait_until
 from tests.serving.test_errors import error_of
@@ -91,9 +93,12 @@ def ends(samples: Samples) -> dict[str, float]:
     return {reason: count for reason, count in counts.items() if count}
 
 
-def test_requests_are_counted_by_how_they_ended(make_service: MakeService) -> None:
+def test_requests_are_counted_by_how_they_ended(
+    make_service: MakeService, monkeypatch: pytest.MonkeyPatch
+) -> None:
     service = make_service(slots=2, max_queue=4)
     backend = service.backend  # type: ignore[attr-defined]
+    StepClock(monkeypatch).times(backend, 1.0)
     with running(service) as url, client(url) as http:
         assert ends(scrape(http)) == {}
 
@@ -101,14 +106,17 @@ def test_requests_are_counted_by_how_they_ended(make_service: MakeService) -> No
             return http.post("/v1/completions", json=BODY | fields)
 
         whole = ask(n=2).raise_for_status().json()
-        # Slow enough for the stop string to be seen before the last token.
-        backend.step_seconds = 0.02
+        # The stop string is seen before the last token.
+        backend.hold(after=19)
         ask(stop="two", max_tokens=400).raise_for_status()
-        ask(timeout=0.2, max_tokens=400).raise_for_status()
+        backend.go()
+        ask(timeout=10, max_tokens=400).raise_for_status()
+        backend.hold(after=2)
         body = BODY | {"stream": True, "max_tokens": 400}
         with http.stream("POST", "/v1/completions", json=body) as response:
             next(response.iter_lines())
         wait_until(lambda: not service.worker.num_unfinished)
+        backend.go()
         error_of(ask(stop_token_ids=[10**6]), 400)
         backend.failure = EngineError("the runtime gave up")
         error_of(ask(), 500)
@@ -124,8 +132,7 @@ def test_requests_are_counted_by_how_they_ended(make_service: MakeService) -> No
     assert value(found, "request_prompt_tokens_sum") == 4 * prompt
     assert value(found, "generation_tokens_total") > value(found, "request_generation_tokens_sum")
     assert value(found, "request_generation_tokens_bucket", le="5.0") >= 2
-    # 20 ms a step, of the two that took so long.
-    assert value(found, "time_per_output_token_seconds_sum") > 0.04
+    assert value(found, "time_per_output_token_seconds_count") == 4
     assert value(found, "num_requests_running") == value(found, "num_requests_waiting") == 0
 
 
@@ -134,27 +141,40 @@ def test_it_answers_while_the_engine_computes(make_service: MakeService) -> None
     service = make_service(slots=2, max_queue=2)
     backend = service.backend  # type: ignore[attr-defined]
     with running(service) as url, client(url) as http, ThreadPoolExecutor(4) as pool:
-        backend.step_seconds = 0.01
-        first = pool.submit(http.post, "/v1/completions", json=BODY | {"max_tokens": 200})
-        wait_until(lambda: backend.num_steps > 2)
-        backend.gate.clear()
+        backend.hold(after=2)
+        first = pool.submit(http.post, "/v1/completions", json=BODY | {"max_tokens": 20})
+        wait_until(lambda: backend.is_held)
         others = [pool.submit(http.post, "/v1/completions", json=BODY) for _ in range(3)]
         wait_until(lambda: service.worker.num_unfinished == 4)
-        began = time.monotonic()
         found = scrape(http)
-        assert time.monotonic() - began < 5
         assert value(found, "num_requests_running") == 1
         assert value(found, "num_requests_waiting") == 3
         for _ in range(2):
             error_of(http.post("/v1/completions", json=BODY), 503)
         found = scrape(http)
         assert value(found, "admission_rejections_total", reason="queue_full") == 2
-        backend.gate.set()
+        backend.go()
         for each in (first, *others):
             assert each.result().status_code == 200
         found = scrape(http)
         assert value(found, "request_queue_time_seconds_count") == 4
         assert value(found, "request_queue_time_seconds_sum") > 0
+
+
+def test_times_are_those_between_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = SimpleNamespace(now=100.0, monotonic=lambda: clock.now)
+    monkeypatch.setattr("serving.monitor.time", clock)
+    monitor = Monitor("scripted")
+    monitor.begin(Request("a", [1, 2, 3]))
+    for seconds in (2.0, 0.5, 1.5):
+        clock.now += seconds
+        monitor.take(Event("a", 5, queue_seconds=0.25))
+    monitor.take(Event("a", finish_reason=FinishReason.LENGTH))
+    found = parse(monitor.page(ToyEngine.make().stats))
+    sums = {"time_to_first_token": 2.0, "time_per_output_token": 1.0, "e2e_request_latency": 4.0}
+    for name, seconds in (sums | {"request_queue_time": 0.25}).items():
+        assert value(found, f"{name}_seconds_sum") == seconds
+        assert value(found, f"{name}_seconds_count") == 1
 
 
 def test_it_needs_a_key_like_all_else(make_service: MakeService) -> None:
@@ -190,8 +210,6 @@ def test_names_of_models_are_written_as_they_are_and_only_so_many() -> None:
         monitor.begin(request)
         monitor.take(Event(request.id, 5, queue_seconds=0.0))
         monitor.take(Event(request.id, finish_reason=FinishReason.STOP))
-    from tests.engines.toy import ToyEngine
-
     found = parse(monitor.page(ToyEngine.make().stats))
     names = {
         dict(labels)["model_name"]

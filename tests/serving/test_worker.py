@@ -27,9 +27,9 @@ def run(check: Check, max_queue: int = 1) -> None:
         worker = EngineWorker(engine, max_queue)
         worker.start()
         try:
-            await asyncio.wait_for(check(worker, engine.backend), 20)
+            await asyncio.wait_for(check(worker, engine.backend), 60)
         finally:
-            engine.backend.gate.set()
+            engine.backend.go()
             await worker.close()
 
     asyncio.run(main())
@@ -61,13 +61,13 @@ def test_a_call_gets_all_events_of_its_requests() -> None:
 
 def test_more_than_may_wait_are_refused_at_once() -> None:
     async def check(worker: EngineWorker, backend: ScriptedBackend) -> None:
-        backend.gate.clear()
+        backend.hold()
         calls = [asyncio.create_task(worker.submit([request(str(i))])) for i in range(3)]
         await until(lambda: worker.num_unfinished == 3)
         with pytest.raises(ApiError) as caught:
             await worker.submit([request("late")])
         assert (caught.value.status, caught.value.code) == (503, "queue_full")
-        backend.gate.set()
+        backend.go()
         for call in calls:
             assert len(await tokens(await call)) == 4
         assert len(await tokens(await worker.submit([request("later")]))) == 4
@@ -97,30 +97,32 @@ def test_one_refused_request_refuses_the_call() -> None:
 
 def test_closing_a_call_frees_its_slots() -> None:
     async def check(worker: EngineWorker, backend: ScriptedBackend) -> None:
-        backend.step_seconds = 0.005
+        backend.hold(after=2)
         call = await worker.submit([request("a", 400), request("b", 400)])
-        await anext(call)
+        await until(lambda: backend.is_held)
+        assert await anext(call)
         call.close()
         assert worker.num_unfinished == 0
         assert [event async for event in call] == []
+        backend.go()
         assert len(await tokens(await worker.submit([request("c")]))) == 4
         # Both slots would be taken for 400 steps otherwise.
-        assert backend.num_steps < 400
+        assert backend.num_steps == 3 + 4
 
     run(check)
 
 
 def test_a_caller_that_is_cancelled_while_it_submits_leaves_nothing_behind() -> None:
     async def check(worker: EngineWorker, backend: ScriptedBackend) -> None:
-        backend.gate.clear()
+        backend.hold()
         first = await worker.submit([request("first")])
-        await asyncio.sleep(0.02)
+        await until(lambda: backend.is_held)
         task = asyncio.create_task(worker.submit([request("second")]))
         await until(lambda: worker.num_unfinished == 2)
         task.cancel()
         await asyncio.wait([task])
         assert worker.num_unfinished == 1
-        backend.gate.set()
+        backend.go()
         assert len(await tokens(first)) == 4
 
     run(check)
@@ -174,14 +176,14 @@ def test_a_dead_engine_fails_calls_instead_of_hanging() -> None:
 
 def test_drain_finishes_what_runs_and_takes_nothing_new() -> None:
     async def check(worker: EngineWorker, backend: ScriptedBackend) -> None:
-        backend.gate.clear()
+        backend.hold()
         call = await worker.submit([request("a")])
         worker.drain(timeout=30)
         assert worker.alive and not worker.ready
         with pytest.raises(ApiError) as caught:
             await worker.submit([request("b")])
         assert caught.value.headers["Retry-After"]
-        backend.gate.set()
+        backend.go()
         assert len(await tokens(call)) == 4
 
     run(check)
@@ -189,8 +191,8 @@ def test_drain_finishes_what_runs_and_takes_nothing_new() -> None:
 
 def test_drain_ends_what_takes_too_long() -> None:
     async def check(worker: EngineWorker, backend: ScriptedBackend) -> None:
-        backend.step_seconds = 0.01
-        call = await worker.submit([request("a", 400)])
+        backend.hold()
+        call = await worker.submit([request("a")])
         worker.drain(timeout=0.05)
         with pytest.raises(ApiError) as caught:
             await tokens(call)
@@ -216,13 +218,16 @@ def test_work_on_the_engine_is_done_between_steps_and_ends_with_it() -> None:
         assert await worker.run(lambda engine: engine.max_num_seqs) == 2
         with pytest.raises(EngineError, match="no adapter 'a' is loaded"):
             await worker.run(lambda engine: engine.unload_adapter("a"))
-        backend.gate.clear()
+        backend.hold()
         call = await worker.submit([request("a", 100)])
-        waiting = asyncio.create_task(worker.run(lambda engine: engine.num_running))
-        await asyncio.sleep(0.05)
-        assert not waiting.done()
-        backend.gate.set()
-        assert await waiting == 1
+        await until(lambda: backend.is_held)
+        waiting = asyncio.create_task(
+            worker.run(lambda engine: (engine.num_running, backend.num_steps))
+        )
+        await asyncio.sleep(0)
+        backend.go()
+        # Not while the first step was under way.
+        assert await waiting == (1, 1)
         call.close()
         gate = threading.Event()
 

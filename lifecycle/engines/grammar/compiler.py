@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
-from lifecycle.engines.grammar.constraint import GrammarConstraint
+from lifecycle.engines.grammar.constraint import Budget, GrammarConstraint
 from lifecycle.engines.grammar.spec import GrammarSpec
 from lifecycle.engines.grammar.trial import Trial
 from lifecycle.errors import MissingExtraError, RequestError
@@ -39,6 +39,11 @@ class GrammarLimits:
     """The same of its parser; 20,000 take about 1 ms."""
     row_items: int = 1_000
     """Ways to read an answer at one place of it."""
+    burst_seconds: float = 0.2
+    """Processor time that an answer may take before its tokens have earned it: the bounds above count work
+    that takes a microsecond here and a hundred there, in a grammar that can be read in many ways."""
+    token_seconds: float = 0.01
+    """What a token earns; most take 0.1 to 2 ms."""
 
     @property
     def most_growth(self) -> int:
@@ -79,6 +84,7 @@ class Grammar:
             ends,
             compiler.ends - ends,
             lambda: compiler.forget(self._spec, self),
+            Budget(compiler.limits.burst_seconds, compiler.limits.token_seconds),
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from time import thread_time
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,6 +13,32 @@ from lifecycle.errors import RequestError
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
+
+
+class Budget:
+    """Processor time of the engine's thread that one answer may take; all others wait for it."""
+
+    def __init__(self, burst_seconds: float, token_seconds: float) -> None:
+        """`burst_seconds` at a time, beyond `token_seconds` for each token."""
+        self._most, self._token_seconds = burst_seconds, token_seconds
+        self._left = burst_seconds
+
+    def earn(self) -> None:
+        """A token has come."""
+        self._left = min(self._left + self._token_seconds, self._most)
+
+    def spend(self, begun: float) -> None:
+        """Count what has been done since a time of `thread_time`.
+
+        Raises:
+            RequestError: it was too much.
+        """
+        self._left -= thread_time() - begun
+        if self._left < 0:
+            raise RequestError(
+                "the grammar takes too long to follow while the answer is written; use one in which a text "
+                "can be read in fewer ways, such as lists by '*' and not by rules that name themselves twice"
+            )
 
 
 class GrammarConstraint:
@@ -24,6 +51,7 @@ class GrammarConstraint:
         ends: frozenset[int],
         foreign_ends: frozenset[int],
         on_failure: Callable[[], None],
+        budget: Budget,
     ) -> None:
         """
         Args:
@@ -37,12 +65,15 @@ class GrammarConstraint:
         self._end_ids = np.array(sorted(ends), dtype=np.intp)
         self._foreign_ids = np.array(sorted(foreign_ends), dtype=np.intp)
         self._on_failure = on_failure
+        self._budget = budget
         self._is_ended = False
 
     def mask(self) -> NDArray[np.bool_]:
+        begun = thread_time()
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         if self._matcher.is_error():
             raise self._failure()
+        self._budget.spend(begun)
         mask = np.unpackbits(bits, count=self._vocab_size, bitorder="little").view(np.bool_)
         mask[self._foreign_ids] = False
         mask[self._end_ids] = self._matcher.is_accepting()
@@ -52,15 +83,21 @@ class GrammarConstraint:
         # Any token can end a request, but the grammar knows those of the model only.
         if token in self._ends:
             self._is_ended = True
-        elif not self._matcher.consume_token(token):
+            return
+        begun = thread_time()
+        if not self._matcher.consume_token(token):
             raise self._failure()
+        self._budget.earn()
+        self._budget.spend(begun)
 
     def forced(self) -> Sequence[int]:
         if self._is_ended:
             return ()
+        begun = thread_time()
         tokens = self._matcher.compute_ff_tokens()
         if self._matcher.is_error():
             raise self._failure()
+        self._budget.spend(begun)
         # What would end the request is not text of the answer.
         first_end = next((i for i, token in enumerate(tokens) if token in self._ends), len(tokens))
         return tokens[:first_end]

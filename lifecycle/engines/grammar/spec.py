@@ -65,13 +65,20 @@ class GrammarSpec:
         """The grammar as llguidance reads it; not yet compiled.
 
         Raises:
-            RequestError: it is too long, or no schema that can be followed.
+            RequestError: it is too long, no text, or no schema that can be followed.
         """
         if self.length > MAX_TEXT:
             raise RequestError(
                 f"the grammar has {self.length} characters; at most {MAX_TEXT} are taken: leave out "
                 "descriptions, or ask for less at once"
             )
+        try:
+            return self._for_llguidance()
+        except ValueError as error:
+            # What Python reads and the library does not: NaN, 1e999, half a surrogate pair.
+            raise RequestError(f"the grammar cannot be read: {error}") from None
+
+    def _for_llguidance(self) -> str:
         from llguidance import LLMatcher
 
         match self.kind, self.value:
@@ -118,5 +125,8 @@ def _alternatives(choices: tuple[str, ...]) -> str:
         raise RequestError(
             f"there are {len(choices)} choices; between 1 and {MAX_CHOICES} are taken"
         )
-    # Strings of Lark are escaped as in JSON.
-    return "start: " + " | ".join(json.dumps(choice) for choice in choices)
+    # Strings of Lark are escaped as in JSON. As one terminal they are followed by the lexer: the parser has room
+    # for some hundred alternatives.
+    texts = [json.dumps(choice) for choice in dict.fromkeys(choices) if choice]
+    rules = ["CHOICE"] * bool(texts) + ['""'] * ("" in choices)
+    return f"start: {' | '.join(rules)}\n" + f"CHOICE: {' | '.join(texts)}\n" * bool(texts)

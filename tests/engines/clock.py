@@ -1,0 +1,38 @@
+"""A clock that only steps move: what engines decide by the time that steps take is the same every time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from lifecycle.engines import batched, draft_model, scheduler
+from lifecycle.engines.backend import Row
+
+
+class StepClock:
+    """Stands in for `time` in engines."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        for module in (batched, draft_model, scheduler):
+            monkeypatch.setattr(module, "time", self)
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def times(self, backend: Any, step: float, token: float = 0.0) -> None:
+        """From now on a step of `backend` takes `step` seconds, and `token` for each token more than one."""
+        forward = backend.forward
+
+        def timed(rows: Sequence[Row]) -> NDArray[np.float32]:
+            self.now += step + token * (sum(len(row.tokens) for row in rows) - 1)
+            return forward(rows)
+
+        backend.forward = timed

@@ -1,0 +1,260 @@
+"""The machine of `tests.engines.machine` over real models, with what PyTorch answers as the measure.
+
+Two engines round differently, so a token may only be asked for where it is ahead of the next one by much more
+than that: for each model `ample` is at least three times the largest difference of their logits, and prompts
+are such that each token of each answer is ahead by so much.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis.stateful import run_state_machine_as_test
+from transformers import PreTrainedModel
+
+from lifecycle.data.chat import ChatTokenizer
+from lifecycle.engines import batched
+from lifecycle.engines.adapters import AdapterLayout
+from lifecycle.engines.base import EngineOptions, Request, SamplingParams
+from lifecycle.engines.ort import OnnxEngine
+from lifecycle.engines.pytorch import TorchBackend, TorchEngine
+from lifecycle.evaluation.random_adapter import write_random_adapter
+from lifecycle.graph.export import export_decoder
+from lifecycle.graph.targets import Cpu
+from lifecycle.training.models import load_model
+from tests.engines.machine import (
+    ADAPTER_SLOTS,
+    CHUNKS,
+    CONTEXT,
+    LONGEST,
+    NUM_PROMPTS,
+    Answer,
+    EngineMachine,
+    Paced,
+    Subject,
+)
+from tests.reduced import OVERRIDES
+from tests.test_quickstart import lifecycle
+from tests.tiny import one_thread
+
+ALONE = EngineOptions(1, CONTEXT)
+
+
+def answer(engine: OnnxEngine, prompt: Sequence[int], adapter: str | None) -> Answer:
+    """What a request gets that is there alone."""
+    params = SamplingParams(LONGEST, logprobs=0, ignore_eos=True)
+    engine.submit(Request("alone", prompt, params, adapter))
+    found: Answer = []
+    while engine.num_running or engine.num_waiting:
+        for event in engine.step():
+            assert event.token_id is not None and event.logprob is not None
+            found.append((event.token_id, event.logprob))
+    return found
+
+
+def is_ample(
+    reference: TorchEngine,
+    engine: OnnxEngine,
+    prompt: Sequence[int],
+    ample: float,
+    adapter: str | None = None,
+) -> bool:
+    """Whether each token of PyTorch's answer is far ahead of the next one; it is that of the other engine
+    then."""
+    (wanted,) = reference.generate([prompt], SamplingParams(LONGEST, ignore_eos=True))
+    text = [*prompt, *wanted.token_ids[:-1]]
+    logits = reference.logits(text)
+    assert np.abs(engine.logits(text, adapter) - logits).max() < ample / 3
+    first, second = np.sort(logits[len(prompt) - 1 :])[:, [-1, -2]].T
+    if (first - second).min() < ample:
+        return False
+    assert tuple(token for token, _ in answer(engine, prompt, adapter)) == wanted.token_ids
+    return True
+
+
+def make_subject(
+    graph: Path,
+    prompts: Sequence[list[int]],
+    adapters: Sequence[Path] = (),
+    *,
+    tolerance: float,
+) -> Subject:
+    assert len(prompts) == NUM_PROMPTS
+    answers: dict[tuple[int, int, int | None], Answer] = {}
+    for chunk in CHUNKS:
+        engine = OnnxEngine.open(graph, EngineOptions(1, CONTEXT, 1, chunk))
+        for number in (None, *range(len(adapters))):
+            if number is not None:
+                engine.load_adapter("a", adapters[number], replace=True)
+            for n, prompt in enumerate(prompts):
+                name = "a" if number is not None else None
+                found = answers[n, chunk, number] = answer(engine, prompt, name)
+                first = answers[n, CHUNKS[0], number]
+                assert [token for token, _ in found] == [token for token, _ in first]
+    per_token = engine.stats.cache_capacity_bytes // CONTEXT
+    return Subject(graph, prompts, adapters, answers, per_token, tolerance)
+
+
+def shared_prompts(stem: list[int], vocab_size: int, seed: int) -> list[list[int]]:
+    """Texts that begin as `stem`, of 40 tokens that the model itself has told: for less than a chunk, for
+    chunks, and for a little more. The last two repeat it, so that guesses come true."""
+    rng = np.random.default_rng(seed)
+    mixed = [
+        [*stem[:n], *rng.integers(3, vocab_size, more).tolist()]
+        for n, more in ((5, 9), (16, 1), (32, 3), (33, 5), (40, 2))
+    ]
+    return [*mixed, stem[:32], [*stem[:16] * 2, *stem[:6]], [*stem[:12] * 3, *stem[:3]]]
+
+
+def run(subject: Subject, examples: int) -> None:
+    """Let the machine do what Hypothesis thinks of."""
+    run_state_machine_as_test(
+        lambda: EngineMachine(subject),
+        settings=settings(max_examples=examples, stateful_step_count=40, deadline=None),
+    )
+
+
+@pytest.fixture(autouse=True)
+def clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine's time is that of `Paced`."""
+    time = SimpleNamespace(perf_counter=lambda: Paced.now, monotonic=lambda: Paced.now)
+    monkeypatch.setattr(batched, "time", time)
+
+
+def make_stories(base: Path, story: list[int], root: Path) -> Subject:
+    """stories260K with as many adapters as slots."""
+    graph = root / "onnx"
+    graph.mkdir()
+    export_decoder(base, graph, Cpu(), slots=(ADAPTER_SLOTS, 8))
+    layout = AdapterLayout.load(graph)
+    assert layout is not None
+    engine, reference = OnnxEngine.open(graph, ALONE), TorchEngine.open(base, ALONE)
+    # Of the first seeds the one whose answers have no close choices.
+    prompts, ample = shared_prompts(story[1:41], reference.vocab_size, seed=12), 0.008
+    assert all(is_ample(reference, engine, prompt, ample) for prompt in prompts)
+    adapters: list[Path] = []
+    for n in range(ADAPTER_SLOTS):
+        tuned = root / str(n)
+        write_random_adapter(tuned / "adapter", layout, seed=n)
+        for file in base.iterdir():
+            (tuned / file.name).symlink_to(file)
+        engine.load_adapter("a", tuned / "adapter", replace=True)
+        reference = TorchEngine.open(tuned, ALONE)
+        assert all(is_ample(reference, engine, prompt, ample, "a") for prompt in prompts)
+        adapters.append(tuned / "adapter")
+    return make_subject(graph, prompts, adapters, tolerance=1e-4)
+
+
+@pytest.fixture(scope="module")
+def with_adapters(
+    data_dir: Path, story: list[int], tmp_path_factory: pytest.TempPathFactory
+) -> Subject:
+    root = tmp_path_factory.mktemp("machine")
+    with one_thread():
+        return make_stories(data_dir / "stories260K" / "hf", story, root)
+
+
+def test_a_model_with_adapters(with_adapters: Subject) -> None:
+    run(with_adapters, examples=25)
+
+
+def test_all_of_it_can_happen(with_adapters: Subject) -> None:
+    """By one course of which everything is known."""
+    machine = EngineMachine(with_adapters)
+    machine.open(2, 16, 1000, contexts=1, max_stall=1.2, draft_tokens=4, loaded=2)
+    engine = machine.engine
+    machine.submit(7, copies=2, priority=2)
+    machine.step(12)
+    machine.submit(4, place=1, priority=1)
+    machine.submit(3, place=2)
+    machine.step(4)
+    assert engine.num_waiting == 2 and engine.stats.preemptions == 2
+    machine.unload(1)
+    machine.load("a", 2, replace=True)
+    # The requests of both have their slots still.
+    machine.load("c", 0)
+    assert engine.adapters == ("a",)
+    machine.step(60)
+    assert not machine.left and engine.stats.accepted_tokens > 0
+    machine.load("b", 1)
+    machine.load("c", 0)
+    machine.submit(2, place=1)
+    machine.load("d", 1, evict=True)
+    assert engine.adapters == ("a", "c", "d")
+    machine.load("c", 1, replace=True)
+    machine.submit(5, place=2, stop_at=3)
+    machine.cancel(1)
+    machine.step(60)
+    assert engine.stats.prefix_hit_tokens > 0
+    machine.teardown()
+
+
+@torch.no_grad()
+def round_to_int8(model: PreTrainedModel, levels: int) -> None:
+    """Let a model compute as the scheme int8-rowwise means it: every row of weights and of activations
+    in integers, by its own maximum."""
+    done: list[torch.Tensor] = []
+    for module in model.modules():
+        if not isinstance(module, torch.nn.Linear | torch.nn.Embedding):
+            continue
+        if not any(module.weight is tensor for tensor in done):
+            done.append(module.weight)
+            step = module.weight.abs().amax(1, keepdim=True) / levels
+            module.weight.copy_((module.weight / step).round() * step)
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(_round_activations)
+
+
+def _round_activations(module: torch.nn.Module, inputs: tuple[torch.Tensor]) -> torch.Tensor:
+    largest = inputs[0].abs().amax(-1, keepdim=True)
+    return (inputs[0] / largest * 127).round() / 127 * largest
+
+
+def candidates(reference: TorchEngine, tokenizer: ChatTokenizer, rows: Path) -> Iterator[list[int]]:
+    """Short questions, alone and as the second ones of conversations; then what the model tells."""
+    asked: list[Any] = [json.loads(line)["messages"] for line in rows.read_text().splitlines()]
+    asked.sort(key=lambda messages: len(messages[0]["content"]))
+    for messages in asked[2:14]:
+        for before in ([], asked[0], asked[1]):
+            yield tokenizer.encode_chat([*before, *messages[:-1]])
+    for first in asked[:4]:
+        question = tokenizer.encode_chat(first[:-1])
+        (told,) = reference.generate([question], SamplingParams(40, ignore_eos=True))
+        yield from shared_prompts(list(told.token_ids), reference.vocab_size, len(question))
+
+
+def make_quickstart(stages: dict[str, Any]) -> Subject:
+    """The bundle of a run of the quickstart."""
+    bundle, merged, task = (Path(stages[name]["path"]) for name in ("bundle", "merged", "task"))
+    engine, model = OnnxEngine.open(bundle, ALONE), load_model(merged)
+    round_to_int8(model, levels=63)
+    reference = TorchEngine(
+        TorchBackend(model),
+        options=ALONE,
+        vocab_size=engine.vocab_size,
+        max_model_len=CONTEXT,
+        eos_token_ids=frozenset(),
+    )
+    found = candidates(reference, ChatTokenizer.load(bundle), task / "test.jsonl")
+    # An activation that is rounded to the next integer moves a logit by up to 0.33.
+    short = (prompt for prompt in found if len(prompt) <= CONTEXT - LONGEST)
+    far = (prompt for prompt in short if is_ample(reference, engine, prompt, 1.0))
+    return make_subject(bundle, list(islice(far, NUM_PROMPTS)), tolerance=1.0)
+
+
+@pytest.mark.slow
+def test_the_quickstarts_bundle(quickstart_store: Path) -> None:
+    code, result, err = lifecycle(quickstart_store, "run", "quickstart", *OVERRIDES)
+    assert code == 0, err
+    with one_thread():
+        subject = make_quickstart(result["stages"])
+    run(subject, examples=15)
