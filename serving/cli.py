@@ -68,13 +68,16 @@ def chat(argv: Sequence[str]) -> int:
 
 
 def _open(args: argparse.Namespace) -> Service:
+    from lifecycle.bundle.manifest import MANIFEST
     from lifecycle.engines.base import EngineOptions
     from lifecycle.pipeline.runs import find_folder
     from serving.service import open_service
 
-    draft = args.draft_model
+    draft, folder = args.draft_model, find_folder(args.bundle, args.store)
+    # What a stage made has no name of its own but the digest that its folder is called by.
+    has_name = Path(args.bundle).is_dir() or (folder / MANIFEST).is_file()
     return open_service(
-        find_folder(args.bundle, args.store),
+        folder,
         engine=args.engine,
         options=EngineOptions(
             max_num_seqs=args.max_num_seqs,
@@ -86,7 +89,7 @@ def _open(args: argparse.Namespace) -> Service:
             draft_model=None if draft is None else find_folder(draft, args.store),
             packed_weights=args.packed_weights,
         ),
-        name=args.served_model_name,
+        name=args.served_model_name or (None if has_name else args.bundle),
         max_queue=args.max_queue,
         adapters=_adapters(args.adapter),
     )

@@ -79,6 +79,11 @@ def test_what_a_stage_made_goes_by_its_name(first: dict[str, Any], quickstart_st
     assert found["model"]["name"] == "quickstart/int4"
     assert found["model"]["path"] == first["stages"]["int4"]["path"]
     assert found["engine"]["draft_model"] == first["stages"]["int8"]["path"]
+    command = [sys.executable, "-m", "lifecycle.cli", "chat", "quickstart/int4"]
+    done = subprocess.run(
+        [*command, "--store", str(quickstart_store)], input="", capture_output=True, text=True
+    )
+    assert done.stderr.startswith("quickstart/int4 is ungated"), done.stderr
 
 
 def test_no_held_out_function_is_in_any_training_text(first: dict[str, Any]) -> None:

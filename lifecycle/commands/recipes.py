@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from lifecycle.commands.output import Parser, emit, say, table
@@ -30,7 +31,8 @@ def main(argv: list[str]) -> int:
     if args.action == "show":
         emit({"name": path.stem, "text": text}) if args.json else say(text.rstrip())
         return 0
-    return _copy(text, Path(args.target or path.name), args.json)
+    target = Path(args.target or path.name)
+    return _copy(_renamed(text, path.stem, target), target, args.json)
 
 
 def _list(as_json: bool) -> int:
@@ -43,6 +45,14 @@ def _list(as_json: bool) -> int:
     else:
         table(("recipe", "what it does"), found.items())
     return 0
+
+
+def _renamed(text: str, name: str, target: Path) -> str:
+    """The recipe under the name of its new file, or `serve NAME` would soon mean another model."""
+    if target.stem == name or re.fullmatch(r"[A-Za-z][\w-]*", target.stem) is None:
+        return text
+    text = text.replace(f"# lifecycle run {name}\n", f"# lifecycle run {target.name}\n", 1)
+    return re.sub(rf"^name: {re.escape(name)}$", f"name: {target.stem}", text, count=1, flags=re.M)
 
 
 def _copy(text: str, target: Path, as_json: bool) -> int:

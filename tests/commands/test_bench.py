@@ -199,6 +199,15 @@ def test_a_trace_shares_prefixes_and_counts_what_does_not_fit(
     assert bench(*real, "--scale", "400")[1]["points"][0]["completed"] == 12
 
 
+def test_a_table_has_no_empty_columns(decoder: str, data_dir: Path, capsys) -> None:
+    trace = ["--trace", str(data_dir / TRACE), "--requests", "1", "--scale", "999"]
+    assert main(["bench", "engine", decoder, *trace]) == 0
+    out = capsys.readouterr().out
+    # The lengths of a trace differ, and its one answer has one token.
+    assert "TTFT ms" in out
+    assert "prompt" not in out and "TPOT" not in out
+
+
 @pytest.mark.parametrize(
     ("options", "figures"),
     [

@@ -164,6 +164,10 @@ def test_recipes_list_show_copy(tmp_path: Path, monkeypatch, capsys) -> None:
     assert main(["recipes", "copy", "quickstart"]) == 2
     assert "exists already" in capsys.readouterr().err
     assert main(["plan", "quickstart.yaml", "--json"]) == 0
+    assert main(["recipes", "copy", "quickstart", "mine.yaml"]) == 0
+    mine = (tmp_path / "mine.yaml").read_text()
+    assert mine.startswith("# lifecycle run mine.yaml\nname: mine\n")
+    assert mine.partition("description")[2] == text.partition("description")[2]
     (tmp_path / "no-text").write_bytes(b"\xff")
     assert main(["recipes", "show", "no-text"]) == 2
 

@@ -82,6 +82,11 @@ def test_a_bundle_has_all_that_serving_needs(
     assert bundle.metrics["bytes"] == sum(file["size"] for file in manifest["files"])
 
 
+def test_a_name_that_no_client_could_send_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"'two words' is no name for a model: use letters"):
+        BundleStage(model="m", name="two words")
+
+
 def test_the_lineage_goes_back_to_the_source(
     run_stage: RunStage, learnt_onnx: OnnxModel, evaluated: Artifact
 ) -> None:
