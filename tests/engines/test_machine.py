@@ -199,6 +199,8 @@ def test_all_of_it_can_happen(with_adapters: Subject) -> None:
         machine.load("a", number, replace=True)
         machine.submit(3, place=1)
         machine.step(30)
+    machine.submit(3, place=1)
+    machine.step(30)
     assert engine.stats.prefix_hit_tokens > 0
     machine.teardown()
 
