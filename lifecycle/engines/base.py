@@ -215,7 +215,7 @@ class EngineOptions:
     max_stall: float | None = 2.5
     """Where requests decode, a step that computes prompts too takes at most so many times as long as one
     that does not, as far as 2 tokens of a prompt allow, or 16 where prompts have a graph of their own; None is
-    no bound."""
+    no bound, nor has `generate` one."""
     draft_tokens: int = 0
     """Most tokens of a request guessed per step, from what its text holds already (prompt lookup) or by
     `draft_model`; the output stays what it is without."""

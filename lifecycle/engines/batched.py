@@ -91,6 +91,7 @@ class BatchedEngine(Engine):
             budget, chunk = options.prefix_cache_bytes, options.prefill_chunk
             self._prefixes = PrefixCache(budget, chunk, self._cache)
         self._max_cache_tokens = self._cache_limit()
+        self._max_stall = options.max_stall
         self._scheduler = self._make_scheduler()
         self._adapters = AdapterTable(backend, lambda: self._scheduler.states())
         self._cancelled: list[Event] = []
@@ -234,7 +235,12 @@ class BatchedEngine(Engine):
         adapter: str | None = None,
     ) -> list[Generation]:
         self._require_idle()
-        return offline.generate(self, prompts, params, on_done, adapter)
+        # Nobody reads along, so no token has to come soon.
+        self._max_stall = None
+        try:
+            return offline.generate(self, prompts, params, on_done, adapter)
+        finally:
+            self._max_stall = self._options.max_stall
 
     def score(
         self,
@@ -352,7 +358,7 @@ class BatchedEngine(Engine):
         return min(most, budget // per_token)
 
     def _schedule(self) -> Batch:
-        running, max_stall = self._scheduler.running.values(), self._options.max_stall
+        running, max_stall = self._scheduler.running.values(), self._max_stall
         self._speculation.draft(running, self._pace)
         room = None
         if max_stall is not None:

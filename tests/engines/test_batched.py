@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 
@@ -163,6 +165,28 @@ def test_what_needs_an_idle_engine_says_so(call: str) -> None:
     engine.submit(Request("a", [1], FREE))
     with pytest.raises(EngineError, match="busy"):
         engine.logits([1]) if call == "logits" else engine.generate([[1]], FREE)
+
+
+def test_only_requests_that_somebody_reads_hold_prompts_back(monkeypatch) -> None:
+    monkeypatch.setattr("lifecycle.engines.pace.Pace.prompt_room", lambda *_: 2)
+    prompts = [[1] * 2, [2] * 20, [3] * 20]
+    params = SamplingParams(max_tokens=8, ignore_eos=True)
+    engine = ToyEngine.make(3, 40, 20)
+
+    def serve() -> None:
+        for index, prompt in enumerate(prompts):
+            engine.submit(Request(str(index), prompt, params))
+        while engine.num_running or engine.num_waiting:
+            engine.step()
+
+    def steps_of(work: Callable[[], object]) -> int:
+        before = engine.stats.steps
+        work()
+        return engine.stats.steps - before
+
+    served = steps_of(serve)
+    assert steps_of(lambda: engine.generate(prompts, params)) < served
+    assert steps_of(serve) == served
 
 
 def test_as_many_params_as_prompts_are_wanted() -> None:

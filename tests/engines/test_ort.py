@@ -16,6 +16,7 @@ from lifecycle.engines.backend import Row
 from lifecycle.engines.base import Engine, EngineOptions, FinishReason, Request, SamplingParams
 from lifecycle.engines.decoder import DecoderInfo
 from lifecycle.engines.ort import OnnxEngine
+from lifecycle.engines.pace import Pace
 from lifecycle.engines.pytorch import TorchEngine
 from lifecycle.engines.state import LONGEST_RUN
 from lifecycle.errors import EngineError, RequestError
@@ -80,14 +81,37 @@ def test_no_neighbour_changes_a_request(random_model: Model) -> None:
     assert identical == total > 50
 
 
-@pytest.mark.parametrize("scheme", [Int8Rowwise(weight_bits=8), Blockwise()])
+@pytest.fixture
+def cut_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps carry as much of a prompt as a machine of changing speed would let them."""
+    rng = np.random.default_rng(0)
+    rooms = [None, 1, 2, 3, 4, 5, 7, 9, 12]
+    monkeypatch.setattr(Pace, "prompt_room", lambda *_: rooms[rng.integers(len(rooms))])
+
+
+@pytest.mark.parametrize("max_stall", [2.5, None])
+@pytest.mark.parametrize("scheme", [Int8Rowwise(weight_bits=8), Blockwise(32)])
 def test_no_neighbour_changes_a_quantised_request(
-    random_model: Model, tmp_path: Path, scheme: Scheme
+    random_model: Model, tmp_path: Path, scheme: Scheme, max_stall: float | None, cut_anywhere: None
 ) -> None:
     quantize_graph(random_model.graph, tmp_path, "test", scheme)
-    engine = OnnxEngine.open(tmp_path, EngineOptions(max_num_seqs=4, prefill_chunk=16))
-    identical, total = measure(engine, mixes=6, seed=2)
+    options = EngineOptions(max_num_seqs=4, prefill_chunk=16, max_stall=max_stall)
+    identical, total = measure(OnnxEngine.open(tmp_path, options), mixes=6, seed=2)
     assert identical == total > 20
+
+
+def test_blocks_of_64_change_the_last_bits_of_few_requests(
+    random_model: Model, tmp_path: Path, cut_anywhere: None
+) -> None:
+    """The last of an odd number of tokens in a step is computed by another kernel (docs/decisions.md)."""
+    quantize_graph(random_model.graph, tmp_path, "test", Blockwise(64))
+    engine = OnnxEngine.open(tmp_path, EngineOptions(max_num_seqs=4, prefill_chunk=16))
+    identical, total = measure(engine, mixes=20, seed=2)
+    assert identical >= 0.95 * total > 95
+    text = prompts(160, [40])[0]
+    whole = engine.logits(text)
+    by_one = OnnxEngine.open(tmp_path, EngineOptions(1, prefill_chunk=1)).logits(text)
+    assert np.abs(whole - by_one).max() < 0.02 * np.abs(whole).max()
 
 
 @pytest.fixture(scope="module", params=["int8", "int4"])
