@@ -26,7 +26,7 @@ class Adapters:
         self._worker, self._base = worker, base
         self.cards = {card.name: card for card in fixed}
         """Of the loaded ones, by name."""
-        self._fixed = frozenset(self.cards)
+        self._fixed = set(self.cards)
         self._one = asyncio.Lock()
 
     async def load(
@@ -75,10 +75,14 @@ class Adapters:
         async with self._one:
             if self.cards.pop(name, None) is None:
                 raise model_not_found(name, self.cards, param="lora_name")
+            self._fixed.discard(name)
             await self._worker.run(lambda engine: engine.unload_adapter(name))
 
     def _prepare(self, name: str, folder: Path) -> tuple[AdapterWeights, ModelCard]:
-        return self._read(folder), adapter_card(self._base, name, folder)
+        try:
+            return self._read(folder), adapter_card(self._base, name, folder)
+        except OSError as error:
+            raise EngineError(f"{error.filename} cannot be read: {error.strerror}") from error
 
 
 def folder_inside(root: Path, given: str) -> Path:

@@ -73,7 +73,7 @@ def model_not_found(name: str, served: Iterable[str], param: str = "model") -> A
     known = ", ".join(f"'{one}'" for one in served) or "none"
     return ApiError(
         404,
-        f"the model '{name}' does not exist; this server has {known}",
+        f"the model '{name:.200}' does not exist; this server has {known}",
         param=param,
         code="model_not_found",
     )
@@ -82,6 +82,13 @@ def model_not_found(name: str, served: Iterable[str], param: str = "model") -> A
 def queue_full() -> ApiError:
     """503: as many requests wait as may wait."""
     return _unavailable("the server is busy and its queue is full; try again", "queue_full")
+
+
+def bodies_full(headers: Mapping[str, str]) -> ApiError:
+    """503: the bodies that are being read are as much as may be held."""
+    error = _unavailable("the server is reading too many large bodies; try again", "bodies_full")
+    error.headers |= headers
+    return error
 
 
 def draining() -> ApiError:

@@ -11,7 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from serving.errors import ApiError, bad_request
-from serving.http import error_response
+from serving.http import counted_response, error_response
 
 
 def add_handlers(app: FastAPI) -> None:
@@ -23,9 +23,7 @@ def add_handlers(app: FastAPI) -> None:
 
 async def _api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
-    if error.status == 503:
-        request.app.state.service.worker.monitor.reject(error.code or "")
-    return error_response(error)
+    return counted_response(request.app, error)
 
 
 async def _validation_error(request: Request, error: Exception) -> Response:
@@ -40,7 +38,20 @@ async def _http_error(request: Request, error: Exception) -> Response:
         405: f"{request.url.path} does not take {request.method}",
     }
     message = messages.get(error.status_code, str(error.detail))
+    if error.status_code == 400 and error.__cause__ is not None:
+        # What the framework tells of any body that it cannot parse is only that.
+        message = f"the body is no JSON that can be read: {_reason(error.__cause__)}"
     return error_response(ApiError(error.status_code, message, headers=error.headers))
+
+
+def _reason(error: BaseException) -> str:
+    """Why a body could not be parsed; nothing of what it holds."""
+    if isinstance(error, UnicodeDecodeError):
+        return f"byte {error.start} is no UTF-8"
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    # Python reads no integer of more than 4,300 digits.
+    return "a number has too many digits" if isinstance(error, ValueError) else "it is damaged"
 
 
 def _first_problem(problems: Sequence[Any]) -> ApiError:

@@ -7,6 +7,7 @@ import json
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
+from fastapi import FastAPI
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive
@@ -20,6 +21,13 @@ def error_response(error: ApiError) -> Response:
     """An error as a response. It is written in ASCII, for it may quote what is no text."""
     content = json.dumps(error.body)
     return Response(content, error.status, error.headers, media_type="application/json")
+
+
+def counted_response(app: FastAPI, error: ApiError) -> Response:
+    """As `error_response`; a 503 counts as a rejection."""
+    if error.status == 503:
+        app.state.service.worker.monitor.reject(error.code or "")
+    return error_response(error)
 
 
 async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:

@@ -9,10 +9,14 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serving.errors import NEVER_RETRY, ApiError, internal_error
-from serving.http import error_response
+from serving.errors import NEVER_RETRY, ApiError, bodies_full, internal_error
+from serving.http import counted_response, error_response
 
 CLOSE = {"Connection": "close"}
+SMALL_BODY = 64 * 1024
+"""Bytes of each body that are always taken, so that who sends large ones slowly does not shut out the rest."""
+MOST_HELD = 64 * 1024 * 1024
+"""Bytes beyond these of all bodies that are still being read."""
 
 
 class RequestContext:
@@ -54,6 +58,7 @@ class LimitBody:
 
     def __init__(self, app: ASGIApp, max_bytes: int, timeout: float) -> None:
         self._app, self._max_bytes, self._timeout = app, max_bytes, timeout
+        self._held = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] != "POST":
@@ -63,7 +68,7 @@ class LimitBody:
             _check_content_type(Headers(scope=scope))
             body = await self._read(Headers(scope=scope), receive)
         except ApiError as error:
-            await error_response(error)(scope, receive, send)
+            await counted_response(scope["app"], error)(scope, receive, send)
         else:
             await self._app(scope, _replay(body, receive), send)
 
@@ -72,6 +77,7 @@ class LimitBody:
         if not length.isdecimal() or int(length) > self._max_bytes:
             raise self._too_large()
         body = bytearray()
+        held = 0
         try:
             async with asyncio.timeout(self._timeout):
                 while True:
@@ -83,9 +89,16 @@ class LimitBody:
                         raise self._too_large()
                     if not message.get("more_body"):
                         return bytes(body)
+                    more = max(len(body) - SMALL_BODY, 0) - held
+                    if self._held + more > max(MOST_HELD, self._max_bytes):
+                        raise bodies_full(CLOSE)
+                    self._held += more
+                    held += more
         except TimeoutError:
             text = f"the request's body did not come within {self._timeout:g} s"
             raise ApiError(408, text, code="request_timeout", headers=CLOSE) from None
+        finally:
+            self._held -= held
 
     def _too_large(self) -> ApiError:
         return ApiError(

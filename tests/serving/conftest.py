@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,7 @@ from lifecycle.graph.export import export_decoder
 from lifecycle.graph.targets import Cpu
 from serving.sampling import Defaults
 from serving.service import ModelCard, Service, open_service
-from tests.serving.running import running
+from tests.serving.running import MakeService, running
 from tests.serving.scripted import ScriptedEngine
 
 COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
@@ -33,8 +33,6 @@ TEMPLATE = """\
 {% endif -%}
 """
 TEXT = "The quick brown fox jumps over the lazy dog. Größe, naïve, 日本語, 😀! " * 20
-
-MakeService = Callable[..., Service]
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
@@ -17,7 +17,10 @@ from serving.protocol import Protocol
 from serving.server import bind, url
 from serving.service import Service
 from serving.settings import ServerSettings
-from tests.serving.scripted import ScriptedEngine
+from tests.serving.scripted import ScriptedBackend, ScriptedEngine
+
+MakeService = Callable[..., Service]
+"""Makes a service over a scripted engine; takes what `ScriptedEngine` does."""
 
 
 @contextmanager
@@ -78,3 +81,23 @@ def client(base_url: str, key: str | None = None) -> httpx.Client:
     """A plain HTTP client, to see what really goes over the wire."""
     headers = {} if key is None else {"Authorization": f"Bearer {key}"}
     return httpx.Client(base_url=base_url, headers=headers, timeout=30)
+
+
+@contextmanager
+def served(
+    make_service: MakeService, settings: ServerSettings | None = None, **options: Any
+) -> Iterator[tuple[httpx.Client, Service, ScriptedBackend]]:
+    service = make_service(**options)
+    backend: ScriptedBackend = service.backend  # type: ignore[attr-defined]
+    with running(service, settings) as url, client(url) as http:
+        try:
+            yield http, service, backend
+        finally:
+            backend.go()
+
+
+def in_background(work: Callable[[], Any]) -> tuple[threading.Thread, list[Any]]:
+    results: list[Any] = []
+    thread = threading.Thread(target=lambda: results.append(work()))
+    thread.start()
+    return thread, results

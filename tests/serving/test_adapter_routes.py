@@ -22,9 +22,11 @@ from lifecycle.data.chat import ChatTokenizer
 from lifecycle.engines.backend import Row
 from lifecycle.engines.base import EngineOptions
 from lifecycle.engines.ort import OnnxEngine
+from lifecycle.engines.peft import WEIGHTS
 from lifecycle.errors import RecipeError
 from lifecycle.graph.export import export_decoder
 from lifecycle.graph.targets import Cpu
+from serving.cards import ModelCard
 from serving.cli import serve
 from serving.service import Service, open_service
 from serving.settings import ServerSettings
@@ -247,6 +249,29 @@ def test_the_one_asked_for_least_recently_goes_if_the_operator_lets_it(
         assert models(http) == ["base", "x", "b"]
         assert (ask(http, "x"), ask(http, "b")) == (texts["x"], texts["z"])
         assert error_of(http.post("/v1/completions", json={"model": "a", "prompt": "x"}), 404)
+
+
+def test_what_was_loaded_again_may_go_whoever_began_with_it(
+    folder: Path, texts: dict[str, str]
+) -> None:
+    with served(folder, evict=True, fixed="x") as (http, _):
+        http.post(UNLOAD, json={"lora_name": "x"}).raise_for_status()
+        load(http, "x", "x").raise_for_status()
+        load(http, "a", "y").raise_for_status()
+        load(http, "b", "z").raise_for_status()
+        assert models(http) == ["base", "a", "b"]
+
+
+def test_a_file_that_cannot_be_read_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The root user may read all files, so the refusal is feigned.
+    def refused(*_: object) -> ModelCard:
+        raise PermissionError(13, "Permission denied", str(folder / "adapters" / "x" / WEIGHTS))
+
+    monkeypatch.setattr("serving.adapters.adapter_card", refused)
+    with served(folder) as (http, _):
+        message = error_of(load(http, "a", "x"), 400)["message"]
+        assert message == f"lora_path: x/{WEIGHTS} cannot be read: Permission denied"
+        assert models(http) == ["base"]
 
 
 def test_only_what_lies_in_the_directory_is_read(folder: Path, tmp_path: Path) -> None:

@@ -13,8 +13,7 @@ from serving.auth import PUBLIC, ApiKeys
 from serving.routes.generate import salt_of
 from serving.schemas import GenerationBody
 from serving.settings import ServerSettings
-from tests.serving.conftest import MakeService
-from tests.serving.running import client, running
+from tests.serving.running import MakeService, client, running
 from tests.serving.test_errors import error_of
 
 KEYS = ("first-key", "zweiter-Schlüssel", "voilà")

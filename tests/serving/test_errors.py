@@ -173,6 +173,8 @@ def test_a_long_list_costs_one_error(fields: dict[str, Any]) -> None:
 def test_a_long_name_is_not_sent_back(http: httpx.Client) -> None:
     body = VALID[CHAT] | {"x" * 1_000_000: 1}
     assert len(error_of(http.post(CHAT, json=body), 400)["message"]) < 100
+    body = VALID[CHAT] | {"model": "x" * 1_000_000}
+    assert len(error_of(http.post(CHAT, json=body), 404)["message"]) < 300
 
 
 def test_null_is_the_default(http: httpx.Client) -> None:
@@ -181,17 +183,29 @@ def test_null_is_the_default(http: httpx.Client) -> None:
 
 
 @pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (b'{"model": ', "Expecting value at character 10"),
+        (b"\xff\xfe", "Expecting value at character 0"),
+        (b'{"a": "\xff"}', "byte 7 is no UTF-8"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b'{"seed": ' + b"9" * 5000 + b"}", "too many digits"),
+    ],
+)
+def test_a_body_that_is_no_json_is_told_why(http: httpx.Client, body: bytes, words: str) -> None:
+    response = http.post(COMPLETIONS, content=body, headers={"Content-Type": "application/json"})
+    message = error_of(response, 400)["message"]
+    assert words in message and "999" not in message
+
+
+@pytest.mark.parametrize(
     "body",
     [
-        b'{"model": ',
         b"",
         b"[]",
         b'"text"',
-        b"\xff\xfe",
-        b"[" * 100_000,
         b'{"model": "tiny-chat", "prompt": "a", "temperature": NaN}',
         b'{"model": "tiny-chat", "prompt": "a", "temperature": 1e999}',
-        b'{"model": "tiny-chat", "prompt": "a", "seed": ' + b"9" * 5000 + b"}",
         b'{"model": "tiny-chat", "prompt": "\\ud800"}',
         b'{"model": "tiny-chat", "prompt": "a", "stop": "\\udfff"}',
         b'{"model": "tiny-chat", "prompt": "a", "\\ud800": 1}',

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from serving.settings import ServerSettings
-from tests.serving.conftest import MakeService
-from tests.serving.running import order_of_ends
+from tests.serving.running import MakeService, order_of_ends
 
 SETTINGS = ServerSettings(api_keys=("many", "few"))
 

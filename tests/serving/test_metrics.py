@@ -16,8 +16,7 @@ from serving.monitor import MAX_MODELS, REASONS, Monitor
 from serving.settings import ServerSettings
 from tests.engines.clock import StepClock
 from tests.engines.toy import ToyEngine
-from tests.serving.conftest import MakeService
-from tests.serving.running import client, running, wait_until
+from tests.serving.running import MakeService, client, running, wait_until
 from tests.serving.test_errors import error_of
 
 BODY = {"model": "scripted", "prompt": "one", "max_tokens": 4}

@@ -11,8 +11,7 @@ import pytest
 from serving.service import Service
 from serving.settings import ServerSettings
 from tests.engines.clock import StepClock
-from tests.serving.conftest import MakeService
-from tests.serving.running import client, order_of_ends, running, wait_until
+from tests.serving.running import MakeService, client, order_of_ends, running, wait_until
 from tests.serving.test_errors import error_of
 
 BODY = {"model": "scripted", "prompt": "one", "max_tokens": 4}
