@@ -9,20 +9,23 @@ _WEIGHT, _PROMPT_WEIGHT = 0.2, 0.4
 _OUTLIER = 2.0
 """A measurement counts as at most so many times the mean: a machine may be busy for a moment."""
 _LARGE, _LEAST = 64, 16
-"""Tokens of prompts, where they have a graph of their own: by which its speed is told, and of a step."""
+"""Tokens of prompts: of a step by which their own time is told, and the least of a step where they have a graph of
+their own."""
 
 
 class Pace:
-    """Running means: of decoding steps by their number of tokens, and of what a token of a prompt adds."""
+    """Running means: of decoding steps by their number of tokens, and of what prompts add to a step, which is
+    so much for any token and so much for each."""
 
     def __init__(self, *, has_prompt_graph: bool = False) -> None:
-        """With a graph of their own, prompts cost something before their first token: that graph's weights
-        have to be read too."""
+        """With a graph of their own, prompts share no weights with what decodes beside them."""
         self._has_prompt_graph = has_prompt_graph
-        self._prompt_base: float | None = None
         self._decode: dict[int, float] = {}
         self._known: list[int] = []
         self._prompt_token: float | None = None
+        self._prompt_base = 0.0
+        """What the first token adds beyond its own time: attention reads the whole text for it, products of a few
+        rows take other kernels, a graph for prompts reads its weights. It follows the prompts as they grow."""
         self._first: tuple[int, float] | None = None
         """Tokens and seconds of the last step of prompts alone before any other."""
         self.seconds = 0.0
@@ -43,27 +46,25 @@ class Pace:
             self._note_prompt(0, *first)
 
     def _note_prompt(self, num_decode: int, num_prompt: int, seconds: float) -> None:
-        # The first token of a step that has no other costs what the step does.
-        if self._has_prompt_graph:
-            self._note_prompt_graph(num_decode, num_prompt, seconds)
+        base, tokens = 0.0, num_prompt
+        if num_decode or not self._has_prompt_graph:
+            # The first token of a step that has no other costs what the step does.
+            known = self.decode_seconds(num_decode or 1)
+            if known is None:
+                self._first = (num_prompt, seconds)
+                return
+            base, tokens = known, num_prompt if num_decode else num_prompt - 1
+        more = seconds - base
+        if more <= 0 or not tokens:
             return
-        base = self.decode_seconds(num_decode or 1)
-        more = num_prompt if num_decode else num_prompt - 1
-        if base is None:
-            self._first = (num_prompt, seconds)
-        elif more and seconds > base:
-            self._prompt_token = _mean(self._prompt_token, (seconds - base) / more, _PROMPT_WEIGHT)
-
-    def _note_prompt_graph(self, num_decode: int, num_prompt: int, seconds: float) -> None:
         # In large rows the base is little; in small ones it is what remains.
-        more = seconds - (self.decode_seconds(num_decode) or 0.0 if num_decode else 0.0)
-        if more <= 0:
-            return
-        if num_prompt >= _LARGE:
-            self._prompt_token = _mean(self._prompt_token, more / num_prompt, _PROMPT_WEIGHT)
-        elif self._prompt_token is not None:
-            base = max(more - self._prompt_token * num_prompt, 0.0)
-            self._prompt_base = _mean(self._prompt_base, base) if self._prompt_base else base
+        token = self._prompt_token
+        if tokens >= _LARGE or token is None or more < token * tokens:
+            self._prompt_token = _mean(token, more / tokens, _PROMPT_WEIGHT)
+        if token is not None and num_decode:
+            own = self.prompt_token_seconds * tokens
+            more = min(more, _OUTLIER * (own + self._prompt_base))
+            self._prompt_base += _PROMPT_WEIGHT * (max(more - own, 0.0) - self._prompt_base)
 
     def decode_seconds(self, num_tokens: int) -> float | None:
         """Of a step with so many decoding tokens: measured, or between the nearest measurements, or
@@ -93,11 +94,10 @@ class Pace:
         base = self.decode_seconds(num_decode)
         if base is None or self._prompt_token is None:
             return None
-        more = (max_stall - 1.0) * base
-        if self._has_prompt_graph:
-            # Fewer would read all its weights for next to nothing.
-            return max(int((more - (self._prompt_base or 0.0)) / self._prompt_token), _LEAST)
-        return int(more / self._prompt_token)
+        more = (max_stall - 1.0) * base - self._prompt_base
+        # Fewer would read all weights of a graph for next to nothing.
+        least = _LEAST if self._has_prompt_graph else 0
+        return max(int(more / self._prompt_token), least)
 
 
 def _mean(mean: float | None, value: float, weight: float = _WEIGHT) -> float:

@@ -1,0 +1,54 @@
+"""What steps are expected to take, from machines whose steps take what a formula says."""
+
+from __future__ import annotations
+
+import pytest
+
+from lifecycle.engines.pace import Pace
+
+
+def step_seconds(num_decode: int, num_prompt: int, base: float, token: float) -> float:
+    decode = 0.008 + 0.001 * num_decode
+    return decode + (base + token * num_prompt if num_prompt else 0.0)
+
+
+@pytest.mark.parametrize("base", [0.0, 0.004])
+@pytest.mark.parametrize("warm", [True, False])
+def test_a_prompt_gets_what_a_step_has_room_for(base: float, warm: bool) -> None:
+    """Also where its first token costs more than the others, by however many tokens prompts were known before."""
+    pace, token = Pace(), 0.0005
+    pace.note(0, 128 if warm else 10, 0.009 + token * (127 if warm else 9))
+    pace.note(2, 0, step_seconds(2, 0, base, token))
+    pace.note(1, 0, step_seconds(1, 0, base, token))
+    for _ in range(40):
+        room = pace.prompt_room(2, 2.5)
+        assert room is not None
+        pace.note(2, max(room, 2), step_seconds(2, max(room, 2), base, token))
+    taken = step_seconds(2, max(room, 2), base, token)
+    assert 2.3 < taken / step_seconds(2, 0, base, token) < 2.52
+
+
+def test_what_first_tokens_cost_follows_the_prompt_and_is_forgotten() -> None:
+    pace = Pace()
+    pace.note(1, 0, 0.009)
+    pace.note(0, 128, 0.009 + 127 * 0.0005)
+    for length in range(100):
+        base = 0.0001 * length
+        room = max(pace.prompt_room(1, 2.5) or 0, 2)
+        seconds = step_seconds(1, room, base, 0.0005)
+        assert seconds < 2.6 * 0.009
+        pace.note(1, room, seconds)
+    assert room < 10
+    for _ in range(20):
+        room = pace.prompt_room(1, 2.5) or 2
+        pace.note(1, room, step_seconds(1, room, 0.0, 0.0005))
+    assert room > 24
+
+
+def test_a_first_token_that_costs_too_much_leaves_no_room() -> None:
+    pace = Pace()
+    pace.note(1, 0, 0.009)
+    pace.note(0, 128, 0.009 + 127 * 0.0005)
+    for _ in range(10):
+        pace.note(1, 2, step_seconds(1, 2, 0.030, 0.0005))
+    assert (pace.prompt_room(1, 2.5) or 0) <= 0
