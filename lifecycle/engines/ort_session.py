@@ -6,9 +6,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -51,14 +54,22 @@ for waking it takes longer than the engine's own work between two steps. The def
 in which an engine that has nothing to do starves whatever else runs on the machine."""
 
 
+_NO_FLASH = "ORT_GQA_DISABLE_FLASH_ATTENTION"
+"""Read by GroupQueryAttention as a session is made."""
+_ENVIRONMENT = Lock()
+
+
 def open_session(
     graph: Path,
     providers: Sequence[str],
     threads: int | None = None,
     packed_weights: Path | None = None,
+    *,
+    whole_scores: bool = False,
 ) -> ort.InferenceSession:
     """Load a graph; `threads` None takes one per core that the process may use. `packed_weights` is a
     folder that keeps weights as the kernels of the CPU want them; other providers make no use of it.
+    With `whole_scores` attention takes memory for all its scores at once, and less time.
 
     Raises:
         EngineError: the file is missing, damaged or takes weights from outside its folder, this
@@ -72,13 +83,28 @@ def open_session(
         )
     check_external_data(graph)
     try:
-        if packed_weights is not None and tuple(providers) == PROVIDERS:
-            return open_packed(graph, packed_weights, partial(_options, threads))
-        return ort.InferenceSession(graph, _options(threads), providers=list(providers))
+        with _attention(whole_scores):
+            if packed_weights is not None and tuple(providers) == PROVIDERS:
+                return open_packed(graph, packed_weights, partial(_options, threads))
+            return ort.InferenceSession(graph, _options(threads), providers=list(providers))
     except EngineError:
         raise
     except Exception as error:
         raise EngineError(f"{graph} cannot be opened: {error}") from error
+
+
+@contextmanager
+def _attention(whole_scores: bool) -> Generator[None]:
+    """Sessions made in the block compute attention in one way or the other, unless the environment says how."""
+    with _ENVIRONMENT:
+        if not whole_scores or _NO_FLASH in os.environ:
+            yield
+            return
+        os.environ[_NO_FLASH] = "1"
+        try:
+            yield
+        finally:
+            del os.environ[_NO_FLASH]
 
 
 def _options(threads: int | None) -> Any:

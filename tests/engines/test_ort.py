@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -79,6 +80,20 @@ def test_no_neighbour_changes_a_request(random_model: Model) -> None:
     options = EngineOptions(max_num_seqs=4, prefill_chunk=16)
     identical, total = measure(OnnxEngine.open(random_model.graph, options), mixes=12, seed=0)
     assert identical == total > 50
+
+
+def test_attention_in_blocks_gives_the_same_where_scores_would_take_too_much(
+    random_model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = prompts(160, [200])[0]
+    whole = OnnxEngine.open(random_model.graph).logits(text)
+    monkeypatch.setattr("lifecycle.engines.ort._MOST_SCORES", 0)
+    blocks = OnnxEngine.open(random_model.graph).logits(text)
+    np.testing.assert_allclose(whole, blocks, atol=1e-4)
+    # The environment is as it was, and says how where it says anything.
+    assert "ORT_GQA_DISABLE_FLASH_ATTENTION" not in os.environ
+    monkeypatch.setenv("ORT_GQA_DISABLE_FLASH_ATTENTION", "1")
+    assert np.array_equal(OnnxEngine.open(random_model.graph).logits(text), whole)
 
 
 @pytest.fixture
