@@ -103,7 +103,7 @@ def serve_parser() -> Parser:
         "--draft-model",
         metavar="MODEL",
         help="a smaller model with the same tokenizer, named as the bundle is, which guesses up to --draft-tokens "
-        "where the text holds nothing to guess from; the answers stay the same",
+        "where the text holds nothing to guess from; the answers are as good",
     )
     parser.add_argument(
         "--packed-weights",

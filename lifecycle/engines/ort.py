@@ -255,7 +255,7 @@ def _backend(
             providers or info.providers,
             options.threads,
             options.packed_weights,
-            whole_scores=_scores_bytes(info, options, max_model_len) <= _MOST_SCORES,
+            whole_scores=_whole_scores(info, options, max_model_len),
         )
         check_signature(session, info, path / name, more, output)
         return session
@@ -263,11 +263,11 @@ def _backend(
     return OrtBackend(open_graph, info, options, max_model_len, layout)
 
 
-def _scores_bytes(info: DecoderInfo, options: EngineOptions, max_model_len: int) -> int:
-    """What the scores of a layer's attention take where all are held at once, with a chunk of a prompt in the
-    step: slots x heads x width of the step x capacity of a slot."""
+def _whole_scores(info: DecoderInfo, options: EngineOptions, max_model_len: int) -> bool:
+    """Whether attention holds all scores of a layer at once: for each slot, head, and token of the widest step, as
+    many as a slot has room for."""
     heads, width = info.hidden_size // info.head_size, _width(options)
-    return 4 * options.max_num_seqs * heads * width * (max_model_len + width)
+    return 4 * options.max_num_seqs * heads * width * (max_model_len + width) <= _MOST_SCORES
 
 
 def _width(options: EngineOptions) -> int:

@@ -16,12 +16,18 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lifecycle.engines import speculation
 from lifecycle.engines.base import EngineOptions, Generation, Request, SamplingParams
 from lifecycle.engines.batched import BatchedEngine
+from lifecycle.engines.decoder import DecoderInfo
 from lifecycle.engines.draft_model import Draft, DraftModel
 from lifecycle.engines.draft_pair import check_pair
 from lifecycle.engines.ort import OnnxEngine
 from lifecycle.engines.pace import Pace
 from lifecycle.engines.pytorch import TorchEngine
 from lifecycle.errors import EngineError
+from lifecycle.graph.blockwise import Blockwise
+from lifecycle.graph.cache import calibrate_cache
+from lifecycle.graph.calibration import Calibration
+from lifecycle.graph.int8 import Int8Rowwise
+from lifecycle.graph.quantize import Scheme, quantize_graph
 from tests.engines.clock import StepClock
 from tests.engines.conftest import Model, exported
 from tests.engines.toy import VOCAB, ToyBackend, ToyEngine, next_token
@@ -178,6 +184,26 @@ def run(engine: BatchedEngine) -> list[Generation]:
     """The answers to `REQUESTS`, without the last bits of their log-probabilities."""
     prompts, params = zip(*REQUESTS, strict=True)
     return [replace(one, logprobs=()) for one in engine.generate(prompts, list(params))]
+
+
+@pytest.mark.parametrize("scheme", [Int8Rowwise(8), Blockwise(32)])
+def test_no_guess_changes_a_bit_with_a_cache_of_integers(
+    always: None, stories: Model, tmp_path: Path, scheme: Scheme
+) -> None:
+    """Rounded activations would make other tokens of other last bits: of some hundred, one."""
+    texts = np.random.default_rng(0).integers(259, 512, (24, 120)).tolist()
+    info = DecoderInfo.load(stories.graph)
+    cache = calibrate_cache(Calibration(stories.graph, texts[:4]), info, "int8")
+    quantize_graph(stories.graph, tmp_path, "test", scheme, cache=cache)
+    prompts = [[1, *text[:3]] for text in texts]
+    params = SamplingParams(max_tokens=120, temperature=0.7, seed=4, ignore_eos=True)
+    plain = OnnxEngine.open(tmp_path, EngineOptions(8)).generate(prompts, params)
+    options = EngineOptions(8, draft_tokens=4, draft_model=stories.graph)
+    engine = OnnxEngine.open(tmp_path, options)
+    assert [one.token_ids for one in engine.generate(prompts, params)] == [
+        one.token_ids for one in plain
+    ]
+    assert engine.stats.accepted_tokens > 500
 
 
 @pytest.fixture(scope="session")
