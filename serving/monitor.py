@@ -61,9 +61,10 @@ class _Running:
 class Monitor:
     """The figures of a server. A request is one answer to one prompt."""
 
-    def __init__(self, name: str) -> None:
-        """`name` is the model's; those of its adapters come as they are asked for."""
-        self._name = name
+    def __init__(self, name: str, since: EngineStats | None = None) -> None:
+        """`name` is the model's; those of its adapters come as they are asked for. What the engine had done by
+        `since`, to warm up, counts as nothing."""
+        self._name, self._since = name, since
         self._models: OrderedDict[str, _Model] = OrderedDict()
         self._running: dict[str, _Running] = {}
         self._cut: dict[str, _Model] = {}
@@ -142,7 +143,8 @@ class Monitor:
         waiting = max(len(self._running) - stats.num_running, 0)
         yield self._one("num_requests_waiting", "gauge", "Requests not in the batch yet.", waiting)
         for name, type, help, value in _OF_ENGINE:
-            yield self._one(name, type, help, value(stats))
+            before = value(self._since) if self._since and type == "counter" else 0
+            yield self._one(name, type, help, value(stats) - before)
 
     def _one(self, name: str, type: Type, help: str, value: float) -> Family:
         return _family(name, type, help, [Sample(value, {"model_name": self._name})])

@@ -90,7 +90,7 @@ class EngineWorker:
 
     def __init__(self, engine: Engine, max_queue: int, name: str = "") -> None:
         """`name` is the model's, for the monitor."""
-        self.monitor = Monitor(name)
+        self.monitor = Monitor(name, engine.stats)
         self.capacity = engine.max_num_seqs + max_queue
         """Most requests that may run and wait together."""
         self._thread = EngineThread(engine, self)

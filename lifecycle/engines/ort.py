@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from threading import Lock
@@ -27,6 +28,7 @@ from lifecycle.engines.decoder import (
     HIDDEN_GRAPH,
     HIDDEN_STATES,
     PREFILL_GRAPH,
+    WEIGHTS,
     DecoderInfo,
 )
 from lifecycle.engines.draft_model import Draft
@@ -47,6 +49,9 @@ from lifecycle.errors import EngineError
 
 _MAX_BINDINGS = 64
 """Kept for each graph; each has room for the logits of its rows."""
+_SMALL_DRAFT = 32 << 20
+"""Bytes of a draft model's weights up to which it runs on one thread: on more it is little faster, and its threads, which
+wait for work by spinning, take turns with those of the model on the same cores."""
 _MOST_SCORES = 128 << 20
 """Bytes of attention scores, below which all of a layer are held at once: that is up to 1.3 times as fast, since
 attention in blocks makes many small products, but what was touched of them stays in memory."""
@@ -289,6 +294,9 @@ def _draft(
     draft = DecoderInfo.load(folder)
     check_pair(path, info.vocab_size, folder, draft.vocab_size)
     most = min(max_model_len, draft.max_position_embeddings)
+    weights = folder / WEIGHTS
+    if weights.is_file() and weights.stat().st_size <= _SMALL_DRAFT:
+        options = replace(options, threads=1)
     backend = _backend(folder, draft, options, most, providers)
     return Draft(backend, most, draft.long_context)
 

@@ -11,11 +11,13 @@ from lifecycle.engines.base import EngineOptions
 from serving.service import open_service
 from serving.settings import ServerSettings
 from tests.serving.running import client, running
+from tests.serving.test_metrics import parse
 
 MESSAGES = [
     {"role": "system", "content": "The quick brown fox jumps over the lazy dog. " * 3},
     {"role": "user", "content": "Where does the fox jump?"},
 ]
+COUNTED = ("queries", "hits")
 SETTINGS = ServerSettings(api_keys=("first", "second"))
 
 
@@ -36,6 +38,10 @@ def test_answers_are_the_same_and_found_tokens_are_told(chat_bundle: Path) -> No
         whole = (prompt_tokens - 1) // 16 * 16
         cached, again = ask(first, temperature=0)
         assert cached == whole and again["choices"] == answer["choices"]
+        samples = parse(first.get("/metrics").text)
+        name = frozenset({("model_name", "tiny-chat")})
+        found = {what: samples[f"lifecycle_prefix_cache_{what}_total", name] for what in COUNTED}
+        assert found == {"queries": 2 * prompt_tokens, "hits": whole}
         # A prompt counts once, however many answers it has.
         assert ask(first, n=3)[0] == whole
         assert ask(first, cache_salt="another user")[0] == 0
