@@ -30,7 +30,8 @@ def serve(argv: Sequence[str]) -> int:
     from serving.server import bind, run, url
     from serving.settings import ServerSettings
 
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(levelname)s: %(message)s")
+    line = "%(asctime)s %(levelname)s: %(message)s"
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format=line)
     keys = _api_keys(args)
     if not keys and not _is_loopback(args.host):
         log.warning("no API key: whoever can reach %s can use this server", args.host)

@@ -248,7 +248,7 @@ def test_an_open_address_without_a_key_is_warned_of(chat_bundle: Path) -> None:
         url_of(process)
         process.terminate()
         _, log = process.communicate(timeout=20)
-    assert "no API key" in log
+    assert re.search(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\S* WARNING: no API key", log, re.M)
 
 
 @pytest.mark.parametrize(
