@@ -82,7 +82,9 @@ class Adapters:
         try:
             return self._read(folder), adapter_card(self._base, name, folder)
         except OSError as error:
-            raise EngineError(f"{error.filename} cannot be read: {error.strerror}") from error
+            # What fails while it is read names no file.
+            where, why = error.filename or folder, error.strerror or error
+            raise EngineError(f"{where} cannot be read: {why}") from error
 
 
 def folder_inside(root: Path, given: str) -> Path:

@@ -92,7 +92,7 @@ def serve_parser() -> Parser:
         default=0,
         metavar="N",
         help="most tokens guessed per step from what a request's text holds already, for answers that "
-        "quote; the answers stay the same (%(default)s)",
+        "quote; the answers are as good (%(default)s)",
     )
     parser.add_argument(
         "--allow-priority",

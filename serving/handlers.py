@@ -47,7 +47,7 @@ async def _http_error(request: Request, error: Exception) -> Response:
 def _reason(error: BaseException) -> str:
     """Why a body could not be parsed; nothing of what it holds."""
     if isinstance(error, UnicodeDecodeError):
-        return f"byte {error.start} is no UTF-8"
+        return f"byte {error.start} is no {error.encoding.upper()}"
     if isinstance(error, RecursionError):
         return "it is nested too deeply"
     # Python reads no integer of more than 4,300 digits.

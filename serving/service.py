@@ -251,7 +251,8 @@ def _load_adapter(engine: Engine, base: ModelCard, name: str, folder: Path) -> M
 
 
 def _warm_up(engine: Engine) -> None:
-    length = min(8, engine.max_model_len - 2)
+    # Long enough for the engine to tell a prompt's tokens from what a step takes anyway.
+    length = min(80, engine.max_model_len - 2)
     prompts = [[0] * max(length, 1)] * engine.max_num_seqs
     engine.generate(prompts, SamplingParams(max_tokens=2, ignore_eos=True))
     for name in engine.adapters[:1]:

@@ -49,7 +49,7 @@ class Asking:
 
     def __init__(self, model: DraftModel, options: EngineOptions) -> None:
         self.model, self.tally = model, ModelTally()
-        self._chunk, self._max_stall = options.prefill_chunk, options.max_stall
+        self._chunk = options.prefill_chunk
         self._balance = _START
         self._counted = 0.0
         """Seconds of the engine that have been added to it."""
@@ -70,7 +70,9 @@ class Asking:
         if self._since_plain >= _PLAIN_EVERY:
             self._since_plain = 0
             return False
-        return is_alone and self.model.is_working and pace.decode_seconds(1) is not None
+        # With nothing to lose none is asked for, and nothing need be weighed.
+        able = self.model.is_working and self._balance > 0
+        return is_alone and able and pace.decode_seconds(1) is not None
 
     def offer(self, state: RequestState, most: int) -> Offer:
         """What the model could guess for a request that wants `most` tokens."""
@@ -146,9 +148,9 @@ class Asking:
     def _room(self, num_decode: int, pace: Pace) -> int:
         """Tokens of late texts that a step may compute: as prompts, they must not hold the others up."""
         token = self.model.pace.prompt_token_seconds
-        if self._max_stall is None or not token:
+        if pace.max_stall is None or not token:
             return self._chunk
-        seconds = (self._max_stall - 1.0) * (pace.decode_seconds(num_decode) or 0.0)
+        seconds = (pace.max_stall - 1.0) * (pace.decode_seconds(num_decode) or 0.0)
         return min(self._chunk, max(int(seconds / token), NEAR))
 
 

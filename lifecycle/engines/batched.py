@@ -81,7 +81,7 @@ class BatchedEngine(Engine):
         self._cache = backend if isinstance(backend, CacheBackend) else None
         self._window = sliding_window
         self._progress = Progress(eos_token_ids, max_model_len, long_context)
-        self._pace = Pace(has_prompt_graph=has_prompt_graph)
+        self._pace = Pace(options.max_stall, has_prompt_graph=has_prompt_graph)
         if self._cache is None and draft is None:
             options = replace(options, draft_tokens=0)
         model = DraftModel(draft) if draft is not None else None
@@ -91,7 +91,6 @@ class BatchedEngine(Engine):
             budget, chunk = options.prefix_cache_bytes, options.prefill_chunk
             self._prefixes = PrefixCache(budget, chunk, self._cache)
         self._max_cache_tokens = self._cache_limit()
-        self._max_stall = options.max_stall
         self._scheduler = self._make_scheduler()
         self._adapters = AdapterTable(backend, lambda: self._scheduler.states())
         self._cancelled: list[Event] = []
@@ -236,11 +235,11 @@ class BatchedEngine(Engine):
     ) -> list[Generation]:
         self._require_idle()
         # Nobody reads along, so no token has to come soon.
-        self._max_stall = None
+        self._pace.max_stall = None
         try:
             return offline.generate(self, prompts, params, on_done, adapter)
         finally:
-            self._max_stall = self._options.max_stall
+            self._pace.max_stall = self._options.max_stall
 
     def score(
         self,
@@ -358,13 +357,10 @@ class BatchedEngine(Engine):
         return min(most, budget // per_token)
 
     def _schedule(self) -> Batch:
-        running, max_stall = self._scheduler.running.values(), self._max_stall
+        running = self._scheduler.running.values()
         self._speculation.draft(running, self._pace)
-        room = None
-        if max_stall is not None:
-            num_decode = sum(not state.is_prefilling for state in running)
-            room = self._pace.prompt_room(num_decode, max_stall) if num_decode else None
-        return self._scheduler.schedule(room)
+        num_decode = sum(not state.is_prefilling for state in running)
+        return self._scheduler.schedule(self._pace.prompt_room(num_decode) if num_decode else None)
 
     def _account(self, batch: Batch, seconds: float) -> None:
         """Take note of what a step has computed."""

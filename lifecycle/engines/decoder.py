@@ -80,6 +80,8 @@ class DecoderInfo:
     """The quantisations that the hardware runs well."""
     kv_dtypes: tuple[str, ...] = ("float32",)
     """The types of cache that the hardware runs."""
+    num_heads: int | None = None
+    """Heads of queries; None in models of older versions."""
     prefill_scheme: str | None = None
     """How the weights of `prefill.onnx` are stored; None if there is no such graph."""
 

@@ -2,7 +2,7 @@
 
 A guess costs a token of a step, and saves a step when it is right. The request chooses its tokens as it
 always does, with the same random numbers, and a guess counts only if it is what was chosen: so the output
-is the same with and without, greedy or drawn.
+is the same with and without, greedy or drawn, but for what last bits of logits decide.
 """
 
 from __future__ import annotations

@@ -119,7 +119,7 @@ class OrtBackend:
         num_slots = options.max_num_seqs
         # The attention wants room for the whole width of a step behind every text, also behind
         # those that bring fewer tokens to it.
-        capacity = max_model_len + _width(options)
+        capacity = max_model_len + max(options.prefill_chunk, LONGEST_RUN) + options.draft_tokens
         self.cache = SlotCache(
             cache_names(info),
             slots=num_slots,
@@ -271,13 +271,12 @@ def _backend(
 def _whole_scores(info: DecoderInfo, options: EngineOptions, max_model_len: int) -> bool:
     """Whether attention holds all scores of a layer at once: for each slot, head, and token of the widest step, as
     many as a slot has room for."""
-    heads, width = info.hidden_size // info.head_size, _width(options)
-    return 4 * options.max_num_seqs * heads * width * (max_model_len + width) <= _MOST_SCORES
-
-
-def _width(options: EngineOptions) -> int:
-    """The most tokens of a row in a step."""
-    return max(options.prefill_chunk, LONGEST_RUN) + options.draft_tokens
+    if info.num_heads is None:
+        return False
+    # Guesses take a little more, but must not be what decides: the two ways differ in last bits.
+    width = max(options.prefill_chunk, LONGEST_RUN)
+    scores = options.max_num_seqs * info.num_heads * width * (max_model_len + width)
+    return 4 * scores <= _MOST_SCORES
 
 
 def _draft(

@@ -8,21 +8,29 @@ _WEIGHT, _PROMPT_WEIGHT = 0.2, 0.4
 """Of a new measurement in the running mean; a prompt's tokens cost more the further it is."""
 _OUTLIER = 2.0
 """A measurement counts as at most so many times the mean: a machine may be busy for a moment."""
-_LARGE, _LEAST = 64, 16
-"""Tokens of prompts: of a step by which their own time is told, and the least of a step where they have a graph of
-their own."""
+_LARGE, _LEAST = 32, 16
+"""Tokens of prompts: of a step by which their own time is told, twice as many beside others that decode; and the least
+of a step where they have a graph of their own."""
 
 
 class Pace:
     """Running means: of decoding steps by their number of tokens, and of what prompts add to a step, which is
     so much for any token and so much for each."""
 
-    def __init__(self, *, has_prompt_graph: bool = False) -> None:
-        """With a graph of their own, prompts share no weights with what decodes beside them."""
+    def __init__(self, max_stall: float | None = None, *, has_prompt_graph: bool = False) -> None:
+        """
+        Args:
+            max_stall: how many times as long prompts may make a step; None is no bound.
+            has_prompt_graph: prompts have a graph of their own, and share no weights with what decodes
+                beside them.
+        """
+        self.max_stall = max_stall
         self._has_prompt_graph = has_prompt_graph
         self._decode: dict[int, float] = {}
         self._known: list[int] = []
         self._prompt_token: float | None = None
+        self._is_told = False
+        """Whether that is from large steps: in small ones a token's own time cannot be told from the first's."""
         self._prompt_base = 0.0
         """What the first token adds beyond its own time: attention reads the whole text for it, products of a few
         rows take other kernels, a graph for prompts reads its weights. It follows the prompts as they grow."""
@@ -54,14 +62,17 @@ class Pace:
                 self._first = (num_prompt, seconds)
                 return
             base, tokens = known, num_prompt if num_decode else num_prompt - 1
-        more = seconds - base
-        if more <= 0 or not tokens:
+        if not tokens:
             return
-        # In large rows the base is little; in small ones it is what remains.
-        token = self._prompt_token
-        if tokens >= _LARGE or token is None or more < token * tokens:
-            self._prompt_token = _mean(token, more / tokens, _PROMPT_WEIGHT)
-        if token is not None and num_decode:
+        more = max(seconds - base, 0.0)
+        is_large = tokens >= (2 * _LARGE if num_decode else _LARGE)
+        if is_large or not self._is_told:
+            known = self._prompt_token if self._is_told or not is_large else None
+            self._is_told |= is_large
+            if more:
+                self._prompt_token = _mean(known, more / tokens, _PROMPT_WEIGHT)
+            return
+        if num_decode:
             own = self.prompt_token_seconds * tokens
             more = min(more, _OUTLIER * (own + self._prompt_base))
             self._prompt_base += _PROMPT_WEIGHT * (max(more - own, 0.0) - self._prompt_base)
@@ -88,13 +99,13 @@ class Pace:
         """What a token of a prompt adds to a step; 0 before it is known."""
         return self._prompt_token or 0.0
 
-    def prompt_room(self, num_decode: int, max_stall: float) -> int | None:
+    def prompt_room(self, num_decode: int) -> int | None:
         """Tokens of prompts beside so many decoding ones that make a step at most `max_stall` times
-        as long; None if that is not known yet."""
+        as long; None if that is not bounded, or not known yet."""
         base = self.decode_seconds(num_decode)
-        if base is None or self._prompt_token is None:
+        if self.max_stall is None or base is None or self._prompt_token is None:
             return None
-        more = (max_stall - 1.0) * base - self._prompt_base
+        more = (self.max_stall - 1.0) * base - self._prompt_base
         # Fewer would read all weights of a graph for next to nothing.
         least = _LEAST if self._has_prompt_graph else 0
         return max(int(more / self._prompt_token), least)

@@ -75,6 +75,7 @@ def _describe(
         hidden_size=spec.hidden_size,
         num_layers=len(spec.layers),
         num_kv_heads=spec.attention.num_kv_heads,
+        num_heads=spec.attention.num_heads,
         head_size=spec.attention.head_size,
         max_position_embeddings=spec.max_position_embeddings,
         bos_token_id=fields.optional_integer("bos_token_id", least=0),

@@ -168,7 +168,10 @@ def test_what_needs_an_idle_engine_says_so(call: str) -> None:
 
 
 def test_only_requests_that_somebody_reads_hold_prompts_back(monkeypatch) -> None:
-    monkeypatch.setattr("lifecycle.engines.pace.Pace.prompt_room", lambda *_: 2)
+    monkeypatch.setattr(
+        "lifecycle.engines.pace.Pace.prompt_room",
+        lambda pace, _: pace.max_stall and 2,
+    )
     prompts = [[1] * 2, [2] * 20, [3] * 20]
     params = SamplingParams(max_tokens=8, ignore_eos=True)
     engine = ToyEngine.make(3, 40, 20)

@@ -1,4 +1,4 @@
-"""A second model guesses: the output stays, and where guesses do not pay they cost little."""
+"""A second model guesses: what comes out stays, and where guesses do not pay they cost little."""
 
 from __future__ import annotations
 
@@ -186,11 +186,18 @@ def run(engine: BatchedEngine) -> list[Generation]:
     return [replace(one, logprobs=()) for one in engine.generate(prompts, list(params))]
 
 
+@pytest.mark.parametrize("most_scores", [1 << 30, 0])
 @pytest.mark.parametrize("scheme", [Int8Rowwise(8), Blockwise(32)])
 def test_no_guess_changes_a_bit_with_a_cache_of_integers(
-    always: None, stories: Model, tmp_path: Path, scheme: Scheme
+    always: None,
+    stories: Model,
+    tmp_path: Path,
+    scheme: Scheme,
+    most_scores: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Rounded activations would make other tokens of other last bits: of some hundred, one."""
+    monkeypatch.setattr("lifecycle.engines.ort._MOST_SCORES", most_scores)
     texts = np.random.default_rng(0).integers(259, 512, (24, 120)).tolist()
     info = DecoderInfo.load(stories.graph)
     cache = calibrate_cache(Calibration(stories.graph, texts[:4]), info, "int8")

@@ -76,7 +76,7 @@ def test_what_is_no_folder_is_not_opened(random_model: Model, tmp_path: Path) ->
         )
 
 
-def test_no_neighbour_changes_a_request(random_model: Model) -> None:
+def test_no_neighbour_changes_a_request(random_model: Model, attention: str) -> None:
     options = EngineOptions(max_num_seqs=4, prefill_chunk=16)
     identical, total = measure(OnnxEngine.open(random_model.graph, options), mixes=12, seed=0)
     assert identical == total > 50
@@ -87,13 +87,24 @@ def test_attention_in_blocks_gives_the_same_where_scores_would_take_too_much(
 ) -> None:
     text = prompts(160, [200])[0]
     whole = OnnxEngine.open(random_model.graph).logits(text)
-    monkeypatch.setattr("lifecycle.engines.ort._MOST_SCORES", 0)
-    blocks = OnnxEngine.open(random_model.graph).logits(text)
+    with monkeypatch.context() as patch:
+        patch.setattr("lifecycle.engines.ort._MOST_SCORES", 0)
+        blocks = OnnxEngine.open(random_model.graph).logits(text)
     np.testing.assert_allclose(whole, blocks, atol=1e-4)
+    assert not np.array_equal(whole, blocks)
     # The environment is as it was, and says how where it says anything.
     assert "ORT_GQA_DISABLE_FLASH_ATTENTION" not in os.environ
-    monkeypatch.setenv("ORT_GQA_DISABLE_FLASH_ATTENTION", "1")
-    assert np.array_equal(OnnxEngine.open(random_model.graph).logits(text), whole)
+    monkeypatch.setenv("ORT_GQA_DISABLE_FLASH_ATTENTION", "0")
+    assert np.array_equal(OnnxEngine.open(random_model.graph).logits(text), blocks)
+    assert os.environ["ORT_GQA_DISABLE_FLASH_ATTENTION"] == "0"
+
+
+@pytest.fixture(params=["scores", "blocks"])
+def attention(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both ways of attention."""
+    if request.param == "blocks":
+        monkeypatch.setattr("lifecycle.engines.ort._MOST_SCORES", 0)
+    return request.param
 
 
 @pytest.fixture
@@ -107,7 +118,12 @@ def cut_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("max_stall", [2.5, None])
 @pytest.mark.parametrize("scheme", [Int8Rowwise(weight_bits=8), Blockwise(32)])
 def test_no_neighbour_changes_a_quantised_request(
-    random_model: Model, tmp_path: Path, scheme: Scheme, max_stall: float | None, cut_anywhere: None
+    random_model: Model,
+    tmp_path: Path,
+    scheme: Scheme,
+    max_stall: float | None,
+    cut_anywhere: None,
+    attention: str,
 ) -> None:
     quantize_graph(random_model.graph, tmp_path, "test", scheme)
     options = EngineOptions(max_num_seqs=4, prefill_chunk=16, max_stall=max_stall)
@@ -140,13 +156,17 @@ def small_cache(request: pytest.FixtureRequest, stories: Model, tmp_path_factory
     return out
 
 
-def test_no_neighbour_changes_a_request_with_a_quantised_cache(small_cache: Path) -> None:
+def test_no_neighbour_changes_a_request_with_a_quantised_cache(
+    small_cache: Path, attention: str
+) -> None:
     engine = OnnxEngine.open(small_cache, EngineOptions(max_num_seqs=4, prefill_chunk=16))
     identical, total = measure(engine, mixes=5, seed=3)
     assert identical == total > 20
 
 
-def test_a_quantised_cache_gives_the_same_bits_however_a_text_is_cut(small_cache: Path) -> None:
+def test_a_quantised_cache_gives_the_same_bits_however_a_text_is_cut(
+    small_cache: Path, attention: str
+) -> None:
     text = prompts(512, [300])[0]
     whole = OnnxEngine.open(small_cache, EngineOptions(prefill_chunk=512)).logits(text)
     for chunk, threads in ((1, 2), (7, 1), (128, 2)):

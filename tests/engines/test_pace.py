@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from lifecycle.engines.pace import Pace
@@ -16,12 +17,12 @@ def step_seconds(num_decode: int, num_prompt: int, base: float, token: float) ->
 @pytest.mark.parametrize("warm", [True, False])
 def test_a_prompt_gets_what_a_step_has_room_for(base: float, warm: bool) -> None:
     """Also where its first token costs more than the others, by however many tokens prompts were known before."""
-    pace, token = Pace(), 0.0005
+    pace, token = Pace(2.5), 0.0005
     pace.note(0, 128 if warm else 10, 0.009 + token * (127 if warm else 9))
     pace.note(2, 0, step_seconds(2, 0, base, token))
     pace.note(1, 0, step_seconds(1, 0, base, token))
     for _ in range(40):
-        room = pace.prompt_room(2, 2.5)
+        room = pace.prompt_room(2)
         assert room is not None
         pace.note(2, max(room, 2), step_seconds(2, max(room, 2), base, token))
     taken = step_seconds(2, max(room, 2), base, token)
@@ -29,26 +30,57 @@ def test_a_prompt_gets_what_a_step_has_room_for(base: float, warm: bool) -> None
 
 
 def test_what_first_tokens_cost_follows_the_prompt_and_is_forgotten() -> None:
-    pace = Pace()
+    pace = Pace(2.5)
     pace.note(1, 0, 0.009)
     pace.note(0, 128, 0.009 + 127 * 0.0005)
     for length in range(100):
         base = 0.0001 * length
-        room = max(pace.prompt_room(1, 2.5) or 0, 2)
+        room = max(pace.prompt_room(1) or 0, 2)
         seconds = step_seconds(1, room, base, 0.0005)
         assert seconds < 2.6 * 0.009
         pace.note(1, room, seconds)
     assert room < 10
     for _ in range(20):
-        room = pace.prompt_room(1, 2.5) or 2
+        room = pace.prompt_room(1) or 2
         pace.note(1, room, step_seconds(1, room, 0.0, 0.0005))
     assert room > 24
 
 
 def test_a_first_token_that_costs_too_much_leaves_no_room() -> None:
-    pace = Pace()
+    pace = Pace(2.5)
     pace.note(1, 0, 0.009)
     pace.note(0, 128, 0.009 + 127 * 0.0005)
     for _ in range(10):
         pace.note(1, 2, step_seconds(1, 2, 0.030, 0.0005))
-    assert (pace.prompt_room(1, 2.5) or 0) <= 0
+    assert pace.prompt_room(1) == 0
+
+
+@pytest.mark.parametrize("noise", [0.05, 0.2])
+def test_noise_moves_no_estimate_away_for_good(noise: float) -> None:
+    rng = np.random.default_rng(0)
+    pace = Pace(2.25)
+    pace.note(1, 0, 0.030)
+    pace.note(0, 128, 0.030 + 127 * 0.002)
+    taken: list[float] = []
+    for _ in range(1000):
+        room = max(pace.prompt_room(1) or 0, 2)
+        expected = 0.030 + 0.002 * room
+        taken.append(expected / 0.030)
+        pace.note(1, room, expected * rng.lognormal(0, noise))
+    assert 1.7 < np.median(taken) < 2.4 and np.percentile(taken, 99) < 2.5
+    # More may decode, of which nothing has been measured with a prompt yet.
+    pace.note(8, 0, 0.090)
+    room = pace.prompt_room(8)
+    assert room is not None and 0.090 + 0.002 * room < 2.5 * 0.090
+
+
+def test_steps_that_prompts_do_not_make_longer_are_noted_too() -> None:
+    pace = Pace(2.5)
+    pace.note(1, 0, 0.009)
+    pace.note(0, 128, 0.009 + 127 * 0.0005)
+    for _ in range(10):
+        pace.note(1, 2, step_seconds(1, 2, 0.008, 0.0005))
+    assert (pace.prompt_room(1) or 0) < 14
+    for _ in range(20):
+        pace.note(1, 2, 0.008)
+    assert (pace.prompt_room(1) or 0) > 24

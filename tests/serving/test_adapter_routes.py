@@ -262,15 +262,24 @@ def test_what_was_loaded_again_may_go_whoever_began_with_it(
         assert models(http) == ["base", "a", "b"]
 
 
-def test_a_file_that_cannot_be_read_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        ((13, "Permission denied", WEIGHTS), f"x/{WEIGHTS} cannot be read: Permission denied"),
+        ((5, "Input/output error"), "x cannot be read: Input/output error"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, error: tuple[Any, ...], said: str
+) -> None:
     # The root user may read all files, so the refusal is feigned.
     def refused(*_: object) -> ModelCard:
-        raise PermissionError(13, "Permission denied", str(folder / "adapters" / "x" / WEIGHTS))
+        files = (str(folder / "adapters" / "x" / name) for name in error[2:])
+        raise OSError(*error[:2], *files)
 
     monkeypatch.setattr("serving.adapters.adapter_card", refused)
     with served(folder) as (http, _):
-        message = error_of(load(http, "a", "x"), 400)["message"]
-        assert message == f"lora_path: x/{WEIGHTS} cannot be read: Permission denied"
+        assert error_of(load(http, "a", "x"), 400)["message"] == f"lora_path: {said}"
         assert models(http) == ["base"]
 
 

@@ -187,6 +187,7 @@ def test_null_is_the_default(http: httpx.Client) -> None:
     [
         (b'{"model": ', "Expecting value at character 10"),
         (b"\xff\xfe", "Expecting value at character 0"),
+        (b"\xff\xfe{", "byte 2 is no UTF-16"),
         (b'{"a": "\xff"}', "byte 7 is no UTF-8"),
         (b"[" * 100_000, "nested too deeply"),
         (b'{"seed": ' + b"9" * 5000 + b"}", "too many digits"),

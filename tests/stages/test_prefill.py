@@ -190,12 +190,12 @@ def test_models_that_do_not_fit_are_refused(
 
 
 def test_a_step_carries_enough_of_a_prompt_to_read_its_graph_for() -> None:
-    pace = Pace(has_prompt_graph=True)
+    pace = Pace(2.5, has_prompt_graph=True)
     pace.note(0, 128, 0.128)
     pace.note(1, 0, 0.010)
-    assert pace.prompt_room(1, 2.5) == 16
+    assert pace.prompt_room(1) == 16
     pace.note(8, 0, 0.050)
-    assert pace.prompt_room(8, 2.5) == 75
+    assert pace.prompt_room(8) == 75
     for _ in range(20):
         pace.note(8, 20, 0.050 + 0.020 + 0.010)
-    assert pace.prompt_room(8, 2.5) == 65
+    assert pace.prompt_room(8) == 65
