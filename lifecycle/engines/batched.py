@@ -3,7 +3,6 @@ samplers choose."""
 
 from __future__ import annotations
 
-import heapq
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
@@ -30,6 +29,7 @@ from lifecycle.engines.base import (
 )
 from lifecycle.engines.beam_slots import run_searches
 from lifecycle.engines.beams import Beam, BeamParams, start_searches
+from lifecycle.engines.deadlines import Deadlines
 from lifecycle.engines.draft_model import Draft, DraftModel
 from lifecycle.engines.embeddings import Pooling, check_texts, embed_texts
 from lifecycle.engines.limits import check_request, check_tokens
@@ -92,9 +92,9 @@ class BatchedEngine(Engine):
             self._prefixes = PrefixCache(budget, chunk, self._cache)
         self._max_cache_tokens = self._cache_limit()
         self._scheduler = self._make_scheduler()
+        self._deadlines = Deadlines(self._scheduler)
         self._adapters = AdapterTable(backend, lambda: self._scheduler.states())
         self._cancelled: list[Event] = []
-        self._deadlines: list[tuple[float, str]] = []
         self._steps = self._prompt_tokens = self._generated_tokens = 0
         self._is_open = True
 
@@ -279,6 +279,7 @@ class BatchedEngine(Engine):
             self._cancelled = []
             self._prefixes = self._cache = None
             self._scheduler = self._make_scheduler()
+            self._deadlines = Deadlines(self._scheduler)
             self._speculation.close()
             self._backend.close()
 
@@ -321,8 +322,7 @@ class BatchedEngine(Engine):
             self._prefixes.query_tokens += state.num_prompt
         if state.request.timeout is not None:
             state.deadline = state.arrived + state.request.timeout
-            heapq.heappush(self._deadlines, (state.deadline, state.request.id))
-            self._forget_met_deadlines()
+            self._deadlines.add(state)
 
     def _make_scheduler(self) -> Scheduler:
         reuse = self._prefixes.reuse if self._prefixes is not None else None
@@ -418,23 +418,10 @@ class BatchedEngine(Engine):
 
     def _expired(self) -> list[Event]:
         """End the requests whose time is over."""
-        events: list[Event] = []
-        now = time.monotonic() if self._deadlines else 0.0
-        while self._deadlines and self._deadlines[0][0] <= now:
-            deadline, id = heapq.heappop(self._deadlines)
-            state = self._scheduler.find(id)
-            # Another request may have the id by now.
-            if state is not None and state.deadline == deadline:
-                self._scheduler.remove(state)
-                events.append(Event(id, finish_reason=FinishReason.TIMEOUT))
-        return events
-
-    def _forget_met_deadlines(self) -> None:
-        """Keep no more deadlines of requests that have ended than of those that have not."""
-        if len(self._deadlines) > 2 * (self.num_running + self.num_waiting) + 16:
-            live = ((state.deadline, state.request.id) for state in self._scheduler.states())
-            self._deadlines = [pair for pair in live if pair[0] < inf]
-            heapq.heapify(self._deadlines)
+        late = self._deadlines.met(time.monotonic()) if self._deadlines else []
+        for state in late:
+            self._scheduler.remove(state)
+        return [Event(state.request.id, finish_reason=FinishReason.TIMEOUT) for state in late]
 
     def _require_open(self) -> None:
         if not self._is_open:
