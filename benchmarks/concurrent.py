@@ -18,7 +18,7 @@ import shutil
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -115,8 +115,10 @@ def converted(python: Path, script: str, checkpoint: Path, folder: Path, last: s
     return folder
 
 
-def open_all(shape: str, slots: int, threads: int, stack: ExitStack) -> dict[str, dict[str, Timer]]:
-    """What is measured, by bits and by name."""
+def open_all(
+    shape: str, slots: int, threads: int, without: Collection[str], stack: ExitStack
+) -> dict[str, dict[str, Timer]]:
+    """What is measured, by bits and by name; what is left out is not even installed."""
     folder = cache_dir() / f"llama-{shape}"
     checkpoint = kept_llama(folder, SHAPES[shape])
     engine_decode.write_tokenizer(checkpoint)
@@ -130,27 +132,32 @@ def open_all(shape: str, slots: int, threads: int, stack: ExitStack) -> dict[str
     def start(python: Path, script: str, *arguments: str) -> Worker:
         return stack.enter_context(Worker(python, script, *arguments, str(threads)))
 
-    python = environment("llama-cpp", llama_cpp.PEER, llama_cpp.BUILD)
-    llama_cpp.peer_models(folder / "gguf", checkpoint, python)
-    worker = start(python, "peer_llama_cpp.py", str(folder / "gguf"))
-    found["int8"]["llama.cpp"], found["int4"]["llama.cpp"] = (
-        theirs(worker, name) for name in llama_cpp.TYPES
-    )
-    python = environment("openvino", OPENVINO)
-    out = converted(python, "peer_openvino.py", checkpoint, folder / "openvino", "int4")
-    worker = start(python, "peer_openvino.py", "serve", str(out))
-    for bits in ("int8", "int4"):
-        found[bits]["OpenVINO GenAI"] = theirs(worker, bits)
-    python = environment("ctranslate2", CTRANSLATE2)
-    out = converted(python, "peer_static.py", checkpoint, folder / "ctranslate2", "int8")
-    worker = start(python, "peer_static.py", "ctranslate2", str(out))
-    found["int8"]["CTranslate2"] = theirs(worker, "int8")
-    python = environment("onnxruntime-genai", engine_decode.PEER)
-    out = engine_decode.peer_model(folder, checkpoint, python, threads, slots)
-    worker = start(python, "peer_genai_engine.py", str(out.parent))
-    found["int4"]["onnxruntime-genai"] = theirs(worker, out.name)
-    worker = start(Path(sys.executable), "peer_static.py", "transformers", str(checkpoint))
-    found["16 bits"]["transformers"] = theirs(worker, "bfloat16")
+    if "llama.cpp" not in without:
+        python = environment("llama-cpp", llama_cpp.PEER, llama_cpp.BUILD)
+        llama_cpp.peer_models(folder / "gguf", checkpoint, python)
+        worker = start(python, "peer_llama_cpp.py", str(folder / "gguf"))
+        found["int8"]["llama.cpp"], found["int4"]["llama.cpp"] = (
+            theirs(worker, name) for name in llama_cpp.TYPES
+        )
+    if "OpenVINO GenAI" not in without:
+        python = environment("openvino", OPENVINO)
+        out = converted(python, "peer_openvino.py", checkpoint, folder / "openvino", "int4")
+        worker = start(python, "peer_openvino.py", "serve", str(out))
+        for bits in ("int8", "int4"):
+            found[bits]["OpenVINO GenAI"] = theirs(worker, bits)
+    if "CTranslate2" not in without:
+        python = environment("ctranslate2", CTRANSLATE2)
+        out = converted(python, "peer_static.py", checkpoint, folder / "ctranslate2", "int8")
+        worker = start(python, "peer_static.py", "ctranslate2", str(out))
+        found["int8"]["CTranslate2"] = theirs(worker, "int8")
+    if "onnxruntime-genai" not in without:
+        python = environment("onnxruntime-genai", engine_decode.PEER)
+        out = engine_decode.peer_model(folder, checkpoint, python, threads, slots)
+        worker = start(python, "peer_genai_engine.py", str(out.parent))
+        found["int4"]["onnxruntime-genai"] = theirs(worker, out.name)
+    if "transformers" not in without:
+        worker = start(Path(sys.executable), "peer_static.py", "transformers", str(checkpoint))
+        found["16 bits"]["transformers"] = theirs(worker, "bfloat16")
     return found
 
 
@@ -178,7 +185,7 @@ def main() -> None:
     add_threads(parser)
     args = parser.parse_args()
     with ExitStack() as stack:
-        timers = open_all(args.shape, max(args.requests), args.threads, stack)
+        timers = open_all(args.shape, max(args.requests), args.threads, args.without, stack)
         for bits in args.only:
             chosen = {n: timer for n, timer in timers[bits].items() if n not in args.without}
             for found in take_turns(chosen, args.requests, args.turns):
