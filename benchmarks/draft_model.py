@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
 from benchmarks.arguments import parser_of
+from benchmarks.prompt_lookup import describe
 from benchmarks.random_llama import SMOLLM2_135M, write_llama
 from lifecycle.engines.base import EngineOptions, Request, SamplingParams
 from lifecycle.engines.decoder import DecoderInfo
@@ -74,13 +75,6 @@ def main() -> None:
                     row = compare(pair, batch, temperature, args.tokens, args.turns)
                     row = {"scheme": scheme, "task": task, "batch": batch, **row}
                     print(json.dumps(row) if args.json else describe(row), flush=True)
-
-
-def describe(row: Mapping[str, object]) -> str:
-    return "  ".join(
-        f"{name} {value:.2f}" if isinstance(value, float) else f"{name} {value}"
-        for name, value in row.items()
-    )
 
 
 def make_drafts(root: Path, checkpoint: Path) -> dict[str, Path]:

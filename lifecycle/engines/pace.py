@@ -67,10 +67,11 @@ class Pace:
         more = max(seconds - base, 0.0)
         is_large = tokens >= (2 * _LARGE if num_decode else _LARGE)
         if is_large or not self._is_told:
-            known = self._prompt_token if self._is_told or not is_large else None
+            # What small steps have told ends with the first large one.
+            before = self._prompt_token if self._is_told or not is_large else None
             self._is_told |= is_large
             if more:
-                self._prompt_token = _mean(known, more / tokens, _PROMPT_WEIGHT)
+                self._prompt_token = _mean(before, more / tokens, _PROMPT_WEIGHT)
             return
         if num_decode:
             own = self.prompt_token_seconds * tokens

@@ -13,6 +13,14 @@ def step_seconds(num_decode: int, num_prompt: int, base: float, token: float) ->
     return decode + (base + token * num_prompt if num_prompt else 0.0)
 
 
+def told() -> Pace:
+    """One that knows a decoding step and a large one of a prompt, of tokens that take 0.5 ms each."""
+    pace = Pace(2.5)
+    pace.note(1, 0, 0.009)
+    pace.note(0, 128, 0.009 + 127 * 0.0005)
+    return pace
+
+
 @pytest.mark.parametrize("base", [0.0, 0.004])
 @pytest.mark.parametrize("warm", [True, False])
 def test_a_prompt_gets_what_a_step_has_room_for(base: float, warm: bool) -> None:
@@ -30,9 +38,7 @@ def test_a_prompt_gets_what_a_step_has_room_for(base: float, warm: bool) -> None
 
 
 def test_what_first_tokens_cost_follows_the_prompt_and_is_forgotten() -> None:
-    pace = Pace(2.5)
-    pace.note(1, 0, 0.009)
-    pace.note(0, 128, 0.009 + 127 * 0.0005)
+    pace = told()
     for length in range(100):
         base = 0.0001 * length
         room = max(pace.prompt_room(1) or 0, 2)
@@ -47,9 +53,7 @@ def test_what_first_tokens_cost_follows_the_prompt_and_is_forgotten() -> None:
 
 
 def test_a_first_token_that_costs_too_much_leaves_no_room() -> None:
-    pace = Pace(2.5)
-    pace.note(1, 0, 0.009)
-    pace.note(0, 128, 0.009 + 127 * 0.0005)
+    pace = told()
     for _ in range(10):
         pace.note(1, 2, step_seconds(1, 2, 0.030, 0.0005))
     assert pace.prompt_room(1) == 0
@@ -75,9 +79,7 @@ def test_noise_moves_no_estimate_away_for_good(noise: float) -> None:
 
 
 def test_steps_that_prompts_do_not_make_longer_are_noted_too() -> None:
-    pace = Pace(2.5)
-    pace.note(1, 0, 0.009)
-    pace.note(0, 128, 0.009 + 127 * 0.0005)
+    pace = told()
     for _ in range(10):
         pace.note(1, 2, step_seconds(1, 2, 0.008, 0.0005))
     assert (pace.prompt_room(1) or 0) < 14

@@ -104,18 +104,26 @@ def test_half_a_head_does_not_hold_a_connection(
         assert http.get("/health").status_code == 200
 
 
-def test_a_head_in_time_lets_the_answer_take_its_own(
-    make_service: MakeService, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def connections(monkeypatch: pytest.MonkeyPatch) -> list[Protocol]:
+    """Those that a server takes from now on; each has a deadline at first, and little room to send."""
     made: list[Protocol] = []
     begin = Protocol.connection_made
 
     def connection_made(self: Protocol, transport: asyncio.Transport) -> None:
         begin(self, transport)
         assert self._deadline is not None
+        connection = transport.get_extra_info("socket")
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)
         made.append(self)
 
     monkeypatch.setattr(Protocol, "connection_made", connection_made)
+    return made
+
+
+def test_a_head_in_time_lets_the_answer_take_its_own(
+    make_service: MakeService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = connections(monkeypatch)
     with served(make_service) as (http, service, backend):
         backend.hold()
         thread, results = in_background(lambda: http.post(ROUTE, json=SHORT))
@@ -130,16 +138,7 @@ def test_who_does_not_read_is_not_waited_for(
     make_service: MakeService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """More is asked than the system's buffers have room for; who reads some of it may go on."""
-    made: list[Protocol] = []
-    begin = Protocol.connection_made
-
-    def connection_made(self: Protocol, transport: asyncio.Transport) -> None:
-        begin(self, transport)
-        made.append(self)
-        connection = transport.get_extra_info("socket")
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)
-
-    monkeypatch.setattr(Protocol, "connection_made", connection_made)
+    made = connections(monkeypatch)
     with served(make_service) as (http, _, _):
         size = len(http.get("/openapi.json").content)
         asked = b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n" * (4_000_000 // size)
