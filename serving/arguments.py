@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lifecycle.commands.numbers import count, natural, quantity
 from lifecycle.commands.output import Parser
+from lifecycle.engines.native import KERNELS
 
 KEY_VARIABLE = "LIFECYCLE_API_KEY"
 
@@ -109,8 +110,15 @@ def serve_parser() -> Parser:
         "--packed-weights",
         type=Path,
         metavar="DIR",
-        help="keep the weights here as this machine wants them, about twice the model's size: the server "
+        help="keep the weights here as ONNX Runtime's kernels want them, about twice the model's size: the server "
         "starts sooner, and servers of the same model, and its adapters, share their memory",
+    )
+    parser.add_argument(
+        "--kernels",
+        choices=KERNELS,
+        default="auto",
+        help="whose kernels compute the model on a CPU: native are this project's, compiled once where they run; "
+        "auto takes them where they are faster (%(default)s)",
     )
     parser.add_argument(
         "--shutdown-timeout",
@@ -140,6 +148,7 @@ def chat_parser() -> Parser:
         draft_tokens=0,
         draft_model=None,
         packed_weights=None,
+        kernels="auto",
     )
     return parser
 

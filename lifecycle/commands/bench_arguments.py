@@ -8,6 +8,7 @@ from pathlib import Path
 from lifecycle.benchmarking.metrics import GOODPUT_KEYS
 from lifecycle.commands.numbers import count, natural, number, positive
 from lifecycle.commands.output import Parser
+from lifecycle.engines.native import KERNELS
 from lifecycle.errors import RecipeError
 from lifecycle.pipeline.suggest import did_you_mean
 
@@ -120,7 +121,11 @@ def _add_engine(parser: Parser) -> None:
     )  # fmt: skip
     group.add_argument(
         "--packed-weights", type=Path, metavar="DIR",
-        help="keep the weights here as this machine wants them, and map them from there",
+        help="keep the weights here as ONNX Runtime's kernels want them, and map them from there",
+    )  # fmt: skip
+    group.add_argument(
+        "--kernels", choices=KERNELS, default="auto",
+        help="whose kernels compute: native are this project's, auto the faster ones (%(default)s)",
     )  # fmt: skip
 
 

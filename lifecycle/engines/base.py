@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from lifecycle.engines.native import Kernels
+
 if TYPE_CHECKING:
     from lifecycle.engines.beams import Beam, BeamParams
     from lifecycle.engines.embeddings import Pooling
@@ -227,6 +229,9 @@ class EngineOptions:
     """A folder that keeps weights as this machine's kernels want them, about twice the size of the model.
     They are mapped from there: an engine opens sooner, and the processes and graphs of one model have them
     in memory once. Only for graphs on the CPU, and no folder that others may write to."""
+    kernels: Kernels = "auto"
+    """`native` are this project's, compiled where they run; `auto` takes them where they are known to be faster and
+    can be had, and ONNX Runtime's elsewhere, also for packed weights, whose form is ONNX Runtime's."""
 
 
 class Engine(ABC):
@@ -236,6 +241,8 @@ class Engine(ABC):
     max_model_len: int
     max_num_seqs: int
     eos_token_ids: frozenset[int]
+    kernels: str | None = None
+    """Whose kernels it runs, where there is a choice."""
 
     @classmethod
     @abstractmethod

@@ -13,6 +13,7 @@ from typing import Any, cast
 import numpy as np
 
 from lifecycle.engines.base import LONGEST_REPEAT, EngineOptions, Request, SamplingParams
+from lifecycle.engines.native import KERNELS
 from lifecycle.errors import EngineError, RequestError
 
 DEFAULT_MODEL_LEN = 2048
@@ -75,6 +76,10 @@ def context_length(options: EngineOptions, model_limit: int) -> int:
         )
     if options.max_stall is not None and not options.max_stall > 1:
         raise EngineError(f"max_stall is {options.max_stall!r}; it must be a number above 1")
+    if options.kernels not in KERNELS:
+        raise EngineError(
+            f"kernels is {options.kernels!r}; it must be {', '.join(KERNELS[:-1])} or {KERNELS[-1]}"
+        )
     wanted = options.max_model_len
     if wanted is None:
         return min(model_limit, DEFAULT_MODEL_LEN)

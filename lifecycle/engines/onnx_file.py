@@ -104,15 +104,15 @@ def change_external_tensors(data: bytes, change: Callable[[str, Entries], Entrie
     """
 
     def tensor(message: memoryview) -> bytes:
-        fields = list(_spans(message))
+        fields = list(spans(message))
         names = [bytes(value or b"").decode() for field, value, _ in fields if field == _NAME]
         old = [_entry(value) for field, value, _ in fields if field == _EXTERNAL_DATA and value]
         new = change(names[-1] if names else "", dict(old)) if old else None
         if new is None:
             return bytes(message)
         kept = b"".join(message[span] for field, _, span in fields if field != _EXTERNAL_DATA)
-        entries = (_field(1, k.encode()) + _field(2, v.encode()) for k, v in new.items())
-        return kept + b"".join(_field(_EXTERNAL_DATA, entry) for entry in entries)
+        entries = (field_of(1, k.encode()) + field_of(2, v.encode()) for k, v in new.items())
+        return kept + b"".join(field_of(_EXTERNAL_DATA, entry) for entry in entries)
 
     def graph(message: memoryview) -> bytes:
         return _replaced(message, _INITIALIZER, tensor)
@@ -123,9 +123,9 @@ def change_external_tensors(data: bytes, change: Callable[[str, Entries], Entrie
 def _replaced(data: memoryview, field: int, change: Callable[[memoryview], bytes]) -> bytes:
     """A message with other messages in one of its fields."""
     parts: list[bytes | memoryview] = []
-    for number, value, span in _spans(data):
+    for number, value, span in spans(data):
         if number == field and value is not None:
-            parts.append(_field(field, change(value)))
+            parts.append(field_of(field, change(value)))
         else:
             parts.append(data[span])
     return b"".join(parts)
@@ -133,7 +133,7 @@ def _replaced(data: memoryview, field: int, change: Callable[[memoryview], bytes
 
 def _locations(data: memoryview, message: str) -> Iterator[str]:
     """The `location` of every tensor below a message."""
-    for field, value, _ in _spans(data):
+    for field, value, _ in spans(data):
         below = _LEADS_TO[message].get(field)
         if below is None or value is None:
             continue
@@ -147,11 +147,11 @@ def _locations(data: memoryview, message: str) -> Iterator[str]:
 
 def _entry(data: memoryview) -> tuple[str, str]:
     """A key and its value."""
-    entry = {number: bytes(text or b"") for number, text, _ in _spans(data)}
+    entry = {number: bytes(text or b"") for number, text, _ in spans(data)}
     return entry.get(1, b"").decode(), entry.get(2, b"").decode()
 
 
-def _spans(data: memoryview) -> Iterator[tuple[int, memoryview | None, slice]]:
+def spans(data: memoryview) -> Iterator[tuple[int, memoryview | None, slice]]:
     """The fields of a protobuf message: number, the bytes of those that have a length, and where they
     are in the message."""
     at = 0
@@ -178,7 +178,7 @@ def _spans(data: memoryview) -> Iterator[tuple[int, memoryview | None, slice]]:
         yield field, value, slice(begun, at)
 
 
-def _field(number: int, value: bytes) -> bytes:
+def field_of(number: int, value: bytes) -> bytes:
     """A field that has a length."""
     return _number(number << 3 | _BYTES) + _number(len(value)) + value
 

@@ -35,6 +35,7 @@ from lifecycle.engines.draft_model import Draft
 from lifecycle.engines.draft_pair import check_pair
 from lifecycle.engines.layout import Inputs, advance, pack
 from lifecycle.engines.limits import context_length
+from lifecycle.engines.native.library import kernels_for
 from lifecycle.engines.ort_session import (
     CACHE_TYPES,
     cache_names,
@@ -42,6 +43,7 @@ from lifecycle.engines.ort_session import (
     open_session,
     present_name,
 )
+from lifecycle.engines.packed_weights import PROVIDERS
 from lifecycle.engines.prompt_graph import run_parts
 from lifecycle.engines.slot_cache import SlotCache
 from lifecycle.engines.state import LONGEST_RUN
@@ -72,8 +74,11 @@ class OnnxEngine(BatchedEngine):
         path, options = Path(path), options or EngineOptions()
         info = DecoderInfo.load(path)
         max_model_len = context_length(options, info.max_position_embeddings)
-        return cls(
-            _backend(path, info, options, max_model_len, providers, AdapterLayout.load(path)),
+        kernels = _kernels(options, providers or info.providers)
+        engine = cls(
+            _backend(
+                path, info, options, max_model_len, providers, kernels, AdapterLayout.load(path)
+            ),
             options=options,
             vocab_size=info.vocab_size,
             max_model_len=max_model_len,
@@ -81,8 +86,10 @@ class OnnxEngine(BatchedEngine):
             long_context=info.long_context,
             sliding_window=info.sliding_window,
             has_prompt_graph=info.prefill_scheme is not None,
-            draft=_draft(path, info, options, max_model_len, providers),
+            draft=_draft(path, info, options, max_model_len, providers, kernels),
         )
+        engine.kernels = "onnxruntime" if kernels is None else "native"
+        return engine
 
 
 class OrtBackend:
@@ -247,6 +254,7 @@ def _backend(
     options: EngineOptions,
     max_model_len: int,
     providers: Sequence[str] | None,
+    kernels: Path | None,
     layout: AdapterLayout | None = None,
 ) -> OrtBackend:
     def open_graph(name: str, more: Mapping[str, Sequence[int]]) -> ort.InferenceSession:
@@ -261,11 +269,27 @@ def _backend(
             options.threads,
             options.packed_weights,
             whole_scores=_whole_scores(info, options, max_model_len),
+            kernels=kernels,
         )
         check_signature(session, info, path / name, more, output)
         return session
 
     return OrtBackend(open_graph, info, options, max_model_len, layout)
+
+
+def _kernels(options: EngineOptions, providers: Sequence[str]) -> Path | None:
+    """The library of our kernels, where they are to compute the graphs."""
+    wanted = options.kernels
+    conflict = None
+    if tuple(providers) != PROVIDERS:
+        conflict = f"the graph runs on {providers[0]}"
+    elif options.packed_weights is not None:
+        conflict = "packed weights are kept as ONNX Runtime's kernels want them"
+    if conflict is None:
+        return kernels_for(wanted)
+    if wanted == "native":
+        raise EngineError(f"native kernels cannot be used: {conflict}; leave kernels at auto")
+    return None
 
 
 def _whole_scores(info: DecoderInfo, options: EngineOptions, max_model_len: int) -> bool:
@@ -285,6 +309,7 @@ def _draft(
     options: EngineOptions,
     max_model_len: int,
     providers: Sequence[str] | None,
+    kernels: Path | None,
 ) -> Draft | None:
     """The draft model of a model, where there is to be one."""
     if options.draft_model is None:
@@ -296,7 +321,7 @@ def _draft(
     weights = folder / WEIGHTS
     if weights.is_file() and weights.stat().st_size <= _SMALL_DRAFT:
         options = replace(options, threads=1)
-    backend = _backend(folder, draft, options, most, providers)
+    backend = _backend(folder, draft, options, most, providers, kernels)
     return Draft(backend, most, draft.long_context)
 
 

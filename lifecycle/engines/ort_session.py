@@ -20,6 +20,7 @@ import onnxruntime as ort
 from lifecycle.engines.adapters import PLACES, TOKENS
 from lifecycle.engines.decoder import DecoderInfo
 from lifecycle.engines.limits import usable_cores
+from lifecycle.engines.native.swap import swap
 from lifecycle.engines.onnx_file import check_external_data
 from lifecycle.engines.packed_weights import PROVIDERS, open_packed
 from lifecycle.errors import EngineError
@@ -57,6 +58,7 @@ in which an engine that has nothing to do starves whatever else runs on the mach
 _NO_FLASH = "ORT_GQA_DISABLE_FLASH_ATTENTION"
 """Read by GroupQueryAttention as a session is made."""
 _ENVIRONMENT = Lock()
+_WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
 def open_session(
@@ -66,10 +68,12 @@ def open_session(
     packed_weights: Path | None = None,
     *,
     whole_scores: bool = False,
+    kernels: Path | None = None,
 ) -> ort.InferenceSession:
     """Load a graph; `threads` None takes one per core that the process may use. `packed_weights` is a
     folder that keeps weights as the kernels of the CPU want them; other providers make no use of it.
-    With `whole_scores` attention takes memory for all its scores at once, and less time.
+    With `whole_scores` attention takes memory for all its scores at once, and less time. `kernels` is a library of
+    our operators, which take the place of ONNX Runtime's where they can.
 
     Raises:
         EngineError: the file is missing, damaged or takes weights from outside its folder, this
@@ -84,6 +88,8 @@ def open_session(
     check_external_data(graph)
     try:
         with _attention(whole_scores):
+            if kernels is not None:
+                return _open_native(graph, providers, threads, kernels)
             if packed_weights is not None and tuple(providers) == PROVIDERS:
                 return open_packed(graph, packed_weights, partial(_options, threads))
             return ort.InferenceSession(graph, _options(threads), providers=list(providers))
@@ -91,6 +97,17 @@ def open_session(
         raise
     except Exception as error:
         raise EngineError(f"{graph} cannot be opened: {error}") from error
+
+
+def _open_native(
+    graph: Path, providers: Sequence[str], threads: int | None, kernels: Path
+) -> ort.InferenceSession:
+    """Open a graph with our operators in it. It is given as bytes, so where its weights are has to be said."""
+    options = _options(threads)
+    options.register_custom_ops_library(str(kernels))
+    folder = str(graph.parent.resolve())
+    options.add_session_config_entry(_WEIGHTS_FOLDER, folder)
+    return ort.InferenceSession(swap(graph.read_bytes()), options, providers=list(providers))
 
 
 @contextmanager

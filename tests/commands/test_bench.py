@@ -73,7 +73,7 @@ SCHEMA = closed(
         kv_cache_bytes=or_null(INTEGER),
         max_stall=or_null(NUMBER),
         draft_tokens=INTEGER,
-        **dict.fromkeys(("draft_model", "packed_weights"), or_null(TEXT)),
+        **dict.fromkeys(("draft_model", "packed_weights", "kernels"), or_null(TEXT)),
     ),
     workload=closed(
         kind={"enum": ["closed-loop", "poisson", "trace"]},

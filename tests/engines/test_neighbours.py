@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -13,6 +13,7 @@ from benchmarks.batch_invariance import measure
 from lifecycle.engines.backend import Row
 from lifecycle.engines.base import EngineOptions
 from lifecycle.engines.decoder import DecoderInfo
+from lifecycle.engines.native import Kernels
 from lifecycle.engines.ort import OnnxEngine
 from lifecycle.engines.pace import Pace
 from lifecycle.graph.blockwise import Blockwise
@@ -24,8 +25,8 @@ from tests.engines.conftest import Model
 from tests.engines.test_ort import prompts
 
 
-def test_no_neighbour_changes_a_request(random_model: Model, attention: str) -> None:
-    options = EngineOptions(max_num_seqs=4, prefill_chunk=16)
+def test_no_neighbour_changes_a_request(random_model: Model, kernels: Kernels) -> None:
+    options = EngineOptions(max_num_seqs=4, prefill_chunk=16, kernels=kernels)
     identical, total = measure(OnnxEngine.open(random_model.graph, options), mixes=12, seed=0)
     assert identical == total > 50
 
@@ -34,25 +35,26 @@ def test_attention_in_blocks_gives_the_same_where_scores_would_take_too_much(
     random_model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = prompts(160, [200])[0]
-    whole = OnnxEngine.open(random_model.graph).logits(text)
+    options = EngineOptions(kernels="onnxruntime")
+    whole = OnnxEngine.open(random_model.graph, options).logits(text)
     with monkeypatch.context() as patch:
         patch.setattr("lifecycle.engines.ort._MOST_SCORES", 0)
-        blocks = OnnxEngine.open(random_model.graph).logits(text)
+        blocks = OnnxEngine.open(random_model.graph, options).logits(text)
     np.testing.assert_allclose(whole, blocks, atol=1e-4)
     assert not np.array_equal(whole, blocks)
     # The environment is as it was, and says how where it says anything.
     assert "ORT_GQA_DISABLE_FLASH_ATTENTION" not in os.environ
     monkeypatch.setenv("ORT_GQA_DISABLE_FLASH_ATTENTION", "0")
-    assert np.array_equal(OnnxEngine.open(random_model.graph).logits(text), blocks)
+    assert np.array_equal(OnnxEngine.open(random_model.graph, options).logits(text), blocks)
     assert os.environ["ORT_GQA_DISABLE_FLASH_ATTENTION"] == "0"
 
 
-@pytest.fixture(params=["scores", "blocks"])
-def attention(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Both ways of attention."""
+@pytest.fixture(params=["native", "scores", "blocks"])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Kernels:
+    """Our kernels, and ONNX Runtime's with both of its ways of attention."""
     if request.param == "blocks":
         monkeypatch.setattr("lifecycle.engines.ort._MOST_SCORES", 0)
-    return request.param
+    return "native" if request.param == "native" else "onnxruntime"
 
 
 @pytest.fixture
@@ -71,10 +73,10 @@ def test_no_neighbour_changes_a_quantised_request(
     scheme: Scheme,
     max_stall: float | None,
     cut_anywhere: None,
-    attention: str,
+    kernels: Kernels,
 ) -> None:
     quantize_graph(random_model.graph, tmp_path, "test", scheme)
-    options = EngineOptions(max_num_seqs=4, prefill_chunk=16, max_stall=max_stall)
+    options = EngineOptions(4, prefill_chunk=16, max_stall=max_stall, kernels=kernels)
     identical, total = measure(OnnxEngine.open(tmp_path, options), mixes=6, seed=2)
     assert identical == total > 20
 
@@ -82,15 +84,33 @@ def test_no_neighbour_changes_a_quantised_request(
 def test_blocks_of_64_change_the_last_bits_of_few_requests(
     random_model: Model, tmp_path: Path, cut_anywhere: None
 ) -> None:
-    """The last of an odd number of tokens in a step is computed by another kernel (docs/decisions.md)."""
+    """ONNX Runtime computes the last of an odd number of tokens in a step by another kernel (docs/decisions.md)."""
     quantize_graph(random_model.graph, tmp_path, "test", Blockwise(64))
-    engine = OnnxEngine.open(tmp_path, EngineOptions(max_num_seqs=4, prefill_chunk=16))
+    options = EngineOptions(max_num_seqs=4, prefill_chunk=16, kernels="onnxruntime")
+    engine = OnnxEngine.open(tmp_path, options)
     identical, total = measure(engine, mixes=20, seed=2)
     assert identical >= 0.95 * total > 95
     text = prompts(160, [40])[0]
     whole = engine.logits(text)
-    by_one = OnnxEngine.open(tmp_path, EngineOptions(1, prefill_chunk=1)).logits(text)
+    options = EngineOptions(1, prefill_chunk=1, kernels="onnxruntime")
+    by_one = OnnxEngine.open(tmp_path, options).logits(text)
     assert np.abs(whole - by_one).max() < 0.02 * np.abs(whole).max()
+
+
+@pytest.mark.parametrize("block_size", [64, 128])
+def test_our_kernels_make_no_exception_of_blocks_of_64(
+    random_model: Model, tmp_path: Path, cut_anywhere: None, block_size: Literal[64, 128]
+) -> None:
+    quantize_graph(random_model.graph, tmp_path, "test", Blockwise(block_size))
+    options = EngineOptions(max_num_seqs=4, prefill_chunk=16, kernels="native")
+    engine = OnnxEngine.open(tmp_path, options)
+    identical, total = measure(engine, mixes=10, seed=2)
+    assert identical == total > 45
+    text = prompts(160, [90])[0]
+    whole = engine.logits(text)
+    for chunk in (1, 3, 64):
+        options = EngineOptions(1, prefill_chunk=chunk, kernels="native")
+        assert np.array_equal(OnnxEngine.open(tmp_path, options).logits(text), whole)
 
 
 @pytest.fixture(scope="module", params=["int8", "int4"])
@@ -105,20 +125,23 @@ def small_cache(request: pytest.FixtureRequest, stories: Model, tmp_path_factory
 
 
 def test_no_neighbour_changes_a_request_with_a_quantised_cache(
-    small_cache: Path, attention: str
+    small_cache: Path, kernels: Kernels
 ) -> None:
-    engine = OnnxEngine.open(small_cache, EngineOptions(max_num_seqs=4, prefill_chunk=16))
+    options = EngineOptions(max_num_seqs=4, prefill_chunk=16, kernels=kernels)
+    engine = OnnxEngine.open(small_cache, options)
     identical, total = measure(engine, mixes=5, seed=3)
     assert identical == total > 20
 
 
 def test_a_quantised_cache_gives_the_same_bits_however_a_text_is_cut(
-    small_cache: Path, attention: str
+    small_cache: Path, kernels: Kernels
 ) -> None:
     text = prompts(512, [300])[0]
-    whole = OnnxEngine.open(small_cache, EngineOptions(prefill_chunk=512)).logits(text)
+    options = EngineOptions(prefill_chunk=512, kernels=kernels)
+    whole = OnnxEngine.open(small_cache, options).logits(text)
     for chunk, threads in ((1, 2), (7, 1), (128, 2)):
-        engine = OnnxEngine.open(small_cache, EngineOptions(1, None, threads, chunk))
+        options = EngineOptions(1, None, threads, chunk, kernels=kernels)
+        engine = OnnxEngine.open(small_cache, options)
         assert np.array_equal(engine.logits(text), whole)
 
 

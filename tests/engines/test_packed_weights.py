@@ -54,7 +54,8 @@ def adapter(adapted: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def logits(model: Path, packed: Path | None, adapter: Path | None = None) -> NDArray[np.float32]:
-    with closing(OnnxEngine.open(model, EngineOptions(2, packed_weights=packed))) as engine:
+    options = EngineOptions(2, packed_weights=packed, kernels="onnxruntime")
+    with closing(OnnxEngine.open(model, options)) as engine:
         if adapter is not None:
             engine.load_adapter("a", adapter)
         number = int(adapter is not None)

@@ -1,0 +1,403 @@
+// Attention over a cache, for decoding rows, chunks of prompts and guesses alike.
+//
+// Keys are taken in tiles that begin at multiples of kTile of their own positions, and a token's sums run over them in
+// that order, dimension by dimension and key by key. So a token gets the same bits alone and among others, however
+// its text was cut.
+#include "attention.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "simd.h"
+
+namespace lifecycle {
+namespace {
+
+constexpr size_t kTile = 64;
+constexpr int kMostVectors = 6;
+// Queries that share the reading of a tile: their sums stay in the second cache.
+constexpr size_t kQueries = 48;
+// Below all scores, yet a number, so that differences to it are numbers.
+constexpr float kLowest = -1e30f;
+
+// scores [MQ, kTile] = queries [MQ, depth] times keys [depth, kTile].
+template <int MQ>
+void score(const float* queries, size_t depth, const float* keys, float* scores) {
+  constexpr int NV = kTile / kLanes;
+  v16f acc[MQ][NV] = {};
+  for (size_t d = 0; d < depth; ++d) {
+    v16f k[NV];
+    LIFECYCLE_UNROLL for (int j = 0; j < NV; ++j) k[j] = load<v16f>(keys + d * kTile + j * kLanes);
+    LIFECYCLE_UNROLL for (int i = 0; i < MQ; ++i) {
+      const v16f q = spread(queries[i * depth + d]);
+      LIFECYCLE_UNROLL for (int j = 0; j < NV; ++j) acc[i][j] += q * k[j];
+    }
+  }
+  LIFECYCLE_UNROLL for (int i = 0; i < MQ; ++i) {
+    LIFECYCLE_UNROLL for (int j = 0; j < NV; ++j) store(scores + i * kTile + j * kLanes, acc[i][j]);
+  }
+}
+
+// sums [MQ, depth], 16 * NV of depth from `sums` on, = sums * decay + weights [MQ, kTile] times values [count, depth].
+template <int MQ, int NV>
+void gather(const float* weights, const float* decay, const float* values, size_t count, size_t depth,
+            float* sums) {
+  v16f acc[MQ][NV];
+  LIFECYCLE_UNROLL for (int i = 0; i < MQ; ++i) {
+    LIFECYCLE_UNROLL for (int j = 0; j < NV; ++j) {
+      acc[i][j] = load<v16f>(sums + i * depth + j * kLanes) * decay[i];
+    }
+  }
+  for (size_t t = 0; t < count; ++t) {
+    v16f v[NV];
+    LIFECYCLE_UNROLL for (int j = 0; j < NV; ++j) v[j] = load<v16f>(values + t * depth + j * kLanes);
+    LIFECYCLE_UNROLL for (int i = 0; i < MQ; ++i) {
+      const v16f w = spread(weights[i * kTile + t]);
+      LIFECYCLE_UNROLL for (int j = 0; j < NV; ++j) acc[i][j] += w * v[j];
+    }
+  }
+  LIFECYCLE_UNROLL for (int i = 0; i < MQ; ++i) {
+    LIFECYCLE_UNROLL for (int j = 0; j < NV; ++j) store(sums + i * depth + j * kLanes, acc[i][j]);
+  }
+}
+
+template <int MQ>
+void gather_all(const float* weights, const float* decay, const float* values, size_t count, size_t depth,
+                float* sums) {
+  size_t d = 0;
+  for (; d + 4 * kLanes <= depth; d += 4 * kLanes)
+    gather<MQ, 4>(weights, decay, values + d, count, depth, sums + d);
+  for (; d < depth; d += kLanes) gather<MQ, 1>(weights, decay, values + d, count, depth, sums + d);
+}
+
+// f.template operator()<MQ>(first) for all of `count` vectors, a few at a time.
+template <typename F>
+LIFECYCLE_INLINE void few_at_a_time(size_t count, const F& f) {
+  size_t i = 0;
+  for (; i + kMostVectors <= count; i += kMostVectors) f.template operator()<kMostVectors>(i);
+  switch (count - i) {
+    case 5: return f.template operator()<5>(i);
+    case 4: return f.template operator()<4>(i);
+    case 3: return f.template operator()<3>(i);
+    case 2: return f.template operator()<2>(i);
+    case 1: return f.template operator()<1>(i);
+  }
+}
+
+// Asks for memory that is read soon. A tile fills a page or more, at whose end the processor stops looking ahead.
+void expect(const void* from, size_t bytes) {
+  for (size_t at = 0; at < bytes; at += 64) __builtin_prefetch(static_cast<const char*>(from) + at);
+}
+
+// Rows [count, depth] of a cache as floats: its own memory, or `room`.
+const float* as_floats(const float* from, size_t, size_t, float*) { return from; }
+const float* as_floats(const int8_t* from, size_t count, size_t depth, float* room) {
+  for (size_t i = 0; i < count * depth; i += kLanes) store(room + i, to_float(widened(load<v16c>(from + i))));
+  return room;
+}
+
+// The first `count` of 16 rows, `stride` bytes apart, of which 64 bytes are taken, as columns.
+LIFECYCLE_INLINE void columns_of(const char* from, size_t count, size_t stride, size_t bytes, v16f (&rows)[16]) {
+  LIFECYCLE_UNROLL for (size_t i = 0; i < kLanes; ++i) {
+    rows[i] = v16f{};
+    if (i >= count) continue;
+    if (bytes == 64) {
+      rows[i] = load<v16f>(from + i * stride);
+    } else {
+      std::memcpy(&rows[i], from + i * stride, bytes);
+    }
+  }
+  transpose16(rows);
+}
+
+// Keys [count, depth], count up to kTile, as columns of floats [depth, kTile], with zeros behind them.
+void transpose(const float* keys, size_t count, size_t depth, float* columns) {
+  v16f rows[kLanes];
+  for (size_t t = 0; t < kTile; t += kLanes) {
+    const size_t here = count > t ? std::min<size_t>(count - t, kLanes) : 0;
+    for (size_t d = 0; d < depth; d += kLanes) {
+      const char* from = reinterpret_cast<const char*>(keys + t * depth + d);
+      columns_of(from, here, depth * sizeof(float), 64, rows);
+      for (size_t j = 0; j < kLanes; ++j) store(columns + (d + j) * kTile + t, rows[j]);
+    }
+  }
+}
+
+// Four bytes are transposed as one value.
+void transpose(const int8_t* keys, size_t count, size_t depth, float* columns) {
+  v16f rows[kLanes];
+  for (size_t t = 0; t < kTile; t += kLanes) {
+    const size_t here = count > t ? std::min<size_t>(count - t, kLanes) : 0;
+    for (size_t d = 0; d < depth; d += 64) {
+      const size_t bytes = std::min<size_t>(64, depth - d);
+      columns_of(reinterpret_cast<const char*>(keys + t * depth + d), here, depth, bytes, rows);
+      for (size_t j = 0; j < bytes / 4; ++j) {
+        const v16i four = (v16i)rows[j];
+        LIFECYCLE_UNROLL for (int k = 0; k < 4; ++k) {
+          store(columns + (d + 4 * j + k) * kTile + t, to_float(four << (24 - 8 * k) >> 24));
+        }
+      }
+    }
+  }
+}
+
+void put(const float* from, const float*, size_t count, float* to) { std::memcpy(to, from, count * sizeof(float)); }
+void put(const float* from, const float* scales, size_t count, int8_t* to) {
+  for (size_t i = 0; i < count; i += kLanes) {
+    const v16f steps = rounded(load<v16f>(from + i) / load<v16f>(scales + i));
+    const v16f low = select(steps > spread(-128.0f), steps, spread(-128.0f));
+    const v16f bounded = select(low < spread(127.0f), low, spread(127.0f));
+    store(to + i, narrowed(__builtin_convertvector(bounded, v16i)));
+  }
+}
+
+}  // namespace
+
+template <typename T>
+struct Attention<T>::Step {
+  const float* qkv;
+  const float *cos, *sin;
+  size_t rotary_rows;
+  const int32_t *last, *counts;    // of each row: its last position, and its new tokens
+  const float *k_scale, *v_scale;  // [kv_heads, depth], for integers
+  T *keys, *values;                // [rows, kv_heads, capacity, depth]
+  float* queries;                  // [rows, kv_heads, width * group, depth]
+  float* out;                      // [rows, width, heads * depth]
+  size_t rows, width, depth, capacity, group;
+
+  size_t start(size_t row) const { return (size_t)(last[row] + 1 - counts[row]); }
+  float* queries_of(size_t row, size_t kv_head, size_t kv_heads) const {
+    return queries + (row * kv_heads + kv_head) * width * group * depth;
+  }
+};
+
+template <typename T>
+ort::Type Attention<T>::input(size_t index) {
+  switch (index) {
+    case 3: case 4: return kCache;
+    case 5: case 6: case 16: return ort::kInt32;
+    case 9: return ort::kInt64;
+    default: return ort::kFloat;
+  }
+}
+
+template <typename T>
+bool Attention<T>::is_optional(size_t index) {
+  return index == 1 || index == 2 || (index >= 7 && index <= 15);
+}
+
+template <typename T>
+Attention<T>::Attention(const ort::Api& api, const ort::Info* info) : api(api) {
+  heads_ = (size_t)attribute<int64_t>(api, info, "num_heads", 0);
+  kv_heads_ = (size_t)attribute<int64_t>(api, info, "kv_num_heads", 0);
+  require(kv_heads_ > 0 && heads_ % kv_heads_ == 0, "attention with heads that cannot be shared out");
+  rotates_ = attribute<int64_t>(api, info, "do_rotary", 0) != 0;
+  interleaved_ = attribute<int64_t>(api, info, "rotary_interleaved", 0) != 0;
+  window_ = attribute<int64_t>(api, info, "local_window_size", -1);
+  scale_ = attribute<float>(api, info, "scale", 0);
+  softcap_ = attribute<float>(api, info, "softcap", 0);
+}
+
+template <typename T>
+void Attention<T>::run(const Run& run) {
+  Tensor qkv = run.input(0), keys = run.input(3), values = run.input(4), last = run.input(5);
+  Tensor cos = run.input(7), sin = run.input(8), k_scale = run.input(12), v_scale = run.input(13);
+  Tensor counts = run.input(16);
+  Step step{};
+  require(qkv.dims.size() == 3 && keys.dims.size() == 4, "attention with inputs of another rank");
+  step.rows = (size_t)qkv.dims[0];
+  step.width = (size_t)qkv.dims[1];
+  step.capacity = (size_t)keys.dims[2];
+  step.depth = (size_t)keys.dims[3];
+  step.group = heads_ / kv_heads_;
+  require(step.depth % kLanes == 0, "attention heads have to be a multiple of 16 wide");
+  require((size_t)qkv.dims[2] == (heads_ + 2 * kv_heads_) * step.depth, "queries of another width");
+  require((size_t)keys.dims[0] == step.rows && (size_t)keys.dims[1] == kv_heads_ && values.dims == keys.dims,
+          "a cache of another shape");
+  require((size_t)last.size() == step.rows && (size_t)counts.size() == step.rows, "rows without their lengths");
+  step.qkv = qkv.as<float>();
+  step.last = last.as<int32_t>();
+  step.counts = counts.as<int32_t>();
+  if (rotates_) {
+    require(cos && sin && (size_t)cos.dims.back() == step.depth / 2 && sin.dims == cos.dims,
+            "rotary tables of another width");
+    step.cos = cos.as<float>();
+    step.sin = sin.as<float>();
+    step.rotary_rows = (size_t)cos.dims[0];
+  }
+  if (sizeof(T) == 1) {
+    require((size_t)k_scale.size() == kv_heads_ * step.depth && v_scale.size() == k_scale.size(),
+            "a cache of integers without a scale for each channel");
+    step.k_scale = k_scale.as<float>();
+    step.v_scale = v_scale.as<float>();
+  }
+  size_t most = 0;
+  for (size_t row = 0; row < step.rows; ++row) {
+    const int64_t count = step.counts[row], end = (int64_t)step.last[row] + 1;
+    require(count >= 0 && count <= (int64_t)step.width, "a row with more tokens than its step is wide");
+    if (count == 0) continue;
+    require(end >= count && end <= (int64_t)step.capacity, "a row that does not fit into its cache");
+    require(!rotates_ || end <= (int64_t)step.rotary_rows, "a row beyond the rotary tables");
+    most = std::max(most, (size_t)count);
+  }
+  step.out = static_cast<float*>(run.output(0, {qkv.dims[0], qkv.dims[1], (int64_t)(heads_ * step.depth)}));
+  step.keys = static_cast<T*>(run.output(1, keys.dims));
+  step.values = static_cast<T*>(run.output(2, values.dims));
+  if (step.keys != keys.data) std::memcpy(step.keys, keys.data, (size_t)keys.size() * sizeof(T));
+  if (step.values != values.data) std::memcpy(step.values, values.data, (size_t)values.size() * sizeof(T));
+  step.queries = scratch<float, 3>(step.rows * step.width * heads_ * step.depth);
+
+  if (most == 0) return;
+  struct Piece {
+    uint32_t row, first, last;
+  };
+  // Long rows first, so that none is begun when the others are done.
+  std::vector<Piece> pieces;
+  const size_t tokens = std::max<size_t>(1, kQueries / step.group);
+  size_t new_tokens = 0;
+  for (size_t row = 0; row < step.rows; ++row) {
+    const size_t count = (size_t)step.counts[row];
+    new_tokens += count;
+    for (size_t first = 0; first < count; first += tokens) {
+      pieces.push_back({(uint32_t)row, (uint32_t)first, (uint32_t)std::min(count, first + tokens)});
+    }
+  }
+  auto work_of = [&](const Piece& p) { return (size_t)(step.start(p.row) + p.last) * (p.last - p.first); };
+  std::stable_sort(pieces.begin(), pieces.end(),
+                   [&](const Piece& a, const Piece& b) { return work_of(a) > work_of(b); });
+  const size_t parts = new_tokens <= 32 ? 1 : 16;
+  run.parallel(parts, [&](size_t part) {
+    size_t at = 0;
+    for (size_t row = 0; row < step.rows; ++row) {
+      for (size_t token = 0; token < (size_t)step.counts[row]; ++token, ++at) {
+        if (at * parts / new_tokens == part) rotate(step, row, token);
+      }
+    }
+  });
+  run.parallel(pieces.size() * kv_heads_, [&](size_t i) {
+    const Piece& piece = pieces[i / kv_heads_];
+    attend(step, piece.row, i % kv_heads_, piece.first, piece.last);
+  });
+}
+
+// Puts a token's keys and values into the cache and its queries where they are read from, both rotated.
+template <typename T>
+void Attention<T>::rotate(const Step& step, size_t row, size_t token) const {
+  const size_t depth = step.depth, half = depth / 2, position = step.start(row) + token;
+  const float* from = step.qkv + (row * step.width + token) * (heads_ + 2 * kv_heads_) * depth;
+  const float scale = scale_ != 0 ? scale_ : 1 / std::sqrt((float)depth);
+  float* turned = scratch<float, 4>(depth);
+  auto turn = [&](const float* x) {
+    if (!rotates_) {
+      std::memcpy(turned, x, depth * sizeof(float));
+      return;
+    }
+    const float *cos = step.cos + position * half, *sin = step.sin + position * half;
+    if (interleaved_) {
+      for (size_t d = 0; d < half; ++d) {
+        turned[2 * d] = x[2 * d] * cos[d] - x[2 * d + 1] * sin[d];
+        turned[2 * d + 1] = x[2 * d + 1] * cos[d] + x[2 * d] * sin[d];
+      }
+      return;
+    }
+    for (size_t d = 0; d < half; ++d) {
+      turned[d] = x[d] * cos[d] - x[d + half] * sin[d];
+      turned[d + half] = x[d + half] * cos[d] + x[d] * sin[d];
+    }
+  };
+  for (size_t head = 0; head < heads_; ++head) {
+    const size_t kv_head = head / step.group;
+    turn(from + head * depth);
+    float* to = step.queries_of(row, kv_head, kv_heads_) + (token * step.group + head % step.group) * depth;
+    // Keys are stored by their scale, which queries make up for.
+    const float* k_scale = sizeof(T) == 1 ? step.k_scale + kv_head * depth : nullptr;
+    for (size_t d = 0; d < depth; ++d) to[d] = turned[d] * scale * (k_scale != nullptr ? k_scale[d] : 1);
+  }
+  for (size_t kv_head = 0; kv_head < kv_heads_; ++kv_head) {
+    const size_t place = ((row * kv_heads_ + kv_head) * step.capacity + position) * depth;
+    const float* key = from + (heads_ + kv_head) * depth;
+    turn(key);
+    put(turned, step.k_scale + kv_head * depth, depth, step.keys + place);
+    put(key + kv_heads_ * depth, step.v_scale + kv_head * depth, depth, step.values + place);
+  }
+}
+
+// What tokens `first` to `last` of a row read through the heads that share one of keys.
+template <typename T>
+void Attention<T>::attend(const Step& step, size_t row, size_t kv_head, size_t first, size_t last) const {
+  const size_t depth = step.depth, group = step.group, start = step.start(row);
+  const size_t count = (last - first) * group;
+  const float* queries = step.queries_of(row, kv_head, kv_heads_) + first * group * depth;
+  const size_t head = (row * kv_heads_ + kv_head) * step.capacity * depth;
+  float* columns = scratch<float, 5>(depth * kTile);
+  float* room = scratch<float, 6>(depth * kTile);
+  float* scores = scratch<float, 7>(count * kTile);
+  float* sums = scratch<float, 8>(count * depth);
+  float* state = scratch<float, 9>(count * (2 + kLanes));
+  float *largest = state, *decay = state + count, *totals = state + 2 * count;
+  std::fill(largest, largest + count, kLowest);
+  std::memset(sums, 0, count * depth * sizeof(float));
+  std::memset(totals, 0, count * kLanes * sizeof(float));
+  v16i lane;
+  for (int i = 0; i < kLanes; ++i) lane[i] = i;
+
+  const size_t end = start + last;
+  const size_t begin = window_ > 0 && start + first + 1 > (size_t)window_ ? start + first + 1 - (size_t)window_ : 0;
+  for (size_t tile = begin / kTile * kTile; tile < end; tile += kTile) {
+    const size_t keys = std::min(kTile, end - tile);
+    expect(step.values + head + tile * depth, keys * depth * sizeof(T));
+    transpose(step.keys + head + tile * depth, keys, depth, columns);
+    few_at_a_time(count, [&]<int MQ>(size_t i) {
+      score<MQ>(queries + i * depth, depth, columns, scores + i * kTile);
+    });
+    for (size_t i = 0; i < count; ++i) {
+      const size_t position = start + first + i / group;
+      const size_t from = window_ > 0 && position + 1 > (size_t)window_ ? position + 1 - (size_t)window_ : 0;
+      v16f s[kTile / kLanes];
+      v16f most = spread(kLowest);
+      LIFECYCLE_UNROLL for (int j = 0; j < (int)(kTile / kLanes); ++j) {
+        s[j] = load<v16f>(scores + i * kTile + j * kLanes);
+        if (softcap_ > 0) {
+          s[j] = softcap_ - 2 * softcap_ / (exponential(s[j] * (2 / softcap_)) + 1.0f);
+        }
+        const v16i key = lane + (int32_t)(tile + j * kLanes);
+        const v16i is_seen = (key <= (int32_t)position) & (key >= (int32_t)from);
+        s[j] = select(is_seen, s[j], spread(-INFINITY));
+        most = larger(most, s[j]);
+      }
+      float now = largest[i];
+      for (int j = 0; j < kLanes; ++j) now = most[j] > now ? most[j] : now;
+      decay[i] = exponential(spread(largest[i] - now))[0];
+      largest[i] = now;
+      v16f total = load<v16f>(totals + i * kLanes) * decay[i];
+      LIFECYCLE_UNROLL for (int j = 0; j < (int)(kTile / kLanes); ++j) {
+        const v16f weight = exponential(s[j] - now);
+        total += weight;
+        store(scores + i * kTile + j * kLanes, weight);
+      }
+      store(totals + i * kLanes, total);
+    }
+    if (tile + kTile < end) {
+      const size_t next = std::min(kTile, end - tile - kTile);
+      expect(step.keys + head + (tile + kTile) * depth, next * depth * sizeof(T));
+    }
+    const float* values = as_floats(step.values + head + tile * depth, keys, depth, room);
+    few_at_a_time(count, [&]<int MQ>(size_t i) {
+      gather_all<MQ>(scores + i * kTile, decay + i, values, keys, depth, sums + i * depth);
+    });
+  }
+  for (size_t i = 0; i < count; ++i) {
+    const size_t of_head = (kv_head * group + i % group) * depth;
+    float* to = step.out + (row * step.width + first + i / group) * heads_ * depth + of_head;
+    const float total = sum<float>(load<v16f>(totals + i * kLanes));
+    const float* v_scale = sizeof(T) == 1 ? step.v_scale + kv_head * depth : nullptr;
+    for (size_t d = 0; d < depth; ++d) {
+      to[d] = sums[i * depth + d] / total * (v_scale != nullptr ? v_scale[d] : 1);
+    }
+  }
+}
+
+template class Attention<float>;
+template class Attention<int8_t>;
+
+}  // namespace lifecycle

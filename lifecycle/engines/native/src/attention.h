@@ -1,0 +1,37 @@
+#pragma once
+
+#include "kernel.h"
+
+namespace lifecycle {
+
+// GroupQueryAttention of the decoders' graphs: packed queries, keys and values of rows with different numbers of new
+// tokens, over a cache that is written in place. T is what the cache holds: float or int8.
+template <typename T>
+class Attention {
+ public:
+  static constexpr const char* kName =
+      sizeof(T) == 1 ? "GroupQueryAttentionInt8" : "GroupQueryAttention";
+  static constexpr size_t kInputs = 17, kOutputs = 3;
+  static constexpr ort::Type kCache = sizeof(T) == 1 ? ort::kInt8 : ort::kFloat;
+
+  static ort::Type input(size_t index);
+  static ort::Type output(size_t index) { return index == 0 ? ort::kFloat : kCache; }
+  static bool is_optional(size_t index);
+
+  Attention(const ort::Api& api, const ort::Info* info);
+  void run(const Run& run);
+
+  const ort::Api& api;
+
+ private:
+  struct Step;
+  void rotate(const Step& step, size_t row, size_t token) const;
+  void attend(const Step& step, size_t row, size_t kv_head, size_t first, size_t last) const;
+
+  size_t heads_, kv_heads_;
+  bool rotates_, interleaved_;
+  int64_t window_;
+  float scale_, softcap_;
+};
+
+}  // namespace lifecycle

@@ -1,0 +1,203 @@
+// What all operators here have in common: reading tensors, errors, work spread over the runtime's threads.
+#pragma once
+
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "ort.h"
+
+namespace lifecycle {
+
+struct Tensor {
+  const void* data = nullptr;
+  std::vector<int64_t> dims;
+  ort::Type type = ort::kUndefined;
+
+  explicit operator bool() const { return data != nullptr; }
+  int64_t size() const {
+    int64_t count = 1;
+    for (int64_t dim : dims) count *= dim;
+    return count;
+  }
+  template <typename T>
+  const T* as() const {
+    return static_cast<const T*>(data);
+  }
+};
+
+// Memory at the beginning of a cache line, zeroed.
+template <typename T>
+class Buffer {
+ public:
+  Buffer() = default;
+  explicit Buffer(size_t count) { reset(count); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  ~Buffer() { std::free(data_); }
+  // Room for `count` values, which keeps its contents only if it was there already.
+  T* reset(size_t count) {
+    if (count > room_) {
+      std::free(data_);
+      data_ = nullptr;
+      room_ = 0;
+      size_t bytes = (count * sizeof(T) + 63) / 64 * 64;
+      data_ = static_cast<T*>(std::aligned_alloc(64, bytes));
+      if (data_ == nullptr) throw std::bad_alloc();
+      std::memset(data_, 0, bytes);
+      room_ = count;
+    }
+    return data_;
+  }
+  T* get() { return data_; }
+  const T* get() const { return data_; }
+
+ private:
+  T* data_ = nullptr;
+  size_t room_ = 0;
+};
+
+// Room that a thread keeps for its next use; what was asked for last is what it holds.
+template <typename T, int Which>
+T* scratch(size_t count) {
+  thread_local Buffer<T> buffer;
+  return buffer.reset(count);
+}
+
+inline void check(const ort::Api& api, ort::Status* status) {
+  if (status == nullptr) return;
+  api.release(status);
+  throw std::runtime_error("ONNX Runtime refused a call of a kernel of lifecycle");
+}
+
+inline void require(bool holds, const char* message) {
+  if (!holds) throw std::runtime_error(message);
+}
+
+inline Tensor read(const ort::Api& api, const ort::Value* value) {
+  Tensor found;
+  if (value == nullptr) return found;
+  void* data = nullptr;
+  check(api, api.data(value, &data));
+  ort::Shape* shape = nullptr;
+  check(api, api.shape(value, &shape));
+  size_t rank = 0;
+  check(api, api.rank(shape, &rank));
+  found.dims.resize(rank);
+  check(api, api.dims(shape, found.dims.data(), rank));
+  check(api, api.type(shape, &found.type));
+  api.release(shape);
+  // A tensor without elements may have no address.
+  static const char nothing = 0;
+  found.data = data != nullptr ? data : &nothing;
+  return found;
+}
+
+inline Tensor constant(const ort::Api& api, const ort::Info* info, size_t index) {
+  int is_constant = 0;
+  const ort::Value* value = nullptr;
+  check(api, api.constant(info, index, &is_constant, &value));
+  return is_constant ? read(api, value) : Tensor();
+}
+
+template <typename T>
+T attribute(const ort::Api& api, const ort::Info* info, const char* name, T otherwise) {
+  T found = otherwise;
+  if (ort::Status* status = api.attribute(info, name, &found)) {
+    api.release(status);
+    return otherwise;
+  }
+  return found;
+}
+
+// One run of an operator.
+class Run {
+ public:
+  Run(const ort::Api& api, ort::Context* context) : api_(api), context_(context) {}
+  Tensor input(size_t index) const {
+    const ort::Value* value = nullptr;
+    check(api_, api_.input(context_, index, &value));
+    return read(api_, value);
+  }
+  void* output(size_t index, const std::vector<int64_t>& dims) const {
+    ort::Value* value = nullptr;
+    check(api_, api_.output(context_, index, dims.data(), dims.size(), &value));
+    void* data = nullptr;
+    check(api_, api_.data(value, &data));
+    return data;
+  }
+  // work(i) for i below `count`, on the threads of the session.
+  template <typename Work>
+  void parallel(size_t count, const Work& work) const {
+    if (count == 0) return;
+    if (count == 1) return work(0);
+    struct Call {
+      const Work& work;
+      std::atomic<bool> failed{false};
+    } call{work};
+    auto one = [](void* data, size_t index) {
+      auto* self = static_cast<Call*>(data);
+      // The runtime's threads must not see an exception; the only one is that memory is out.
+      try {
+        self->work(index);
+      } catch (...) {
+        self->failed = true;
+      }
+    };
+    check(api_, api_.parallel(context_, one, count, count, &call));
+    require(!call.failed, "no memory for a kernel");
+  }
+
+ private:
+  const ort::Api& api_;
+  ort::Context* context_;
+};
+
+// Makes an operator of a class with kName, kInputs, kOutputs, input(i), output(i), a constructor from the node and
+// run(). What it throws becomes an error of the step.
+template <typename Kernel>
+struct Operator : ort::Op {
+  Operator() {
+    name = [](const ort::Op*) { return Kernel::kName; };
+    provider = [](const ort::Op*) -> const char* { return nullptr; };
+    input_count = [](const ort::Op*) -> size_t { return Kernel::kInputs; };
+    input_type = [](const ort::Op*, size_t i) { return Kernel::input(i); };
+    output_count = [](const ort::Op*) -> size_t { return Kernel::kOutputs; };
+    output_type = [](const ort::Op*, size_t i) { return Kernel::output(i); };
+    input_characteristic = [](const ort::Op*, size_t i) {
+      return Kernel::is_optional(i) ? ort::kOptional : ort::kRequired;
+    };
+    output_characteristic = [](const ort::Op*, size_t) { return ort::kRequired; };
+    input_memory = [](const ort::Op*, size_t) { return 0; };
+    variadic_input_min = [](const ort::Op*) { return 1; };
+    variadic_input_same = [](const ort::Op*) { return 1; };
+    variadic_output_min = [](const ort::Op*) { return 1; };
+    variadic_output_same = [](const ort::Op*) { return 1; };
+    start_version = [](const ort::Op*) { return 1; };
+    end_version = [](const ort::Op*) { return 2147483647; };
+    create_v2 = [](const ort::Op*, const ort::Api* api, const ort::Info* info, void** out) -> ort::Status* {
+      try {
+        *out = new Kernel(*api, info);
+        return nullptr;
+      } catch (const std::exception& error) {
+        return api->fail(error.what());
+      }
+    };
+    compute_v2 = [](void* data, ort::Context* context) -> ort::Status* {
+      auto* kernel = static_cast<Kernel*>(data);
+      try {
+        kernel->run(Run(kernel->api, context));
+        return nullptr;
+      } catch (const std::exception& error) {
+        return kernel->api.fail(error.what());
+      }
+    };
+    destroy = [](void* data) { delete static_cast<Kernel*>(data); };
+  }
+};
+
+}  // namespace lifecycle

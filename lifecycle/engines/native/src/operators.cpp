@@ -1,0 +1,175 @@
+// The operators, and the door through which ONNX Runtime takes them.
+#if defined(__linux__)
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
+
+#include "attention.h"
+#include "products.h"
+
+namespace lifecycle {
+namespace {
+
+size_t rows_of(const Tensor& x, size_t depth) {
+  require(!x.dims.empty() && (size_t)x.dims.back() == depth, "a product of another depth than its input");
+  return (size_t)(x.size() / (int64_t)depth);
+}
+
+// Where weights were mapped from a file, they need not stay in memory beside their packed form: the system may take
+// their pages back, and reads them again if need be.
+void not_needed(const Tensor& tensor) {
+#if defined(__linux__) && defined(MADV_PAGEOUT)
+  const uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
+  const uintptr_t from = ((uintptr_t)tensor.data + page - 1) / page * page;
+  const uintptr_t to = ((uintptr_t)tensor.data + (uintptr_t)tensor.size()) / page * page;
+  if (to > from) madvise((void*)from, to - from, MADV_PAGEOUT);
+#else
+  (void)tensor;
+#endif
+}
+
+class Product {
+ public:
+  static constexpr size_t kOutputs = 1;
+  static ort::Type output(size_t) { return ort::kFloat; }
+
+  explicit Product(const ort::Api& api) : api(api) {}
+  void run(const Run& run) {
+    Tensor x = run.input(0);
+    const size_t count = rows_of(x, weights_.depth);
+    std::vector<int64_t> dims = x.dims;
+    dims.back() = (int64_t)weights_.columns;
+    float* y = static_cast<float*>(run.output(0, dims));
+    product(run, weights_, x.as<float>(), count, y);
+  }
+
+  const ort::Api& api;
+
+ protected:
+  Weights weights_;
+};
+
+// x [.., K], weights int8 [K, N], or [N, K] where `transposed`, and their scales [N].
+class RowwiseMatMul : public Product {
+ public:
+  static constexpr const char* kName = "RowwiseMatMul";
+  static constexpr size_t kInputs = 3;
+  static ort::Type input(size_t index) { return index == 1 ? ort::kInt8 : ort::kFloat; }
+  static bool is_optional(size_t) { return false; }
+
+  RowwiseMatMul(const ort::Api& api, const ort::Info* info) : Product(api) {
+    const Tensor given = constant(api, info, 1), scales = constant(api, info, 2);
+    require(given && scales && given.dims.size() == 2, "RowwiseMatMul needs constant weights");
+    const bool transposed = attribute<int64_t>(api, info, "transposed", 0) != 0;
+    Weights& w = weights_;
+    w.is_rowwise = true;
+    w.depth = (size_t)given.dims[transposed];
+    w.columns = (size_t)given.dims[!transposed];
+    w.block = (w.depth + 7) / 8 * 8;
+    require((size_t)scales.size() == w.columns, "RowwiseMatMul needs a scale for each column");
+    w.allocate(false);
+    const int8_t* from = given.as<int8_t>();
+    const size_t by_k = transposed ? 1 : w.columns, by_n = transposed ? w.depth : 1;
+    uint8_t* to = w.packed.get();
+    for (size_t tile = 0; tile < w.tiles(); ++tile) {
+      for (size_t k = 0; k < w.block; k += 4, to += 64) {
+        for (size_t n = 0; n < 16; ++n) {
+          const size_t column = tile * 16 + n;
+          for (size_t i = 0; i < 4; ++i) {
+            const bool is_there = column < w.columns && k + i < w.depth;
+            to[4 * n + i] = (uint8_t)((is_there ? from[column * by_n + (k + i) * by_k] : 0) + 128);
+          }
+        }
+      }
+    }
+    constexpr float kStep = 1.0f / 127;
+    for (size_t n = 0; n < w.columns; ++n) w.scales.get()[n] = kStep * scales.as<float>()[n];
+    not_needed(given);
+  }
+};
+
+// As com.microsoft's: x [.., K], weights [N, blocks, bytes], scales [N, blocks], zeros [N, bytes], -, bias [N].
+class MatMulNBits : public Product {
+ public:
+  static constexpr const char* kName = "MatMulNBits";
+  static constexpr size_t kInputs = 6;
+  static ort::Type input(size_t index) {
+    constexpr ort::Type kTypes[] = {ort::kFloat, ort::kUint8, ort::kFloat, ort::kUint8, ort::kInt32, ort::kFloat};
+    return kTypes[index];
+  }
+  static bool is_optional(size_t index) { return index >= 3; }
+
+  MatMulNBits(const ort::Api& api, const ort::Info* info) : Product(api) {
+    Weights& w = weights_;
+    w.depth = (size_t)attribute<int64_t>(api, info, "K", 0);
+    w.columns = (size_t)attribute<int64_t>(api, info, "N", 0);
+    w.bits = (int)attribute<int64_t>(api, info, "bits", 4);
+    w.block = (size_t)attribute<int64_t>(api, info, "block_size", 0);
+    require(w.depth > 0 && w.columns > 0 && (w.bits == 4 || w.bits == 8) && w.block % 8 == 0 && w.block > 0,
+            "MatMulNBits with attributes that are not known");
+    w.zero = 1 << (w.bits - 1);
+    const Tensor given = constant(api, info, 1), scales = constant(api, info, 2), zeros = constant(api, info, 3);
+    const size_t blocks = w.blocks(), bytes = w.block * (size_t)w.bits / 8;
+    require(given && (size_t)given.size() == w.columns * blocks * bytes, "MatMulNBits with weights of another size");
+    require(scales && (size_t)scales.size() == w.columns * blocks, "MatMulNBits with scales of another size");
+    const size_t zeros_row = (blocks * (size_t)w.bits + 7) / 8;
+    require(!zeros || (size_t)zeros.size() == w.columns * zeros_row, "MatMulNBits with zero points of another size");
+    w.allocate((bool)zeros);
+    w.set_bias(constant(api, info, 5));
+    for (size_t column = 0; column < w.columns; ++column) {
+      const size_t tile = column / 16, n = column % 16;
+      for (size_t b = 0; b < blocks; ++b) {
+        const uint8_t* from = given.as<uint8_t>() + (column * blocks + b) * bytes;
+        pack(from, w.packed.get() + tile * w.tile_bytes() + b * bytes * 16 + 4 * n);
+        const size_t place = (tile * blocks + b) * 16 + n;
+        w.scales.get()[place] = scales.as<float>()[column * blocks + b];
+        if (zeros) {
+          const uint8_t* row = zeros.as<uint8_t>() + column * zeros_row;
+          w.zeros.get()[place] = w.bits == 8 ? row[b] : row[b / 2] >> (4 * (b % 2)) & 15;
+        }
+      }
+    }
+    not_needed(given);
+  }
+
+ private:
+  // One block of a column, from its place in the first 64 bytes on.
+  void pack(const uint8_t* from, uint8_t* to) const {
+    if (weights_.bits == 8) {
+      for (size_t k = 0; k < weights_.block; k += 4, to += 64) std::memcpy(to, from + k, 4);
+      return;
+    }
+    for (size_t k = 0; k < weights_.block; k += 8, to += 64) {
+      for (size_t i = 0; i < 4; ++i) {
+        const size_t low = k + i, high = low + 4;
+        to[i] = (uint8_t)((from[low / 2] >> (4 * (low % 2)) & 15) | (from[high / 2] >> (4 * (high % 2)) & 15) << 4);
+      }
+    }
+  }
+};
+
+}  // namespace
+}  // namespace lifecycle
+
+extern "C" __attribute__((visibility("default"))) ort::Status* RegisterCustomOps(ort::Options* options,
+                                                                                  const ort::ApiBase* base) {
+  using namespace lifecycle;
+  static const Operator<RowwiseMatMul> rowwise;
+  static const Operator<MatMulNBits> blocks;
+  static const Operator<Attention<float>> attention;
+  static const Operator<Attention<int8_t>> attention_int8;
+  const ort::Api* api = base->get(ort::kVersion);
+  if (api == nullptr) return nullptr;
+  // One domain serves all sessions; what holds it is never unloaded.
+  static ort::Domain* domain = nullptr;
+  if (domain == nullptr) {
+    ort::Domain* made = nullptr;
+    if (ort::Status* status = api->domain("lifecycle", &made)) return status;
+    const ort::Op* const all[] = {&rowwise, &blocks, &attention, &attention_int8};
+    for (const ort::Op* op : all) {
+      if (ort::Status* status = api->add(made, op)) return status;
+    }
+    domain = made;
+  }
+  return api->add(options, domain);
+}

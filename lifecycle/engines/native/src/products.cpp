@@ -1,0 +1,241 @@
+// Products with weights in integers: rows of activations are rounded to int8 by themselves, so that integer sums
+// are exact and a row's result depends on no other row.
+//
+// Weights lie in tiles of 16 columns: for each four values of k, 64 unsigned bytes, [column][k]. That is what one
+// instruction multiplies with four values of a row. In 4 bits a byte holds k in its low and k + 4 in its high half.
+#include "products.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "simd.h"
+
+namespace lifecycle {
+namespace {
+
+constexpr int kMostRows = 6;
+constexpr size_t kMostTasks = 32;
+// Rows that are multiplied with a group of tiles before the next one: they stay in the second cache.
+constexpr size_t kRowsAtOnce = 48;
+
+LIFECYCLE_INLINE int32_t four_of(const int8_t* row, size_t group) {
+  int32_t four;
+  std::memcpy(&four, row + 4 * group, 4);
+  return four;
+}
+
+// Sums of products over `groups` fours of k, of MR rows with NR tiles.
+template <int kBits, int MR, int NR>
+LIFECYCLE_INLINE void multiply(v16i (&acc)[MR][NR], const uint8_t* weights, size_t tile_bytes,
+                               const int8_t* rows, size_t row_bytes, size_t groups) {
+  if constexpr (kBits == 8) {
+    for (size_t g = 0; g < groups; ++g) {
+      v64u w[NR];
+      LIFECYCLE_UNROLL for (int j = 0; j < NR; ++j) {
+        w[j] = load<v64u>(weights + j * tile_bytes + 64 * g);
+        __builtin_prefetch(weights + (j + NR) * tile_bytes + 64 * g);
+      }
+      LIFECYCLE_UNROLL for (int i = 0; i < MR; ++i) {
+        const int32_t four = four_of(rows + i * row_bytes, g);
+        LIFECYCLE_UNROLL for (int j = 0; j < NR; ++j) acc[i][j] = dot(acc[i][j], w[j], four);
+      }
+    }
+  } else {
+    for (size_t g = 0; g < groups; g += 2) {
+      v64u low[NR], high[NR];
+      LIFECYCLE_UNROLL for (int j = 0; j < NR; ++j) {
+        const v16i both = load<v16i>(weights + j * tile_bytes + 32 * g);
+        __builtin_prefetch(weights + (j + NR) * tile_bytes + 32 * g);
+        low[j] = (v64u)(both & 0x0f0f0f0f);
+        high[j] = (v64u)((both >> 4) & 0x0f0f0f0f);
+      }
+      LIFECYCLE_UNROLL for (int i = 0; i < MR; ++i) {
+        const int32_t first = four_of(rows + i * row_bytes, g);
+        const int32_t second = four_of(rows + i * row_bytes, g + 1);
+        LIFECYCLE_UNROLL for (int j = 0; j < NR; ++j) acc[i][j] = dot(acc[i][j], low[j], first);
+        LIFECYCLE_UNROLL for (int j = 0; j < NR; ++j) acc[i][j] = dot(acc[i][j], high[j], second);
+      }
+    }
+  }
+}
+
+LIFECYCLE_INLINE void put(float* y, v16f values, size_t count) {
+  if (count >= kLanes) return store(y, values);
+  std::memcpy(y, &values, count * sizeof(float));
+}
+
+// MR rows times NR tiles from tile `tile` on.
+template <int kBits, int MR, int NR>
+void rows_by_tiles(const Weights& w, const Rows& rows, size_t row, size_t tile, float* y) {
+  const size_t groups = w.block / 4, blocks = w.blocks();
+  const size_t tile_bytes = w.tile_bytes(), block_bytes = groups * 64 * kBits / 8;
+  const uint8_t* weights = w.packed.get() + tile * tile_bytes;
+  const int8_t* values = rows.values + row * rows.width;
+  v16f total[MR][NR] = {};
+  for (size_t b = 0; b < blocks; ++b) {
+    v16i acc[MR][NR];
+    const int32_t* sums = rows.sums + b;
+    LIFECYCLE_UNROLL for (int i = 0; i < MR; ++i) {
+      LIFECYCLE_UNROLL for (int j = 0; j < NR; ++j) {
+        acc[i][j] = w.zeros.get() == nullptr
+                        ? spread(-w.zero * sums[(row + i) * blocks])
+                        : load<v16i>(w.zeros.get() + ((tile + j) * blocks + b) * kLanes) *
+                              -sums[(row + i) * blocks];
+      }
+    }
+    multiply<kBits, MR, NR>(acc, weights + b * block_bytes, tile_bytes, values + b * w.block, rows.width,
+                            groups);
+    LIFECYCLE_UNROLL for (int j = 0; j < NR; ++j) {
+      const v16f scale = load<v16f>(w.scales.get() + ((tile + j) * blocks + b) * kLanes);
+      LIFECYCLE_UNROLL for (int i = 0; i < MR; ++i) {
+        const float of_row = rows.scales[(row + i) * blocks + b];
+        // Row-wise, the order of ONNX Runtime's nodes: bits are the same.
+        if (w.is_rowwise) {
+          total[i][j] = to_float(acc[i][j]) * scale * of_row;
+        } else {
+          total[i][j] += to_float(acc[i][j]) * (scale * of_row);
+        }
+      }
+    }
+  }
+  LIFECYCLE_UNROLL for (int j = 0; j < NR; ++j) {
+    const size_t column = (tile + j) * kLanes;
+    if (column >= w.columns) break;
+    LIFECYCLE_UNROLL for (int i = 0; i < MR; ++i) {
+      v16f found = total[i][j];
+      if (w.bias.get() != nullptr) found += load<v16f>(w.bias.get() + column);
+      put(y + (row + i) * w.columns + column, found, w.columns - column);
+    }
+  }
+}
+
+template <int kBits, int NR>
+void some_rows(int count, const Weights& w, const Rows& rows, size_t row, size_t tile, float* y) {
+  switch (count) {
+    case 1: return rows_by_tiles<kBits, 1, NR>(w, rows, row, tile, y);
+    case 2: return rows_by_tiles<kBits, 2, NR>(w, rows, row, tile, y);
+    case 3: return rows_by_tiles<kBits, 3, NR>(w, rows, row, tile, y);
+    case 4: return rows_by_tiles<kBits, 4, NR>(w, rows, row, tile, y);
+    case 5: return rows_by_tiles<kBits, 5, NR>(w, rows, row, tile, y);
+    default: return rows_by_tiles<kBits, 6, NR>(w, rows, row, tile, y);
+  }
+}
+
+void some_rows(int count, const Weights& w, const Rows& rows, size_t row, size_t tile, float* y) {
+  if (w.is_rowwise) return some_rows<8, 4>(count, w, rows, row, tile, y);
+  if (w.bits == 8) return some_rows<8, 2>(count, w, rows, row, tile, y);
+  return some_rows<4, 2>(count, w, rows, row, tile, y);
+}
+
+// One block of a row as int8. `largest` comes back as it is, NaN where a value is none.
+float round_block(const float* x, size_t count, bool is_rowwise, int8_t* out, int32_t* total) {
+  // The order of positive floats is that of their bits, with what is no number above them all.
+  v16i most = {};
+  size_t k = 0;
+  for (; k + kLanes <= count; k += kLanes) most = larger(most, load<v16i>(x + k) & 0x7fffffff);
+  int32_t bits = 0;
+  for (int i = 0; i < kLanes; ++i) bits = std::max(bits, most[i]);
+  for (size_t rest = k; rest < count; ++rest) {
+    int32_t one;
+    std::memcpy(&one, x + rest, 4);
+    bits = std::max(bits, one & 0x7fffffff);
+  }
+  float largest;
+  std::memcpy(&largest, &bits, 4);
+  // In blocks 127 / largest must be a number too.
+  if (!(largest > (is_rowwise ? 0.0f : 1e-35f) && largest < INFINITY)) {
+    std::memset(out, 0, count);
+    *total = 0;
+    return largest - largest;  // 0, or no number
+  }
+  constexpr float kStep = 1.0f / 127;
+  const float inverse = 127 / largest;
+  v16i sums = {};
+  int32_t rest_sum = 0;
+  auto steps = [&](v16f v) {
+    // Row-wise as ONNX Runtime's nodes round, in blocks as its operator does.
+    return rounded(is_rowwise ? (v / largest) / kStep : v * inverse);
+  };
+  for (k = 0; k + kLanes <= count; k += kLanes) {
+    const v16i q = __builtin_convertvector(steps(load<v16f>(x + k)), v16i);
+    sums += q;
+    store(out + k, narrowed(q));
+  }
+  for (; k < count; ++k) {
+    const int32_t q = (int32_t)steps(spread(x[k]))[0];
+    rest_sum += q;
+    out[k] = (int8_t)q;
+  }
+  *total = sum<int32_t>(sums) + rest_sum;
+  return is_rowwise ? largest : largest * kStep;
+}
+
+}  // namespace
+
+void round_rows(const Run& run, const Weights& w, const float* x, size_t count, const Rows& rows) {
+  const size_t blocks = w.blocks();
+  auto round_row = [&](size_t row) {
+    int8_t* values = rows.values + row * rows.width;
+    for (size_t b = 0; b < blocks; ++b) {
+      const size_t from = b * w.block, size = std::min(w.block, w.depth - from);
+      rows.scales[row * blocks + b] = round_block(x + row * w.depth + from, size, w.is_rowwise, values + from,
+                                                  rows.sums + row * blocks + b);
+      // What is behind the last value is multiplied too.
+      if (size < w.block) std::memset(values + from + size, 0, w.block - size);
+    }
+  };
+  // Few values take less time than waking a thread.
+  constexpr size_t kAtOnce = 1 << 14;
+  const size_t part = std::max<size_t>(1, kAtOnce / w.depth);
+  run.parallel((count + part - 1) / part, [&](size_t i) {
+    for (size_t row = i * part; row < std::min(count, (i + 1) * part); ++row) round_row(row);
+  });
+}
+
+void product(const Run& run, const Weights& w, const float* x, size_t count, float* y) {
+  if (count == 0) return;
+  const size_t blocks = w.blocks();
+  Rows rows;
+  rows.width = blocks * w.block;
+  rows.values = scratch<int8_t, 0>(count * rows.width);
+  rows.scales = scratch<float, 1>(count * blocks);
+  rows.sums = scratch<int32_t, 2>(count * blocks);
+  round_rows(run, w, x, count, rows);
+  const size_t wide = w.is_rowwise ? 4 : 2;
+  const size_t groups = w.tiles() / wide;
+  const size_t parts = (count + kRowsAtOnce - 1) / kRowsAtOnce;
+  const size_t each = std::max<size_t>(1, groups * parts / kMostTasks);
+  const size_t tasks = (groups + each - 1) / each;
+  run.parallel(tasks * parts, [&](size_t task) {
+    const size_t first = task / tasks * kRowsAtOnce, last = std::min(count, first + kRowsAtOnce);
+    const size_t group = task % tasks * each;
+    for (size_t g = group; g < std::min(groups, group + each); ++g) {
+      // Rows in shares as equal as can be, for which no share is slow.
+      size_t left = last - first, shares = (left + kMostRows - 1) / kMostRows;
+      for (size_t row = first; row < last; --shares) {
+        const size_t share = (last - row + shares - 1) / shares;
+        some_rows((int)share, w, rows, row, g * wide, y);
+        row += share;
+      }
+    }
+  });
+}
+
+void Weights::allocate(bool with_zeros) {
+  packed.reset(tiles() * tile_bytes());
+  scales.reset(tiles() * blocks() * kLanes);
+  if (with_zeros) zeros.reset(tiles() * blocks() * kLanes);
+}
+
+size_t Weights::tiles() const {
+  const size_t wide = is_rowwise ? 4 : 2, tiles = (columns + kLanes - 1) / kLanes;
+  return (tiles + wide - 1) / wide * wide;
+}
+
+void Weights::set_bias(const Tensor& given) {
+  if (!given) return;
+  require(given.size() == (int64_t)columns, "a bias of another width than its product");
+  std::memcpy(bias.reset(tiles() * kLanes), given.as<float>(), columns * sizeof(float));
+}
+
+}  // namespace lifecycle

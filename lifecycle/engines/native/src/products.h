@@ -1,0 +1,37 @@
+#pragma once
+
+#include "kernel.h"
+
+namespace lifecycle {
+
+// A matrix [depth, columns] in tiles; see products.cpp.
+struct Weights {
+  size_t depth = 0, columns = 0;
+  size_t block = 0;  // values of k that share a scale, a multiple of 8; all of them, rounded up, row-wise
+  int bits = 8;
+  bool is_rowwise = false;
+  int32_t zero = 128;          // what stands for 0 where there are no `zeros`
+  Buffer<uint8_t> packed;      // [tiles, block after block]
+  Buffer<float> scales;        // [tiles, blocks, 16]
+  Buffer<int32_t> zeros;       // [tiles, blocks, 16], or empty
+  Buffer<float> bias;          // [columns], or empty
+
+  size_t blocks() const { return (depth + block - 1) / block; }
+  size_t tiles() const;
+  size_t tile_bytes() const { return blocks() * block * 16 * bits / 8; }
+  void allocate(bool with_zeros);
+  void set_bias(const Tensor& given);
+};
+
+// Activations in int8.
+struct Rows {
+  int8_t* values = nullptr;   // [rows, width]
+  float* scales = nullptr;    // [rows, blocks]
+  int32_t* sums = nullptr;    // [rows, blocks]
+  size_t width = 0;
+};
+
+// y [count, columns] = x [count, depth] times the weights.
+void product(const Run& run, const Weights& weights, const float* x, size_t count, float* y);
+
+}  // namespace lifecycle

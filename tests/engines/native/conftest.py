@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from numpy.typing import NDArray
+from onnx import TensorProto, helper
+
+from lifecycle.engines.native import library
+from lifecycle.engines.native.swap import DOMAIN
+
+Arrays = Mapping[str, NDArray[Any]]
+_TYPES = {
+    np.dtype(np.float32): TensorProto.FLOAT,
+    np.dtype(np.int8): TensorProto.INT8,
+    np.dtype(np.uint8): TensorProto.UINT8,
+    np.dtype(np.int32): TensorProto.INT32,
+}
+
+
+@pytest.fixture(scope="session", params=["processor", "plain"])
+def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The library as engines have it, and one without a processor's own vectors."""
+    if request.param == "processor":
+        found = library.kernels_for("native")
+        assert found is not None
+        return found
+    made = tmp_path_factory.mktemp("plain") / "kernels.so"
+    sources = sorted((Path(library.__file__).parent / "src").glob("*.cpp"))
+    command = ["c++", *library.FLAGS, "-DLIFECYCLE_PLAIN", *map(str, sources), "-o", str(made)]
+    subprocess.run(command, check=True)
+    return made
+
+
+def build(
+    nodes: Sequence[onnx.NodeProto],
+    inputs: Arrays,
+    weights: Arrays,
+    outputs: Arrays,
+    widths: Mapping[str, int] | None = None,
+) -> bytes:
+    """A model of some nodes; the arrays of `inputs` and `outputs` say types and ranks, `widths` which of the inputs
+    have a last dimension that is known."""
+
+    def values(arrays: Arrays) -> list[onnx.ValueInfoProto]:
+        return [
+            helper.make_tensor_value_info(
+                name, _TYPES[array.dtype], [None] * (array.ndim - 1) + [(widths or {}).get(name)]
+            )
+            for name, array in arrays.items()
+        ]
+
+    initializers = [onnx.numpy_helper.from_array(array, name) for name, array in weights.items()]
+    graph = helper.make_graph(nodes, "test", values(inputs), values(outputs), initializers)
+    opsets = [helper.make_opsetid(domain, version) for domain, version in
+              (("", 21), ("com.microsoft", 1), (DOMAIN, 1))]  # fmt: skip
+    return helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
+
+
+def run(
+    model: bytes, kernels: Path | None, inputs: Arrays, threads: int = 2
+) -> list[NDArray[np.float32]]:
+    """What a model gives for some inputs."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 4
+    if kernels is not None:
+        options.register_custom_ops_library(str(kernels))
+    session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    return session.run(None, dict(inputs))

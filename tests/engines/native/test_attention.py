@@ -1,0 +1,249 @@
+"""Attention over a cache: what it gives, and that no token's bits depend on what is beside it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from onnx import helper
+
+from lifecycle.engines.native.swap import swap
+from tests.engines.native.conftest import build, run
+
+Floats = NDArray[np.float32]
+CAPACITY = 384
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of an attention, and what is special about it."""
+
+    heads: int = 4
+    kv_heads: int = 2
+    depth: int = 32
+    rotary: bool = True
+    interleaved: bool = False
+    window: int = -1
+    softcap: float = 0.0
+    scale: float | None = None
+    integers: bool = False
+
+
+KINDS = {
+    "plain": Sizes(),
+    "one head for all": Sizes(heads=6, kv_heads=1, depth=64),
+    "a head for each": Sizes(heads=3, kv_heads=3, depth=80),
+    "wide": Sizes(heads=2, kv_heads=1, depth=256, scale=0.05),
+    "narrow": Sizes(depth=16, rotary=False),
+    "interleaved": Sizes(interleaved=True),
+    "window": Sizes(window=70),
+    "soft cap": Sizes(softcap=5.0),
+    "integers": Sizes(heads=9, kv_heads=3, depth=64, integers=True),
+    "wide integers": Sizes(heads=2, kv_heads=2, depth=96, window=100, integers=True),
+}
+
+
+class Case:
+    """A cache with texts in it, and what is added to them."""
+
+    def __init__(self, sizes: Sizes, rows: int = 4, seed: int = 0) -> None:
+        self.sizes, rng = sizes, np.random.default_rng(seed)
+        shape = (rows, sizes.kv_heads, CAPACITY, sizes.depth)
+        self.past = [self._stored(rng.standard_normal(shape)) for _ in range(2)]
+        scale = rng.uniform(0.01, 0.03, (2, 1, sizes.kv_heads, 1, sizes.depth))
+        self.scales = scale.astype(np.float32)
+        angles = np.outer(np.arange(CAPACITY), 10 ** -np.linspace(0, 3, sizes.depth // 2))
+        self.cos, self.sin = np.cos(angles, dtype=np.float32), np.sin(angles, dtype=np.float32)
+        width = (sizes.heads + 2 * sizes.kv_heads) * sizes.depth
+        self.texts = rng.standard_normal((rows, CAPACITY, width)).astype(np.float32)
+
+    def _stored(self, values: NDArray[np.float64]) -> NDArray[Any]:
+        if self.sizes.integers:
+            return np.clip(values * 50, -128, 127).astype(np.int8)
+        return values.astype(np.float32)
+
+    @property
+    def model(self) -> bytes:
+        """One node, as graphs of decoders have it."""
+        sizes = self.sizes
+        names = ["qkv", "", "", "key", "value", "last", "total"]
+        names += ["cos", "sin"] if sizes.rotary else ["", ""]
+        names += ["", "", "", *(["k_scale", "v_scale"] if sizes.integers else ["", ""])]
+        names += ["", "", "counts"]
+        attributes: dict[str, Any] = {
+            "num_heads": sizes.heads,
+            "kv_num_heads": sizes.kv_heads,
+            "do_rotary": int(sizes.rotary),
+            "rotary_interleaved": int(sizes.interleaved),
+            "local_window_size": sizes.window,
+            "softcap": sizes.softcap,
+        }
+        if sizes.scale is not None:
+            attributes["scale"] = sizes.scale
+        if sizes.integers:
+            attributes |= {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL"}
+            attributes["kv_cache_bit_width"] = 8
+        node = helper.make_node(
+            "GroupQueryAttention", names, ["y", "new_key", "new_value"], domain="com.microsoft", **attributes
+        )  # fmt: skip
+        whole = self.inputs([(0, 1)] * len(self.texts))
+        constants = {
+            name: whole.pop(name) for name in ("cos", "sin", "k_scale", "v_scale") if name in whole
+        }
+        outputs = {"y": whole["qkv"], "new_key": whole["key"], "new_value": whole["value"]}
+        return build([node], whole, constants, outputs, {"key": sizes.depth, "value": sizes.depth})
+
+    def inputs(self, pieces: list[tuple[int, int]]) -> dict[str, NDArray[Any]]:
+        """A step that computes tokens `start` to `stop` of each row."""
+        width = max(2, *(stop - start for start, stop in pieces))
+        qkv = np.full((len(pieces), width, self.texts.shape[-1]), np.nan, np.float32)
+        for row, (start, stop) in enumerate(pieces):
+            qkv[row, : stop - start] = self.texts[row, start:stop]
+        found: dict[str, NDArray[Any]] = {
+            "qkv": qkv,
+            "key": self.past[0][: len(pieces)].copy(),
+            "value": self.past[1][: len(pieces)].copy(),
+            "last": np.array([max(stop - 1, 0) for _, stop in pieces], np.int32),
+            "counts": np.array([stop - start for start, stop in pieces], np.int32),
+            "total": np.array([CAPACITY], np.int32),
+        }
+        if self.sizes.rotary:
+            found |= {"cos": self.cos, "sin": self.sin}
+        if self.sizes.integers:
+            found |= {"k_scale": self.scales[0], "v_scale": self.scales[1]}
+        return found
+
+    def run(
+        self, kernels: Path | None, pieces: list[tuple[int, int]], threads: int = 2
+    ) -> tuple[list[Floats], list[NDArray[Any]]]:
+        """What each row's tokens get, and the cache afterwards."""
+        model = self.model if kernels is None else swap(self.model)
+        given = self.inputs(pieces)
+        wanted = ("qkv", "key", "value", "last", "counts", "total")
+        y, *cache = run(model, kernels, {name: given[name] for name in wanted}, threads)
+        return [y[row, : stop - start] for row, (start, stop) in enumerate(pieces)], cache
+
+    def by_hand(self, row: int, start: int, stop: int) -> Floats:
+        """The same in float64, one token and head after the other."""
+        sizes = self.sizes
+        parts = self.texts[row].reshape(CAPACITY, -1, sizes.depth).astype(np.float64)
+        scales = self.scales[:, 0] if sizes.integers else np.ones((2, sizes.kv_heads, 1, 1))
+        keys, values = (past[row] * scale for past, scale in zip(self.past, scales, strict=True))
+        for t in range(start, stop):
+            for head in range(sizes.kv_heads):
+                new = (
+                    self._turned(parts[t, sizes.heads + head], t),
+                    parts[t, sizes.heads + sizes.kv_heads + head],
+                )
+                for cache, value, scale in zip(
+                    (keys, values), new, scales[:, head, 0], strict=True
+                ):
+                    if sizes.integers:
+                        value = np.clip(np.rint(value / scale), -128, 127) * scale
+                    cache[head, t] = value
+        found = np.zeros((stop - start, sizes.heads, sizes.depth))
+        for t in range(start, stop):
+            first = max(0, t + 1 - sizes.window) if sizes.window > 0 else 0
+            for head in range(sizes.heads):
+                of = head * sizes.kv_heads // sizes.heads
+                q = self._turned(parts[t, head], t) * (sizes.scale or sizes.depth**-0.5)
+                scores = keys[of, first : t + 1] @ q
+                if sizes.softcap:
+                    scores = sizes.softcap * np.tanh(scores / sizes.softcap)
+                weights = np.exp(scores - scores.max())
+                found[t - start, head] = weights @ values[of, first : t + 1] / weights.sum()
+        return found.reshape(stop - start, sizes.heads * sizes.depth).astype(np.float32)
+
+    def _turned(self, x: NDArray[np.float64], position: int) -> NDArray[np.float64]:
+        if not self.sizes.rotary:
+            return x
+        cos, sin = self.cos[position], self.sin[position]
+        a, b = (x[0::2], x[1::2]) if self.sizes.interleaved else np.split(x, 2)
+        turned = a * cos - b * sin, b * cos + a * sin
+        return (
+            np.stack(turned, axis=-1).ravel() if self.sizes.interleaved else np.concatenate(turned)
+        )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_with_any_number_of_new_tokens(kernels: Path, kind: str) -> None:
+    case = Case(KINDS[kind])
+    pieces = [(0, 150), (200, 201), (63, 67), (90, 90)]
+    found, cache = case.run(kernels, pieces)
+    for row, piece in enumerate(pieces):
+        expected = case.by_hand(row, *piece)
+        np.testing.assert_allclose(
+            found[row], expected, atol=2e-5 * max(1, np.abs(expected).max(initial=0))
+        )
+    _, expected_cache = case.run(None, pieces)
+    for new, old in zip(cache, expected_cache, strict=True):
+        for row, (_, stop) in enumerate(pieces):
+            np.testing.assert_allclose(new[row, :, :stop], old[row, :, :stop], atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_token_gets_the_same_bits_however_its_text_is_cut(kernels: Path, kind: str) -> None:
+    case = Case(KINDS[kind], rows=2)
+    (whole, beside), _ = case.run(kernels, [(0, 200), (7, 60)])
+    for threads in (1, 2):
+        at, parts = 0, []
+        for stop in (1, 2, 17, 64, 65, 128, 200):
+            (part, _), cache = case.run(kernels, [(at, stop), (0, 0)], threads)
+            case.past[0][0], case.past[1][0] = cache[0][0], cache[1][0]
+            parts.append(part)
+            at = stop
+        assert np.array_equal(np.concatenate(parts), whole)
+    assert np.isfinite(beside).all()
+
+
+def test_the_cache_is_written_where_it_is(kernels: Path) -> None:
+    import onnxruntime as ort
+
+    case = Case(KINDS["plain"])
+    options = ort.SessionOptions()
+    options.register_custom_ops_library(str(kernels))
+    session = ort.InferenceSession(swap(case.model), options)
+    pieces = [(5, 6)] * 4
+    expected, cache = case.run(kernels, pieces)
+    given, binding = case.inputs(pieces), ort.IOBinding(session)
+    binding.bind_output("y")
+    for name in ("qkv", "last", "counts", "total"):
+        binding.bind_cpu_input(name, given[name])
+    for name in ("key", "value"):
+        value = ort.OrtValue.ortvalue_from_numpy(given[name])
+        binding.bind_ortvalue_input(name, value)
+        binding.bind_ortvalue_output(f"new_{name}", value)
+    session.run_with_iobinding(binding)
+    assert np.array_equal(given["key"], cache[0]) and np.array_equal(given["value"], cache[1])
+    assert np.array_equal(binding.copy_outputs_to_cpu()[0][:, 0], np.concatenate(expected))
+
+
+@pytest.mark.parametrize(
+    ("pieces", "message"),
+    [
+        ([(0, 2), (CAPACITY - 1, CAPACITY + 1)], "does not fit into its cache"),
+        ([(-1, 0), (0, 1)], "fit into"),
+    ],
+)
+def test_a_row_outside_its_cache_is_refused(
+    kernels: Path, pieces: list[tuple[int, int]], message: str
+) -> None:
+    case = Case(KINDS["narrow"], rows=2)
+    given = case.inputs([(0, 2), (0, 2)])
+    given["last"] = np.array([stop - 1 for _, stop in pieces], np.int32)
+    given["counts"] = np.array([stop - start for start, stop in pieces], np.int32)
+    with pytest.raises(Exception, match=message):
+        run(swap(case.model), kernels, given)
+
+
+def test_what_is_no_number_stays_in_its_row(kernels: Path) -> None:
+    case = Case(KINDS["plain"])
+    expected, _ = case.run(kernels, [(0, 80)] * 4)
+    case.texts[1, 40] = np.nan
+    found, _ = case.run(kernels, [(0, 80)] * 4)
+    assert np.isnan(found[1][40:]).all()
+    assert all(np.array_equal(found[row], expected[row]) for row in (0, 2, 3))

@@ -1,0 +1,175 @@
+"""Products with weights in integers: what they give, and that no row depends on another."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from onnx import helper
+
+from lifecycle.engines.native.swap import DOMAIN, swap
+from lifecycle.graph.rounding import Grid, least_squares, quantize
+from tests.engines.native.conftest import build, run
+
+Floats = NDArray[np.float32]
+SHAPES = [(1, 64, 48), (2, 576, 960), (3, 20, 5), (7, 130, 17), (16, 96, 200), (61, 256, 80)]
+"""Rows, depth and columns: whole tiles and parts of them."""
+
+
+def rowwise_model(weight: NDArray[np.int8], scale: Floats, transposed: bool) -> bytes:
+    """The nodes that `int8-rowwise` makes of a product."""
+    last = {"last": np.array([-1], np.int64)}
+    constants = {"step": np.array(1 / 127, np.float32), "zero": np.array(128, np.uint8)}
+    nodes = [
+        helper.make_node("Abs", ["x"], ["magnitude"]),
+        helper.make_node("ReduceMax", ["magnitude", "last"], ["largest"]),
+        helper.make_node("Div", ["x", "largest"], ["unit"]),
+        helper.make_node("QuantizeLinear", ["unit", "step", "zero"], ["rows"]),
+        helper.make_node(
+            "MatMulIntegerToFloat",
+            ["rows", "weight", "step", "scale", "zero"],
+            ["product"],
+            domain="com.microsoft",
+        ),
+        helper.make_node("Mul", ["product", "largest"], ["y"]),
+    ]
+    stored = weight
+    if transposed:
+        stored = np.ascontiguousarray(weight.T)
+        nodes.insert(0, helper.make_node("Transpose", ["table"], ["weight"], perm=[1, 0]))
+    weights: dict[str, Any] = {"table" if transposed else "weight": stored, "scale": scale}
+    x = np.zeros((1, 1), np.float32)
+    return build(nodes, {"x": x}, {**weights, **constants, **last}, {"y": x})
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_rowwise_product_has_the_bits_of_the_nodes_it_replaces(
+    kernels: Path, shape: tuple[int, int, int], transposed: bool
+) -> None:
+    rows, depth, columns = shape
+    rng = np.random.default_rng(depth)
+    weight = rng.integers(-127, 128, (depth, columns)).astype(np.int8)
+    scale = rng.uniform(1e-3, 1, columns).astype(np.float32)
+    x = rng.standard_normal((rows, depth)).astype(np.float32)
+    x[0, 0] = 300
+    model = rowwise_model(weight, scale, transposed)
+    swapped = swap(model)
+    assert b"RowwiseMatMul" in swapped and b"QuantizeLinear" not in swapped
+    (expected,), (found,) = run(model, None, {"x": x}), run(swapped, kernels, {"x": x})
+    assert np.array_equal(found, expected)
+
+
+def test_what_is_no_number_stays_in_its_row(kernels: Path) -> None:
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((5, 64)).astype(np.float32)
+    x[1, 3], x[2, 60], x[3] = np.nan, np.inf, 0
+    model = rowwise_model(np.ones((64, 40), np.int8), np.ones(40, np.float32), False)
+    (found,) = run(swap(model), kernels, {"x": x})
+    assert np.isnan(found[1:3]).all() and (found[3] == 0).all()
+    assert np.isfinite(found[[0, 4]]).all()
+    model = blocks_model(Grid(32), rng.standard_normal((40, 64)).astype(np.float32))[0]
+    (found,) = run(swap(model), kernels, {"x": x})
+    assert np.isnan(found[1:3]).all() and (found[3] == 0).all()
+    assert np.isfinite(found[[0, 4]]).all()
+
+
+def test_steps_without_rows_give_none(kernels: Path) -> None:
+    model = rowwise_model(np.ones((64, 40), np.int8), np.ones(40, np.float32), False)
+    (found,) = run(swap(model), kernels, {"x": np.zeros((0, 64), np.float32)})
+    assert found.shape == (0, 40)
+
+
+def test_a_value_that_others_read_stays(kernels: Path) -> None:
+    model = rowwise_model(np.ones((64, 40), np.int8), np.ones(40, np.float32), False)
+    import onnx
+
+    graph = onnx.load_from_string(model)
+    graph.graph.node.append(helper.make_node("Identity", ["unit"], ["seen"]))
+    graph.graph.output.append(
+        helper.make_tensor_value_info("seen", onnx.TensorProto.FLOAT, [None, None])
+    )
+    swapped = swap(graph.SerializeToString())
+    assert b"RowwiseMatMul" not in swapped
+    x = np.ones((2, 64), np.float32)
+    assert (run(swapped, kernels, {"x": x})[1] == 1).all()
+
+
+def blocks_model(
+    grid: Grid, weight: Floats, bias: Floats | None = None, accuracy_level: int = 4
+) -> tuple[bytes, Floats]:
+    """A product of blocks, and the weights that it has [columns, depth]."""
+    columns, depth = weight.shape
+    blocks = quantize(weight, grid, least_squares)
+    packed = blocks.pack()
+    weights: dict[str, Any] = {"values": packed.values, "scales": packed.scales.astype(np.float32)}
+    inputs = ["x", "values", "scales", "", "", ""]
+    if packed.zeros is not None:
+        weights["zeros"], inputs[3] = packed.zeros, "zeros"
+    if bias is not None:
+        weights["bias"], inputs[5] = bias, "bias"
+    node = helper.make_node(
+        "MatMulNBits", inputs, ["y"], domain="com.microsoft", K=depth, N=columns, bits=grid.bits,
+        block_size=grid.block_size, accuracy_level=accuracy_level,
+    )  # fmt: skip
+    x = np.zeros((1, 1), np.float32)
+    return build([node], {"x": x}, weights, {"y": x}), blocks.floats(depth)
+
+
+def by_hand(x: Floats, weight: Floats, block: int) -> Floats:
+    """The product with each block of a row rounded to 8 bits, in float64."""
+    rows, depth = x.shape
+    padded = np.zeros((rows, -(-depth // block) * block))
+    padded[:, :depth] = x
+    parts = padded.reshape(rows, -1, block)
+    step = np.abs(parts).max(axis=-1, keepdims=True) / 127
+    step[step == 0] = 1
+    rounded = (np.rint(parts / step) * step).reshape(rows, -1)[:, :depth]
+    return (rounded @ weight.T.astype(np.float64)).astype(np.float32)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("block", [16, 32, 64, 128])
+def test_products_of_blocks(kernels: Path, block: int, bits: int, symmetric: bool) -> None:
+    for rows, depth, columns in SHAPES:
+        rng = np.random.default_rng(block + depth)
+        weight = rng.standard_normal((columns, depth)).astype(np.float32)
+        bias = rng.standard_normal(columns).astype(np.float32) if rows % 2 else None
+        model, stored = blocks_model(Grid(block, bits, symmetric), weight, bias)
+        x = rng.standard_normal((rows, depth)).astype(np.float32)
+        (found,) = run(swap(model), kernels, {"x": x})
+        expected = by_hand(x, stored, block) + (0 if bias is None else bias)
+        # A value halfway between two steps may go either way.
+        np.testing.assert_allclose(found, expected, atol=0.02 * np.abs(expected).max())
+        assert np.abs(found - expected).mean() < 1e-4 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("block", [16, 64, None])
+def test_a_row_gets_the_same_bits_alone_and_among_others(kernels: Path, block: int | None) -> None:
+    rng = np.random.default_rng(1)
+    weight = rng.standard_normal((96, 256)).astype(np.float32)
+    if block is None:
+        stored = np.rint(weight.T * 30).astype(np.int8)
+        model = rowwise_model(np.ascontiguousarray(stored), np.ones(96, np.float32), False)
+    else:
+        model, _ = blocks_model(Grid(block), weight)
+    x = rng.standard_normal((53, 256)).astype(np.float32)
+    (together,) = run(swap(model), kernels, {"x": x})
+    for threads in (1, 2):
+        for count in (1, 2, 5, 6, 7, 12, 50):
+            (alone,) = run(swap(model), kernels, {"x": x[:count]}, threads)
+            assert np.array_equal(alone, together[:count])
+
+
+def test_other_products_stay_as_they_are() -> None:
+    weight = np.ones((16, 64), np.float32)
+    exact, _ = blocks_model(Grid(32), weight, accuracy_level=0)
+    x = {"x": np.ones((1, 64), np.float32)}
+    assert run(swap(exact), None, x)[0].shape == (1, 16)
+    ours = swap(blocks_model(Grid(32), weight)[0])
+    with pytest.raises(Exception, match=f"{DOMAIN}:MatMulNBits"):
+        run(ours, None, x)
