@@ -1,20 +1,22 @@
-"""Puts this project's operators in the place of ONNX Runtime's in a graph, without the onnx package.
+"""Puts this project's operators in the place of ONNX Runtime's in a graph.
 
 Graphs on disk hold ONNX Runtime's operators only, so that any of its builds runs them. What is replaced is what
-decoders of this project consist of: attention with a number of new tokens for each row, products of blocks, and
-the nodes of a row-wise product, which become one.
+decoders of this project consist of: attention, with the nodes that lay tokens out in rows before it and pack them
+again; products of blocks; the nodes of a row-wise product; and a gate before either product. Whatever differs from
+what ours can do stays as it is.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import replace
 
-from lifecycle.engines.onnx_file import field_of, spans
+from lifecycle.engines.adapters import PLACES, TOKENS
+from lifecycle.engines.native.nodes import Graph, Node
 
 DOMAIN = "lifecycle"
-OPERATORS = ATTENTION, BLOCKS, ROWWISE = "GroupQueryAttention", "MatMulNBits", "RowwiseMatMul"
+ATTENTION, BLOCKS, ROWWISE = "PackedAttention", "MatMulNBits", "RowwiseMatMul"
+GATE, UPDATE = "Gate", "AdapterUpdate"
+_PRODUCTS = (BLOCKS, ROWWISE)
 
 _FLOAT, _INT8 = 1, 3
 """Types of elements, as protobuf numbers."""
@@ -34,242 +36,193 @@ _ATTENTION_ATTRIBUTES = {
     "kv_cache_bit_width",
 }
 _PRODUCT_ATTRIBUTES = {"K", "N", "bits", "block_size", "accuracy_level"}
+_LAST_AXIS = (-1, 2**64 - 1)
+"""As it is, and as protobuf writes it."""
+_MOST_PARTS = 3
+"""Products that share their input, as queries, keys and values do."""
 _LANES = 16
 """What the width of a head is a multiple of."""
 
 
-@dataclass(slots=True)
-class _Node:
-    """A node; attributes are messages as they are in the file."""
-
-    inputs: list[str]
-    outputs: list[str]
-    name: str
-    operator: str
-    domain: str = ""
-    attributes: dict[str, bytes] = field(default_factory=dict[str, bytes])
-
-    @staticmethod
-    def read(message: memoryview) -> _Node:
-        node = _Node([], [], "", "")
-        for number, value, _ in spans(message):
-            if value is None:
-                continue
-            if number == 5:
-                node.attributes[_name(value)] = bytes(value)
-                continue
-            text = bytes(value).decode()
-            if number == 1:
-                node.inputs.append(text)
-            elif number == 2:
-                node.outputs.append(text)
-            elif number == 3:
-                node.name = text
-            elif number == 4:
-                node.operator = text
-            elif number == 7:
-                node.domain = text
-        return node
-
-    def write(self) -> bytes:
-        texts = [(1, text) for text in self.inputs] + [(2, text) for text in self.outputs]
-        texts += [(3, self.name), (4, self.operator), (7, self.domain)]
-        parts = [field_of(number, text.encode()) for number, text in texts]
-        return b"".join(parts + [field_of(5, value) for value in self.attributes.values()])
-
-    def number(self, attribute: str) -> int:
-        """An attribute's integer, 0 where there is none."""
-        return _numbers(memoryview(self.attributes.get(attribute, b""))).get(3, 0)
-
-    def text(self, attribute: str) -> str:
-        """An attribute's text, empty where there is none."""
-        for number, value, _ in spans(memoryview(self.attributes.get(attribute, b""))):
-            if number == 4 and value is not None:
-                return bytes(value).decode()
-        return ""
-
-
-def swap(data: bytes, operators: Collection[str] = OPERATORS) -> bytes:
-    """A model with the given ones of our operators wherever they can do what ONNX Runtime's do.
+def swap(model: bytes) -> bytes:
+    """A model with our operators wherever they do what its own do.
 
     Raises:
         ValueError, IndexError: it is no ONNX model.
     """
-    parts: list[bytes | memoryview] = []
-    model = memoryview(data)
-    for number, value, span in spans(model):
-        if number == 7 and value is not None:
-            parts.append(field_of(7, _graph(value, operators)))
-        else:
-            parts.append(model[span])
-    # An import of operators: their domain, and version 1.
-    parts.append(field_of(8, field_of(1, DOMAIN.encode()) + b"\x10\x01"))
-    return b"".join(parts)
+    graph = Graph(model)
+    for node in graph.nodes:
+        if node.operator == "MatMulIntegerToFloat":
+            _swap_rowwise(graph, node)
+        elif node.operator == "MatMulNBits" and _is_known_product(node):
+            node.domain = DOMAIN
+        elif node.operator == "GroupQueryAttention" and _is_known_attention(graph, node):
+            _swap_attention(graph, node)
+        elif node.operator == "Gather" and node.inputs[1:] == [TOKENS]:
+            _swap_update(graph, node)
+    for node in graph.nodes:
+        if node.operator == "Mul" and len(node.inputs) == 2:
+            _swap_gate(graph, node)
+    return graph.write(DOMAIN)
 
 
-def _graph(message: memoryview, wanted: Collection[str]) -> bytes:
-    nodes: list[_Node] = []
-    others: list[memoryview] = []
-    outputs: set[str] = set()
-    caches: dict[str, tuple[int, int]] = {}
-    """Of each input its type and its last dimension."""
-    for number, value, span in spans(message):
-        if number == 1 and value is not None:
-            nodes.append(_Node.read(value))
-            continue
-        others.append(message[span])
-        if number == 11 and value is not None:
-            caches[_name(value)] = _tensor(value)
-        elif number == 12 and value is not None:
-            outputs.add(_name(value))
-    if ROWWISE in wanted:
-        nodes = _rowwise(nodes, outputs)
-    for node in nodes:
-        if node.domain != "com.microsoft" or node.operator not in wanted:
-            continue
-        if node.operator == ATTENTION and _is_known_attention(node, caches):
-            cache_type, _ = caches[node.inputs[_PAST_KEY]]
-            node.operator += "Int8" if cache_type == _INT8 else ""
-        elif node.operator != BLOCKS or not _is_known_product(node):
-            continue
-        node.domain = DOMAIN
-    return b"".join([*(field_of(1, node.write()) for node in nodes), *others])
+def _swap_rowwise(graph: Graph, product: Node) -> None:
+    """Make one node of those of a row-wise product (see `lifecycle.graph.int8`)."""
+    quantize = graph.maker(product.inputs[0], "QuantizeLinear")
+    divide = quantize and graph.maker(quantize.inputs[0], "Div")
+    most = divide and graph.maker(divide.inputs[1], "ReduceMax")
+    magnitude = most and graph.maker(most.inputs[0], "Abs")
+    readers = graph.readers(product.outputs[0])
+    if not (quantize and divide and most and magnitude) or len(readers) != 1:
+        return
+    scaled, x, largest = readers[0], magnitude.inputs[0], most.outputs[0]
+    inner = (magnitude, divide, quantize, product)
+    if (
+        scaled.operator != "Mul"
+        or set(scaled.inputs) != {product.outputs[0], largest}
+        or divide.inputs[0] != x
+        # What others read has to stay.
+        or any(len(graph.readers(node.outputs[0])) != 1 for node in inner)
+        or len(graph.readers(largest)) != 2
+    ):
+        return
+    weight, scale = product.inputs[1], product.inputs[3]
+    old = [most, *inner]
+    new = Node([x, weight, scale], scaled.outputs, product.name, ROWWISE, DOMAIN)
+    if graph.is_computed(weight):
+        # A head that shares the matrix of the embedding.
+        transposed = graph.maker(weight, "Transpose")
+        if transposed is None:
+            return
+        new.inputs[1] = transposed.inputs[0]
+        new.set_flag("transposed")
+        if len(graph.readers(weight)) == 1:
+            old.append(transposed)
+    graph.replace(old, scaled, new)
 
 
-def _is_known_attention(node: _Node, caches: dict[str, tuple[int, int]]) -> bool:
-    given = {i for i, name in enumerate(node.inputs) if name}
-    cache_type, width = caches.get(node.inputs[_PAST_KEY], (0, 0))
-    is_integer = cache_type == _INT8
-    scaled = all(place in given for place in _SCALES) and (
-        {node.text("k_quant_type"), node.text("v_quant_type")} == {"PER_CHANNEL"}
-    )
-    return (
-        _COUNTS in given
-        and given <= _ATTENTION_INPUTS
-        and node.attributes.keys() <= _ATTENTION_ATTRIBUTES
-        and (scaled if is_integer else cache_type == _FLOAT and not given & set(_SCALES))
-        and width > 0
-        and width % _LANES == 0
-    )
-
-
-def _is_known_product(node: _Node) -> bool:
+def _is_known_product(node: Node) -> bool:
     # Only at this level activations are rounded; the order of columns (input 4) is never given.
     return (
-        node.number("accuracy_level") == 4
-        and node.number("bits") in (4, 8)
+        node.integer("accuracy_level") == 4
+        and node.integer("bits") in (4, 8)
         and node.attributes.keys() <= _PRODUCT_ATTRIBUTES
         and not any(node.inputs[4:5])
     )
 
 
-def _rowwise(nodes: list[_Node], outputs: set[str]) -> list[_Node]:
-    """The nodes with each row-wise product as one (see `lifecycle.graph.int8`)."""
-    made_by = {name: node for node in nodes for name in node.outputs}
-    uses = Counter(name for node in nodes for name in node.inputs)
-    readers: dict[str, list[_Node]] = {}
-    for node in nodes:
-        for name in node.inputs:
-            readers.setdefault(name, []).append(node)
-    gone: set[int] = set()
-    instead: dict[int, _Node] = {}
+def _is_known_attention(graph: Graph, node: Node) -> bool:
+    given = {i for i, name in enumerate(node.inputs) if name}
+    cache_type, width = graph.inputs.get(node.inputs[_PAST_KEY], (0, 0))
+    scales = given & set(_SCALES)
+    if cache_type == _INT8:
+        kinds = {node.text("k_quant_type"), node.text("v_quant_type")}
+        is_known = len(scales) == 2 and kinds == {"PER_CHANNEL"}
+    else:
+        is_known = cache_type == _FLOAT and not scales
+    return (
+        is_known
+        and _COUNTS in given
+        and given <= _ATTENTION_INPUTS
+        and node.attributes.keys() <= _ATTENTION_ATTRIBUTES
+        and width > 0
+        and width % _LANES == 0
+    )
 
-    def chain(product: _Node) -> tuple[list[_Node], str] | None:
-        """The nodes that become one, the last of them last, and what they read."""
-        try:
-            quantize = made_by[product.inputs[0]]
-            divide = made_by[quantize.inputs[0]]
-            most = made_by[divide.inputs[1]]
-            magnitude = made_by[most.inputs[0]]
-            (scaled,) = readers[product.outputs[0]]
-        except (KeyError, ValueError, IndexError):
-            return None
-        found = [magnitude, most, divide, quantize, product, scaled]
-        kinds = ["Abs", "ReduceMax", "Div", "QuantizeLinear", "MatMulIntegerToFloat", "Mul"]
-        x, largest = magnitude.inputs[0], most.outputs[0]
-        # Read by others, a value has to stay.
-        inner = {node.outputs[0]: 2 if node is most else 1 for node in found[:-1]}
-        same = (
-            [node.operator for node in found] == kinds
-            and divide.inputs[0] == x
-            and set(scaled.inputs) == {product.outputs[0], largest}
-            and all(uses[name] == count and name not in outputs for name, count in inner.items())
-        )
-        return (found, x) if same else None
 
-    for product in nodes:
-        if product.operator != "MatMulIntegerToFloat" or (found := chain(product)) is None:
+def _swap_attention(graph: Graph, node: Node) -> None:
+    """Make one node of attention and what lays its tokens out and packs them."""
+    pad = graph.maker(node.inputs[0], "Gather")
+    readers = graph.readers(node.outputs[0])
+    if pad is None or len(readers) != 1 or readers[0].operator != "GatherND":
+        return
+    if len(graph.readers(node.inputs[0])) != 1:
+        return
+    unpad = readers[0]
+    cache_type, _ = graph.inputs[node.inputs[_PAST_KEY]]
+    operator = ATTENTION + ("Int8" if cache_type == _INT8 else "")
+    inputs = [pad.inputs[0], *node.inputs[1:], unpad.inputs[1]]
+    outputs = [unpad.outputs[0], *node.outputs[1:]]
+    new = Node(inputs, outputs, node.name, operator, DOMAIN, node.attributes)
+    graph.replace([pad, node], unpad, new)
+
+
+def _swap_update(graph: Graph, gather: Node) -> None:
+    """Make one node of those that add an adapter to a product (see `lifecycle.graph.adapters`)."""
+    inner = _only_reader(graph, gather, "MatMul")
+    if inner is None:
+        return
+    old = [gather, inner]
+    split = _only_reader(graph, inner, "Split")
+    if split is not None:
+        old.append(split)
+    outers = [_reader(graph, name, "MatMul") for name in (split or inner).outputs]
+    concat = _reader(graph, outers[0].outputs[0], "Concat") if outers[0] else None
+    found = [node for node in outers if node is not None]
+    if len(found) != len(outers) or len(found) > _MOST_PARTS:
+        return
+    packed = [_only_reader(graph, node, "GatherND") for node in ([concat] if concat else found)]
+    sums = [node and _only_reader(graph, node, "Add") for node in packed]
+    if concat is not None:
+        if concat.inputs != [node.outputs[0] for node in found]:
+            return
+        old.append(concat)
+    old += found
+    banks = [inner.inputs[1], PLACES, *(node.inputs[1] for node in found)]
+    bases: list[str] = []
+    for pack, node in zip(packed, sums, strict=True):
+        if pack is None or node is None or pack.inputs[1] != PLACES:
+            return
+        bases.append(next(name for name in node.inputs if name != pack.outputs[0]))
+        old.append(pack)
+    added = [node for node in sums if node is not None]
+    x, name = gather.inputs[0], inner.name
+    if len(added) == 1:
+        new = Node([x, bases[0], *banks], added[0].outputs, name, UPDATE, DOMAIN)
+        graph.replace(old, added[0], new)
+        return
+    # The parts of a product that is split before they are added to: split it behind instead.
+    base = graph.maker(bases[0], "Split")
+    if base is None or base.outputs != bases or any(len(graph.readers(b)) != 1 for b in bases):
+        return
+    whole = f"{base.inputs[0]}.adapted"
+    new = Node([x, base.inputs[0], *banks], [whole], name, UPDATE, DOMAIN)
+    outputs = [output for node in added for output in node.outputs]
+    inputs = [whole, *base.inputs[1:]]
+    graph.replace([*old, *added[:-1]], added[-1], replace(base, inputs=inputs, outputs=outputs))
+    graph.replace([], base, new)
+
+
+def _only_reader(graph: Graph, node: Node, operator: str) -> Node | None:
+    return _reader(graph, node.outputs[0], operator)
+
+
+def _reader(graph: Graph, name: str, operator: str) -> Node | None:
+    """The only node that reads a value, if it is such an operator."""
+    readers = graph.readers(name)
+    return readers[0] if len(readers) == 1 and readers[0].operator == operator else None
+
+
+def _swap_gate(graph: Graph, gated: Node) -> None:
+    """Make one node of silu(gate) * up, or a part of the product that is alone in reading it."""
+    for act_name, up in (gated.inputs, gated.inputs[::-1]):
+        act = graph.maker(act_name, "QuickGelu")
+        split = graph.maker(up, "Split")
+        if act is None or split is None or act.real("alpha") != 1:
             continue
-        members, x = found
-        weight, scale = product.inputs[1], product.inputs[3]
-        transposed = made_by.get(weight)
-        is_transposed = transposed is not None and transposed.operator == "Transpose"
-        if is_transposed and transposed is not None:
-            weight = transposed.inputs[0]
-            if uses[transposed.outputs[0]] == 1:
-                gone.add(id(transposed))
-        elif transposed is not None:
+        gate = act.inputs[0]
+        if split.outputs != [gate, up] or split.integer("axis") not in _LAST_AXIS:
             continue
-        gone.update(map(id, members[:-1]))
-        # name, i (3) and its type (20): the integer.
-        flag = field_of(1, b"transposed") + bytes([0x18, int(is_transposed), 0xA0, 0x01, 2])
-        instead[id(members[-1])] = _Node(
-            [x, weight, scale],
-            list(members[-1].outputs),
-            product.name,
-            ROWWISE,
-            DOMAIN,
-            {"transposed": flag},
-        )
-    return [instead.get(id(node), node) for node in nodes if id(node) not in gone]
-
-
-def _name(message: memoryview) -> str:
-    """Field 1 of a message: what attributes, inputs and outputs are called."""
-    for number, value, _ in spans(message):
-        if number == 1 and value is not None:
-            return bytes(value).decode()
-    return ""
-
-
-def _tensor(value: memoryview) -> tuple[int, int]:
-    """Of an input the type of its elements and its last dimension, 0 where that has no number."""
-    kind, last = 0, 0
-    for tensor in _below(value, 2, 1):
-        kind = _numbers(tensor).get(1, 0)
-        for shape in _below(tensor, 2):
-            for dimension in _below(shape, 1):
-                last = _numbers(dimension).get(1, 0)
-    return kind, last
-
-
-def _below(message: memoryview, *path: int) -> list[memoryview]:
-    """The messages that field numbers lead to."""
-    found = [message]
-    for wanted in path:
-        found = [
-            value
-            for each in found
-            for number, value, _ in spans(each)
-            if number == wanted and value is not None
-        ]
-    return found
-
-
-def _numbers(message: memoryview) -> dict[int, int]:
-    """The fields of a message that are plain numbers."""
-    found: dict[int, int] = {}
-    for number, value, span in spans(message):
-        if value is None and message[span.start] & 7 == 0:
-            found[number] = _last_number(bytes(message[span]))
-    return found
-
-
-def _last_number(encoded: bytes) -> int:
-    """The value behind a tag, both written seven bits at a time."""
-    value = shift = 0
-    begin = next(i for i, byte in enumerate(encoded) if byte < 0x80) + 1
-    for byte in encoded[begin:]:
-        value |= (byte & 0x7F) << shift
-        shift += 7
-    return value
+        if any(len(graph.readers(name)) != 1 for name in (gate, up, act_name)):
+            continue
+        readers = graph.readers(gated.outputs[0])
+        if len(readers) == 1 and readers[0].domain == DOMAIN and readers[0].operator in _PRODUCTS:
+            product = readers[0]
+            inputs = [split.inputs[0], *product.inputs[1:]]
+            new = replace(product, inputs=inputs, attributes=dict(product.attributes))
+            new.set_flag("gated")
+            graph.replace([split, act, gated], product, new)
+        else:
+            new = Node([split.inputs[0]], gated.outputs, gated.name, GATE, DOMAIN)
+            graph.replace([split, act], gated, new)
+        return

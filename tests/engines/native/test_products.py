@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from numpy.typing import NDArray
 from onnx import helper
@@ -85,7 +86,6 @@ def test_steps_without_rows_give_none(kernels: Path) -> None:
 
 def test_a_value_that_others_read_stays(kernels: Path) -> None:
     model = rowwise_model(np.ones((64, 40), np.int8), np.ones(40, np.float32), False)
-    import onnx
 
     graph = onnx.load_from_string(model)
     graph.graph.node.append(helper.make_node("Identity", ["unit"], ["seen"]))
@@ -173,3 +173,38 @@ def test_other_products_stay_as_they_are() -> None:
     ours = swap(blocks_model(Grid(32), weight)[0])
     with pytest.raises(Exception, match=f"{DOMAIN}:MatMulNBits"):
         run(ours, None, x)
+
+
+@pytest.mark.parametrize("width", [64, 20])
+def test_a_gate_has_the_same_bits_inside_a_product_and_before_it(kernels: Path, width: int) -> None:
+    """It is inside where nothing else reads it; with adapters something does, and without has to give the same."""
+    rng = np.random.default_rng(3)
+    product, _ = blocks_model(Grid(32), rng.standard_normal((48, width)).astype(np.float32))
+    model = onnx.load_from_string(product)
+    halves = onnx.numpy_helper.from_array(np.array([width, width], np.int64), "halves")
+    model.graph.initializer.append(halves)
+    gate = [
+        helper.make_node("Split", ["both", "halves"], ["gate", "up"], axis=-1),
+        helper.make_node("QuickGelu", ["gate"], ["act"], domain="com.microsoft", alpha=1.0),
+        helper.make_node("Mul", ["act", "up"], ["x"]),
+    ]
+    nodes = [*gate, *model.graph.node]
+    del model.graph.node[:], model.graph.input[0].type.tensor_type.shape.dim[1:]
+    model.graph.input[0].name = "both"
+    model.graph.input[0].type.tensor_type.shape.dim.add().dim_value = 2 * width
+    model.graph.node.extend(nodes)
+    alone = model.SerializeToString()
+    model.graph.output.append(
+        helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [None, None])
+    )
+    watched = model.SerializeToString()
+    assert b"gated" in swap(alone) and b"QuickGelu" not in swap(watched)
+    both = rng.standard_normal((7, 2 * width)).astype(np.float32) * 4
+    both[2, 3], both[3, 5], both[4, 0] = 200, -200, np.nan
+    (y,) = run(swap(alone), kernels, {"both": both})
+    same, x = run(swap(watched), kernels, {"both": both})
+    assert np.array_equal(y, same, equal_nan=True)
+    gate_half, up_half = np.split(both.astype(np.float64), 2, axis=-1)
+    with np.errstate(over="ignore"):
+        expected = gate_half / (1 + np.exp(-gate_half)) * up_half
+    np.testing.assert_allclose(x, expected, rtol=1e-6, atol=1e-30)

@@ -84,11 +84,6 @@ LIFECYCLE_INLINE void few_at_a_time(size_t count, const F& f) {
   }
 }
 
-// Asks for memory that is read soon. A tile fills a page or more, at whose end the processor stops looking ahead.
-void expect(const void* from, size_t bytes) {
-  for (size_t at = 0; at < bytes; at += 64) __builtin_prefetch(static_cast<const char*>(from) + at);
-}
-
 // Rows [count, depth] of a cache as floats: its own memory, or `room`.
 const float* as_floats(const float* from, size_t, size_t, float*) { return from; }
 const float* as_floats(const int8_t* from, size_t count, size_t depth, float* room) {
@@ -155,19 +150,21 @@ void put(const float* from, const float* scales, size_t count, int8_t* to) {
 
 template <typename T>
 struct Attention<T>::Step {
-  const float* qkv;
+  const float* qkv;                // [tokens, width]
+  const int64_t* places;           // [tokens, 2]
   const float *cos, *sin;
   size_t rotary_rows;
   const int32_t *last, *counts;    // of each row: its last position, and its new tokens
   const float *k_scale, *v_scale;  // [kv_heads, depth], for integers
   T *keys, *values;                // [rows, kv_heads, capacity, depth]
-  float* queries;                  // [rows, kv_heads, width * group, depth]
-  float* out;                      // [rows, width, heads * depth]
-  size_t rows, width, depth, capacity, group;
+  float* queries;                  // [kv_heads, tokens * group, depth]
+  float* out;                      // [tokens, heads * depth]
+  const size_t* firsts;            // of each row that has new tokens, the first of them
+  size_t rows, tokens, depth, capacity, group;
 
   size_t start(size_t row) const { return (size_t)(last[row] + 1 - counts[row]); }
-  float* queries_of(size_t row, size_t kv_head, size_t kv_heads) const {
-    return queries + (row * kv_heads + kv_head) * width * group * depth;
+  float* queries_of(size_t token, size_t kv_head) const {
+    return queries + (kv_head * tokens + token) * group * depth;
   }
 };
 
@@ -176,7 +173,7 @@ ort::Type Attention<T>::input(size_t index) {
   switch (index) {
     case 3: case 4: return kCache;
     case 5: case 6: case 16: return ort::kInt32;
-    case 9: return ort::kInt64;
+    case 9: case 17: return ort::kInt64;
     default: return ort::kFloat;
   }
 }
@@ -202,22 +199,23 @@ template <typename T>
 void Attention<T>::run(const Run& run) {
   Tensor qkv = run.input(0), keys = run.input(3), values = run.input(4), last = run.input(5);
   Tensor cos = run.input(7), sin = run.input(8), k_scale = run.input(12), v_scale = run.input(13);
-  Tensor counts = run.input(16);
+  Tensor counts = run.input(16), places = run.input(17);
   Step step{};
-  require(qkv.dims.size() == 3 && keys.dims.size() == 4, "attention with inputs of another rank");
-  step.rows = (size_t)qkv.dims[0];
-  step.width = (size_t)qkv.dims[1];
+  require(qkv.dims.size() == 2 && keys.dims.size() == 4, "attention with inputs of another rank");
+  step.rows = (size_t)keys.dims[0];
+  step.tokens = (size_t)qkv.dims[0];
   step.capacity = (size_t)keys.dims[2];
   step.depth = (size_t)keys.dims[3];
   step.group = heads_ / kv_heads_;
   require(step.depth % kLanes == 0, "attention heads have to be a multiple of 16 wide");
-  require((size_t)qkv.dims[2] == (heads_ + 2 * kv_heads_) * step.depth, "queries of another width");
-  require((size_t)keys.dims[0] == step.rows && (size_t)keys.dims[1] == kv_heads_ && values.dims == keys.dims,
-          "a cache of another shape");
+  require((size_t)qkv.dims[1] == (heads_ + 2 * kv_heads_) * step.depth, "queries of another width");
+  require((size_t)keys.dims[1] == kv_heads_ && values.dims == keys.dims, "a cache of another shape");
+  require((size_t)places.size() == 2 * step.tokens, "tokens without their places");
   require((size_t)last.size() == step.rows && (size_t)counts.size() == step.rows, "rows without their lengths");
   step.qkv = qkv.as<float>();
   step.last = last.as<int32_t>();
   step.counts = counts.as<int32_t>();
+  step.places = places.as<int64_t>();
   if (rotates_) {
     require(cos && sin && (size_t)cos.dims.back() == step.depth / 2 && sin.dims == cos.dims,
             "rotary tables of another width");
@@ -231,33 +229,39 @@ void Attention<T>::run(const Run& run) {
     step.k_scale = k_scale.as<float>();
     step.v_scale = v_scale.as<float>();
   }
-  size_t most = 0;
+  std::vector<size_t> firsts(step.rows);
+  size_t known = 0;
+  for (size_t token = 0; token < step.tokens; ++token) {
+    const int64_t row = step.places[2 * token], place = step.places[2 * token + 1];
+    require(row >= 0 && row < (int64_t)step.rows, "a token of a row that is not there");
+    if (place == 0) firsts[(size_t)row] = token;
+    require(place >= 0 && place < step.counts[row] && firsts[(size_t)row] + (size_t)place == token,
+            "a token that does not follow the one before it");
+    known += place == 0 ? (size_t)step.counts[row] : 0;
+  }
+  require(known == step.tokens, "rows with other tokens than those that are given");
+  step.firsts = firsts.data();
   for (size_t row = 0; row < step.rows; ++row) {
     const int64_t count = step.counts[row], end = (int64_t)step.last[row] + 1;
-    require(count >= 0 && count <= (int64_t)step.width, "a row with more tokens than its step is wide");
     if (count == 0) continue;
-    require(end >= count && end <= (int64_t)step.capacity, "a row that does not fit into its cache");
+    require(count > 0 && end >= count && end <= (int64_t)step.capacity, "a row that does not fit into its cache");
     require(!rotates_ || end <= (int64_t)step.rotary_rows, "a row beyond the rotary tables");
-    most = std::max(most, (size_t)count);
   }
-  step.out = static_cast<float*>(run.output(0, {qkv.dims[0], qkv.dims[1], (int64_t)(heads_ * step.depth)}));
+  step.out = static_cast<float*>(run.output(0, {qkv.dims[0], (int64_t)(heads_ * step.depth)}));
   step.keys = static_cast<T*>(run.output(1, keys.dims));
   step.values = static_cast<T*>(run.output(2, values.dims));
   if (step.keys != keys.data) std::memcpy(step.keys, keys.data, (size_t)keys.size() * sizeof(T));
   if (step.values != values.data) std::memcpy(step.values, values.data, (size_t)values.size() * sizeof(T));
-  step.queries = scratch<float, 3>(step.rows * step.width * heads_ * step.depth);
+  step.queries = scratch<float, 3>(step.tokens * heads_ * step.depth);
 
-  if (most == 0) return;
   struct Piece {
     uint32_t row, first, last;
   };
   // Long rows first, so that none is begun when the others are done.
   std::vector<Piece> pieces;
   const size_t tokens = std::max<size_t>(1, kQueries / step.group);
-  size_t new_tokens = 0;
   for (size_t row = 0; row < step.rows; ++row) {
     const size_t count = (size_t)step.counts[row];
-    new_tokens += count;
     for (size_t first = 0; first < count; first += tokens) {
       pieces.push_back({(uint32_t)row, (uint32_t)first, (uint32_t)std::min(count, first + tokens)});
     }
@@ -265,14 +269,9 @@ void Attention<T>::run(const Run& run) {
   auto work_of = [&](const Piece& p) { return (size_t)(step.start(p.row) + p.last) * (p.last - p.first); };
   std::stable_sort(pieces.begin(), pieces.end(),
                    [&](const Piece& a, const Piece& b) { return work_of(a) > work_of(b); });
-  const size_t parts = new_tokens <= 32 ? 1 : 16;
-  run.parallel(parts, [&](size_t part) {
-    size_t at = 0;
-    for (size_t row = 0; row < step.rows; ++row) {
-      for (size_t token = 0; token < (size_t)step.counts[row]; ++token, ++at) {
-        if (at * parts / new_tokens == part) rotate(step, row, token);
-      }
-    }
+  constexpr size_t kAtOnce = 32;
+  run.parallel((step.tokens + kAtOnce - 1) / kAtOnce, [&](size_t part) {
+    for (size_t t = part * kAtOnce; t < std::min(step.tokens, (part + 1) * kAtOnce); ++t) rotate(step, t);
   });
   run.parallel(pieces.size() * kv_heads_, [&](size_t i) {
     const Piece& piece = pieces[i / kv_heads_];
@@ -282,9 +281,10 @@ void Attention<T>::run(const Run& run) {
 
 // Puts a token's keys and values into the cache and its queries where they are read from, both rotated.
 template <typename T>
-void Attention<T>::rotate(const Step& step, size_t row, size_t token) const {
-  const size_t depth = step.depth, half = depth / 2, position = step.start(row) + token;
-  const float* from = step.qkv + (row * step.width + token) * (heads_ + 2 * kv_heads_) * depth;
+void Attention<T>::rotate(const Step& step, size_t token) const {
+  const size_t row = (size_t)step.places[2 * token], position = step.start(row) + (size_t)step.places[2 * token + 1];
+  const size_t depth = step.depth, half = depth / 2;
+  const float* from = step.qkv + token * (heads_ + 2 * kv_heads_) * depth;
   const float scale = scale_ != 0 ? scale_ : 1 / std::sqrt((float)depth);
   float* turned = scratch<float, 4>(depth);
   auto turn = [&](const float* x) {
@@ -308,7 +308,7 @@ void Attention<T>::rotate(const Step& step, size_t row, size_t token) const {
   for (size_t head = 0; head < heads_; ++head) {
     const size_t kv_head = head / step.group;
     turn(from + head * depth);
-    float* to = step.queries_of(row, kv_head, kv_heads_) + (token * step.group + head % step.group) * depth;
+    float* to = step.queries_of(token, kv_head) + head % step.group * depth;
     // Keys are stored by their scale, which queries make up for.
     const float* k_scale = sizeof(T) == 1 ? step.k_scale + kv_head * depth : nullptr;
     for (size_t d = 0; d < depth; ++d) to[d] = turned[d] * scale * (k_scale != nullptr ? k_scale[d] : 1);
@@ -325,9 +325,9 @@ void Attention<T>::rotate(const Step& step, size_t row, size_t token) const {
 // What tokens `first` to `last` of a row read through the heads that share one of keys.
 template <typename T>
 void Attention<T>::attend(const Step& step, size_t row, size_t kv_head, size_t first, size_t last) const {
-  const size_t depth = step.depth, group = step.group, start = step.start(row);
+  const size_t depth = step.depth, group = step.group, start = step.start(row), token = step.firsts[row] + first;
   const size_t count = (last - first) * group;
-  const float* queries = step.queries_of(row, kv_head, kv_heads_) + first * group * depth;
+  const float* queries = step.queries_of(token, kv_head);
   const size_t head = (row * kv_heads_ + kv_head) * step.capacity * depth;
   float* columns = scratch<float, 5>(depth * kTile);
   float* room = scratch<float, 6>(depth * kTile);
@@ -388,7 +388,7 @@ void Attention<T>::attend(const Step& step, size_t row, size_t kv_head, size_t f
   }
   for (size_t i = 0; i < count; ++i) {
     const size_t of_head = (kv_head * group + i % group) * depth;
-    float* to = step.out + (row * step.width + first + i / group) * heads_ * depth + of_head;
+    float* to = step.out + (token + i / group) * heads_ * depth + of_head;
     const float total = sum<float>(load<v16f>(totals + i * kLanes));
     const float* v_scale = sizeof(T) == 1 ? step.v_scale + kv_head * depth : nullptr;
     for (size_t d = 0; d < depth; ++d) {

@@ -4,14 +4,16 @@
 
 namespace lifecycle {
 
-// GroupQueryAttention of the decoders' graphs: packed queries, keys and values of rows with different numbers of new
-// tokens, over a cache that is written in place. T is what the cache holds: float or int8.
+// GroupQueryAttention of the decoders' graphs, with the nodes that lay tokens out before it and pack them behind it:
+// queries, keys and values of rows with different numbers of new tokens, over a cache that is written in place. T is
+// what the cache holds: float or int8. Inputs are those of ONNX Runtime's operator, but for the first one, [tokens,
+// width], and a last one, the row of each token and its place among the row's new ones [tokens, 2].
 template <typename T>
 class Attention {
  public:
   static constexpr const char* kName =
-      sizeof(T) == 1 ? "GroupQueryAttentionInt8" : "GroupQueryAttention";
-  static constexpr size_t kInputs = 17, kOutputs = 3;
+      sizeof(T) == 1 ? "PackedAttentionInt8" : "PackedAttention";
+  static constexpr size_t kInputs = 18, kOutputs = 3;
   static constexpr ort::Type kCache = sizeof(T) == 1 ? ort::kInt8 : ort::kFloat;
 
   static ort::Type input(size_t index);
@@ -25,7 +27,7 @@ class Attention {
 
  private:
   struct Step;
-  void rotate(const Step& step, size_t row, size_t token) const;
+  void rotate(const Step& step, size_t token) const;
   void attend(const Step& step, size_t row, size_t kv_head, size_t first, size_t last) const;
 
   size_t heads_, kv_heads_;

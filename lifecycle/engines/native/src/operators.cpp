@@ -4,6 +4,9 @@
 #include <unistd.h>
 #endif
 
+#include <algorithm>
+
+#include "adapters.h"
 #include "attention.h"
 #include "products.h"
 
@@ -33,10 +36,12 @@ class Product {
   static constexpr size_t kOutputs = 1;
   static ort::Type output(size_t) { return ort::kFloat; }
 
-  explicit Product(const ort::Api& api) : api(api) {}
+  Product(const ort::Api& api, const ort::Info* info) : api(api) {
+    weights_.is_gated = attribute<int64_t>(api, info, "gated", 0) != 0;
+  }
   void run(const Run& run) {
     Tensor x = run.input(0);
-    const size_t count = rows_of(x, weights_.depth);
+    const size_t count = rows_of(x, weights_.depth << weights_.is_gated);
     std::vector<int64_t> dims = x.dims;
     dims.back() = (int64_t)weights_.columns;
     float* y = static_cast<float*>(run.output(0, dims));
@@ -57,7 +62,7 @@ class RowwiseMatMul : public Product {
   static ort::Type input(size_t index) { return index == 1 ? ort::kInt8 : ort::kFloat; }
   static bool is_optional(size_t) { return false; }
 
-  RowwiseMatMul(const ort::Api& api, const ort::Info* info) : Product(api) {
+  RowwiseMatMul(const ort::Api& api, const ort::Info* info) : Product(api, info) {
     const Tensor given = constant(api, info, 1), scales = constant(api, info, 2);
     require(given && scales && given.dims.size() == 2, "RowwiseMatMul needs constant weights");
     const bool transposed = attribute<int64_t>(api, info, "transposed", 0) != 0;
@@ -99,7 +104,7 @@ class MatMulNBits : public Product {
   }
   static bool is_optional(size_t index) { return index >= 3; }
 
-  MatMulNBits(const ort::Api& api, const ort::Info* info) : Product(api) {
+  MatMulNBits(const ort::Api& api, const ort::Info* info) : Product(api, info) {
     Weights& w = weights_;
     w.depth = (size_t)attribute<int64_t>(api, info, "K", 0);
     w.columns = (size_t)attribute<int64_t>(api, info, "N", 0);
@@ -148,6 +153,35 @@ class MatMulNBits : public Product {
   }
 };
 
+// x [.., 2 * width] = [gate, up] to silu(gate) * up, the same bits as a gated product has inside.
+class Gate {
+ public:
+  static constexpr const char* kName = "Gate";
+  static constexpr size_t kInputs = 1, kOutputs = 1;
+  static ort::Type input(size_t) { return ort::kFloat; }
+  static ort::Type output(size_t) { return ort::kFloat; }
+  static bool is_optional(size_t) { return false; }
+
+  Gate(const ort::Api& api, const ort::Info*) : api(api) {}
+  void run(const Run& run) {
+    Tensor x = run.input(0);
+    require(!x.dims.empty() && x.dims.back() % 2 == 0, "a gate without as many values");
+    const size_t width = (size_t)x.dims.back() / 2, rows = rows_of(x, 2 * width);
+    std::vector<int64_t> dims = x.dims;
+    dims.back() = (int64_t)width;
+    float* y = static_cast<float*>(run.output(0, dims));
+    constexpr size_t kAtOnce = 1 << 14;
+    const size_t part = std::max<size_t>(1, kAtOnce / std::max<size_t>(1, width));
+    run.parallel((rows + part - 1) / part, [&](size_t i) {
+      for (size_t row = i * part; row < std::min(rows, (i + 1) * part); ++row) {
+        gate_row(x.as<float>() + 2 * row * width, width, y + row * width);
+      }
+    });
+  }
+
+  const ort::Api& api;
+};
+
 }  // namespace
 }  // namespace lifecycle
 
@@ -156,6 +190,8 @@ extern "C" __attribute__((visibility("default"))) ort::Status* RegisterCustomOps
   using namespace lifecycle;
   static const Operator<RowwiseMatMul> rowwise;
   static const Operator<MatMulNBits> blocks;
+  static const Operator<Gate> gate;
+  static const Operator<AdapterUpdate> update;
   static const Operator<Attention<float>> attention;
   static const Operator<Attention<int8_t>> attention_int8;
   const ort::Api* api = base->get(ort::kVersion);
@@ -165,7 +201,7 @@ extern "C" __attribute__((visibility("default"))) ort::Status* RegisterCustomOps
   if (domain == nullptr) {
     ort::Domain* made = nullptr;
     if (ort::Status* status = api->domain("lifecycle", &made)) return status;
-    const ort::Op* const all[] = {&rowwise, &blocks, &attention, &attention_int8};
+    const ort::Op* const all[] = {&rowwise, &blocks, &gate, &update, &attention, &attention_int8};
     for (const ort::Op* op : all) {
       if (ort::Status* status = api->add(made, op)) return status;
     }

@@ -170,15 +170,36 @@ float round_block(const float* x, size_t count, bool is_rowwise, int8_t* out, in
   return is_rowwise ? largest : largest * kStep;
 }
 
+LIFECYCLE_INLINE v16f some(const float* from, size_t count) {
+  if (count >= kLanes) return load<v16f>(from);
+  v16f found{};
+  std::memcpy(&found, from, count * sizeof(float));
+  return found;
+}
+
 }  // namespace
+
+void gate_row(const float* x, size_t width, float* y) {
+  for (size_t k = 0; k < width; k += kLanes) {
+    const size_t count = std::min<size_t>(kLanes, width - k);
+    const v16f gate = some(x + k, count);
+    put(y + k, gate / (exponential(-gate) + 1.0f) * some(x + width + k, count), count);
+  }
+}
 
 void round_rows(const Run& run, const Weights& w, const float* x, size_t count, const Rows& rows) {
   const size_t blocks = w.blocks();
   auto round_row = [&](size_t row) {
     int8_t* values = rows.values + row * rows.width;
+    const float* from_row = x + row * w.depth;
+    if (w.is_gated) {
+      float* gated = scratch<float, 10>(w.depth);
+      gate_row(x + 2 * row * w.depth, w.depth, gated);
+      from_row = gated;
+    }
     for (size_t b = 0; b < blocks; ++b) {
       const size_t from = b * w.block, size = std::min(w.block, w.depth - from);
-      rows.scales[row * blocks + b] = round_block(x + row * w.depth + from, size, w.is_rowwise, values + from,
+      rows.scales[row * blocks + b] = round_block(from_row + from, size, w.is_rowwise, values + from,
                                                   rows.sums + row * blocks + b);
       // What is behind the last value is multiplied too.
       if (size < w.block) std::memset(values + from + size, 0, w.block - size);

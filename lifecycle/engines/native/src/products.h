@@ -10,6 +10,7 @@ struct Weights {
   size_t block = 0;  // values of k that share a scale, a multiple of 8; all of them, rounded up, row-wise
   int bits = 8;
   bool is_rowwise = false;
+  bool is_gated = false;       // the input is [gate, up], 2 * depth wide, and silu(gate) * up is multiplied
   int32_t zero = 128;          // what stands for 0 where there are no `zeros`
   Buffer<uint8_t> packed;      // [tiles, block after block]
   Buffer<float> scales;        // [tiles, blocks, 16]
@@ -33,5 +34,8 @@ struct Rows {
 
 // y [count, columns] = x [count, depth] times the weights.
 void product(const Run& run, const Weights& weights, const float* x, size_t count, float* y);
+
+// y [width] = silu(gate) * up of x = [gate, up].
+void gate_row(const float* x, size_t width, float* y);
 
 }  // namespace lifecycle

@@ -2,6 +2,7 @@
 // what has no such form uses intrinsics, each with a plain form beside it.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 
@@ -66,6 +67,11 @@ LIFECYCLE_INLINE T sum(V x) {
   T total = 0;
   LIFECYCLE_UNROLL for (int i = 0; i < kLanes; ++i) total += x[i];
   return total;
+}
+
+// Asks for memory that is read soon. At the end of a page the processor stops looking ahead by itself.
+inline void expect(const void* from, size_t bytes) {
+  for (size_t at = 0; at < bytes; at += 64) __builtin_prefetch(static_cast<const char*>(from) + at);
 }
 
 // The nearest integers, halves to even, of values below 2^22.

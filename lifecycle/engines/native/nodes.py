@@ -1,0 +1,201 @@
+"""The nodes of an ONNX graph, read and written without the onnx package."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+from lifecycle.engines.onnx_file import field_of, spans
+
+_GRAPH, _OPSET = 7, 8
+"""Fields of a model."""
+_NODE, _INPUT, _OUTPUT = 1, 11, 12
+"""Fields of a graph."""
+_INTEGER = 2
+"""The type of an attribute that is one."""
+
+
+@dataclass(slots=True, eq=False)
+class Node:
+    """A node; attributes are messages as they are in the file."""
+
+    inputs: list[str]
+    outputs: list[str]
+    name: str
+    operator: str
+    domain: str = ""
+    attributes: dict[str, bytes] = field(default_factory=dict[str, bytes])
+
+    @staticmethod
+    def read(message: memoryview) -> Node:
+        """A node of a graph."""
+        node = Node([], [], "", "")
+        for number, value, _ in spans(message):
+            if value is None:
+                continue
+            if number == 5:
+                node.attributes[_name(value)] = bytes(value)
+                continue
+            text = bytes(value).decode()
+            if number == 1:
+                node.inputs.append(text)
+            elif number == 2:
+                node.outputs.append(text)
+            elif number == 3:
+                node.name = text
+            elif number == 4:
+                node.operator = text
+            elif number == 7:
+                node.domain = text
+        return node
+
+    def write(self) -> bytes:
+        """The message that a graph holds."""
+        texts = [(1, text) for text in self.inputs] + [(2, text) for text in self.outputs]
+        texts += [(3, self.name), (4, self.operator), (7, self.domain)]
+        parts = [field_of(number, text.encode()) for number, text in texts]
+        return b"".join(parts + [field_of(5, value) for value in self.attributes.values()])
+
+    def integer(self, attribute: str) -> int:
+        """An attribute's integer, 0 where there is none."""
+        return dict(_numbers(memoryview(self.attributes.get(attribute, b"")))).get(3, 0)
+
+    def real(self, attribute: str) -> float:
+        """An attribute's float, 0 where there is none."""
+        message = memoryview(self.attributes.get(attribute, b""))
+        for number, _, span in spans(message):
+            if number == 2:
+                return struct.unpack("<f", message[span][-4:])[0]
+        return 0.0
+
+    def text(self, attribute: str) -> str:
+        """An attribute's text, empty where there is none."""
+        for number, value, _ in spans(memoryview(self.attributes.get(attribute, b""))):
+            if number == 4 and value is not None:
+                return bytes(value).decode()
+        return ""
+
+    def set_flag(self, attribute: str) -> None:
+        """Give it an attribute that is 1."""
+        name = field_of(1, attribute.encode())
+        self.attributes[attribute] = name + bytes([3 << 3, 1, 0xA0, 0x01, _INTEGER])
+
+
+class Graph:
+    """The nodes of a model's graph, to be changed and written back."""
+
+    def __init__(self, model: bytes) -> None:
+        """Raises ValueError or IndexError where it is no ONNX model."""
+        self._around: list[bytes] = []
+        self._rest: list[memoryview] = []
+        self.nodes: list[Node] = []
+        """As they were read."""
+        self.outputs: set[str] = set()
+        self.inputs: dict[str, tuple[int, int]] = {}
+        """Of each input the type of its elements and its last dimension, 0 where that has no number."""
+        whole = memoryview(model)
+        for number, value, span in spans(whole):
+            if number == _GRAPH and value is not None:
+                self._read(value)
+            else:
+                self._around.append(bytes(whole[span]))
+        self._instead: dict[Node, Node] = {}
+        self._gone: set[Node] = set()
+        self._made_by: dict[str, Node] = {}
+        self._readers: dict[str, list[Node]] = {}
+        for node in self.nodes:
+            self._note(node)
+
+    def _read(self, message: memoryview) -> None:
+        for number, value, span in spans(message):
+            if number == _NODE and value is not None:
+                self.nodes.append(Node.read(value))
+                continue
+            self._rest.append(message[span])
+            if number == _INPUT and value is not None:
+                self.inputs[_name(value)] = _tensor(value)
+            elif number == _OUTPUT and value is not None:
+                self.outputs.add(_name(value))
+
+    def _note(self, node: Node) -> None:
+        for name in node.outputs:
+            self._made_by[name] = node
+        for name in node.inputs:
+            self._readers.setdefault(name, []).append(node)
+
+    def maker(self, name: str, operator: str) -> Node | None:
+        """The node that makes a value, if it is such an operator."""
+        node = self._made_by.get(name)
+        return node if node is not None and node.operator == operator else None
+
+    def is_computed(self, name: str) -> bool:
+        """Whether a node makes a value, rather than that it is given."""
+        return name in self._made_by
+
+    def readers(self, name: str) -> list[Node]:
+        """The nodes that read a value; none where the world outside reads it too."""
+        return [] if name in self.outputs else self._readers.get(name, [])
+
+    def replace(self, old: Iterable[Node], last: Node, new: Node) -> None:
+        """Put a node in the place of `last` and of others, on which nothing else depends."""
+        self._gone.update(old)
+        self._instead[last] = new
+        for node in (*old, last):
+            for name in node.inputs:
+                readers = self._readers[name]
+                readers[:] = [reader for reader in readers if reader is not node]
+            for name in node.outputs:
+                del self._made_by[name]
+        self._note(new)
+
+    def _now(self, node: Node) -> Node:
+        while node in self._instead:
+            node = self._instead[node]
+        return node
+
+    def write(self, domain: str) -> bytes:
+        """The model, which imports operators of a domain besides those it had."""
+        nodes = [self._now(node) for node in self.nodes]
+        written = [field_of(_NODE, node.write()) for node in nodes if node not in self._gone]
+        graph = b"".join([*written, *self._rest])
+        version = bytes([2 << 3, 1])
+        imported = field_of(_OPSET, field_of(1, domain.encode()) + version)
+        return b"".join([*self._around, field_of(_GRAPH, graph), imported])
+
+
+def _name(message: memoryview) -> str:
+    """Field 1 of a message: what attributes, inputs and outputs are called."""
+    return next((bytes(value).decode() for value in _below(message, 1)), "")
+
+
+def _tensor(value: memoryview) -> tuple[int, int]:
+    kind, last = 0, 0
+    for tensor in _below(value, 2, 1):
+        kind = dict(_numbers(tensor)).get(1, 0)
+        for dimension in _below(tensor, 2, 1):
+            last = dict(_numbers(dimension)).get(1, 0)
+    return kind, last
+
+
+def _below(message: memoryview, *path: int) -> list[memoryview]:
+    """What field numbers lead to."""
+    found = [message]
+    for wanted in path:
+        found = [
+            value
+            for each in found
+            for number, value, _ in spans(each)
+            if number == wanted and value is not None
+        ]
+    return found
+
+
+def _numbers(message: memoryview) -> Iterator[tuple[int, int]]:
+    """The fields of a message that are plain numbers, each written seven bits at a time behind its tag."""
+    for number, value, span in spans(message):
+        encoded = bytes(message[span])
+        if value is not None or encoded[0] & 7:
+            continue
+        begin = next(i for i, byte in enumerate(encoded) if byte < 0x80) + 1
+        yield number, sum((byte & 0x7F) << 7 * i for i, byte in enumerate(encoded[begin:]))
