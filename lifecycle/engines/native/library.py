@@ -39,6 +39,7 @@ FLAGS = (
     # Vectors never cross the border of the library, and compilers' own headers leave values undefined on purpose.
     "-Wno-psabi",
     "-Wno-maybe-uninitialized",
+    "-Wno-uninitialized",
 )
 _LONGEST = 300
 """Seconds that a compiler may take."""

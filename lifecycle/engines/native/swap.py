@@ -15,7 +15,7 @@ from lifecycle.engines.native.nodes import Graph, Node
 
 DOMAIN = "lifecycle"
 ATTENTION, BLOCKS, ROWWISE = "PackedAttention", "MatMulNBits", "RowwiseMatMul"
-GATE, UPDATE = "Gate", "AdapterUpdate"
+GATE, NORM, UPDATE = "Gate", "SkipNorm", "AdapterUpdate"
 _PRODUCTS = (BLOCKS, ROWWISE)
 
 _FLOAT, _INT8 = 1, 3
@@ -58,6 +58,8 @@ def swap(model: bytes) -> bytes:
             node.domain = DOMAIN
         elif node.operator == "GroupQueryAttention" and _is_known_attention(graph, node):
             _swap_attention(graph, node)
+        elif node.operator == "SkipSimplifiedLayerNormalization":
+            _swap_norm(node)
         elif node.operator == "Gather" and node.inputs[1:] == [TOKENS]:
             _swap_update(graph, node)
     for node in graph.nodes:
@@ -145,6 +147,14 @@ def _swap_attention(graph: Graph, node: Node) -> None:
     outputs = [unpad.outputs[0], *node.outputs[1:]]
     new = Node(inputs, outputs, node.name, operator, DOMAIN, node.attributes)
     graph.replace([pad, node], unpad, new)
+
+
+def _swap_norm(node: Node) -> None:
+    # Outputs: what is normalised, two that are never asked for, the sum.
+    outputs = node.outputs
+    if len(node.inputs) == 3 and len(outputs) == 4 and outputs[3] and not any(outputs[1:3]):
+        node.operator, node.domain = NORM, DOMAIN
+        node.outputs = [outputs[0], outputs[3]]
 
 
 def _swap_update(graph: Graph, gather: Node) -> None:

@@ -34,7 +34,9 @@ def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         return found
     made = tmp_path_factory.mktemp("plain") / "kernels.so"
     sources = sorted((Path(library.__file__).parent / "src").glob("*.cpp"))
-    command = ["c++", *library.FLAGS, "-DLIFECYCLE_PLAIN", *map(str, sources), "-o", str(made)]
+    # Whatever a processor without vectors would make of them, fast to compile.
+    flags = [flag for flag in library.FLAGS if flag != "-O3"]
+    command = ["c++", *flags, "-O1", "-DLIFECYCLE_PLAIN", *map(str, sources), "-o", str(made)]
     subprocess.run(command, check=True)
     return made
 

@@ -14,7 +14,8 @@ namespace lifecycle {
 namespace {
 
 constexpr size_t kTile = 64;
-constexpr int kMostVectors = 6;
+constexpr int kVectors = kTile / kLanes;
+constexpr int kMostQueries = 6;
 // Queries that share the reading of a tile: their sums stay in the second cache.
 constexpr size_t kQueries = 48;
 // Below all scores, yet a number, so that differences to it are numbers.
@@ -23,7 +24,7 @@ constexpr float kLowest = -1e30f;
 // scores [MQ, kTile] = queries [MQ, depth] times keys [depth, kTile].
 template <int MQ>
 void score(const float* queries, size_t depth, const float* keys, float* scores) {
-  constexpr int NV = kTile / kLanes;
+  constexpr int NV = kVectors;
   v16f acc[MQ][NV] = {};
   for (size_t d = 0; d < depth; ++d) {
     v16f k[NV];
@@ -38,10 +39,12 @@ void score(const float* queries, size_t depth, const float* keys, float* scores)
   }
 }
 
+LIFECYCLE_INLINE v16f floats(const float* from) { return load<v16f>(from); }
+LIFECYCLE_INLINE v16f floats(const int8_t* from) { return to_float(widened(load<v16c>(from))); }
+
 // sums [MQ, depth], 16 * NV of depth from `sums` on, = sums * decay + weights [MQ, kTile] times values [count, depth].
-template <int MQ, int NV>
-void gather(const float* weights, const float* decay, const float* values, size_t count, size_t depth,
-            float* sums) {
+template <int MQ, int NV, typename T>
+void gather(const float* weights, const float* decay, const T* values, size_t count, size_t depth, float* sums) {
   v16f acc[MQ][NV];
   LIFECYCLE_UNROLL for (int i = 0; i < MQ; ++i) {
     LIFECYCLE_UNROLL for (int j = 0; j < NV; ++j) {
@@ -50,7 +53,7 @@ void gather(const float* weights, const float* decay, const float* values, size_
   }
   for (size_t t = 0; t < count; ++t) {
     v16f v[NV];
-    LIFECYCLE_UNROLL for (int j = 0; j < NV; ++j) v[j] = load<v16f>(values + t * depth + j * kLanes);
+    LIFECYCLE_UNROLL for (int j = 0; j < NV; ++j) v[j] = floats(values + t * depth + j * kLanes);
     LIFECYCLE_UNROLL for (int i = 0; i < MQ; ++i) {
       const v16f w = spread(weights[i * kTile + t]);
       LIFECYCLE_UNROLL for (int j = 0; j < NV; ++j) acc[i][j] += w * v[j];
@@ -61,8 +64,8 @@ void gather(const float* weights, const float* decay, const float* values, size_
   }
 }
 
-template <int MQ>
-void gather_all(const float* weights, const float* decay, const float* values, size_t count, size_t depth,
+template <int MQ, typename T>
+void gather_all(const float* weights, const float* decay, const T* values, size_t count, size_t depth,
                 float* sums) {
   size_t d = 0;
   for (; d + 4 * kLanes <= depth; d += 4 * kLanes)
@@ -70,14 +73,41 @@ void gather_all(const float* weights, const float* decay, const float* values, s
   for (; d < depth; d += kLanes) gather<MQ, 1>(weights, decay, values + d, count, depth, sums + d);
 }
 
+// The largest of a query's scores with the keys from `tile` on, of which it sees those at `from` to `position`; the
+// others become minus infinity.
+float largest_of(float* scores, size_t tile, size_t from, size_t position) {
+  v16f most = spread(kLowest);
+  if (tile >= from && tile + kTile <= position + 1) {
+    LIFECYCLE_UNROLL for (int j = 0; j < kVectors; ++j) most = larger(load<v16f>(scores + j * kLanes), most);
+  } else {
+    for (int j = 0; j < kVectors; ++j) {
+      const v16i key = v16i{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} + ((int32_t)tile + j * kLanes);
+      const v16i is_seen = (key <= (int32_t)position) & (key >= (int32_t)from);
+      const v16f score = select(is_seen, load<v16f>(scores + j * kLanes), spread(-INFINITY));
+      store(scores + j * kLanes, score);
+      most = larger(score, most);
+    }
+  }
+  return largest(most);
+}
+
+void soften(float* scores, size_t count, float cap) {
+  for (size_t i = 0; i < count; i += kLanes) {
+    const v16f x = load<v16f>(scores + i) * (2 / cap);
+    store(scores + i, cap - 2 * cap / (exponential(x) + 1.0f));
+  }
+}
+
 // f.template operator()<MQ>(first) for all of `count` vectors, a few at a time.
 template <typename F>
 LIFECYCLE_INLINE void few_at_a_time(size_t count, const F& f) {
   size_t i = 0;
-  for (; i + kMostVectors <= count; i += kMostVectors) f.template operator()<kMostVectors>(i);
+  for (; i + kMostQueries <= count; i += kMostQueries) f.template operator()<kMostQueries>(i);
+  if (count - i > 3) {
+    f.template operator()<4>(i);
+    i += 4;
+  }
   switch (count - i) {
-    case 5: return f.template operator()<5>(i);
-    case 4: return f.template operator()<4>(i);
     case 3: return f.template operator()<3>(i);
     case 2: return f.template operator()<2>(i);
     case 1: return f.template operator()<1>(i);
@@ -87,52 +117,73 @@ LIFECYCLE_INLINE void few_at_a_time(size_t count, const F& f) {
 // Rows [count, depth] of a cache as floats: its own memory, or `room`.
 const float* as_floats(const float* from, size_t, size_t, float*) { return from; }
 const float* as_floats(const int8_t* from, size_t count, size_t depth, float* room) {
-  for (size_t i = 0; i < count * depth; i += kLanes) store(room + i, to_float(widened(load<v16c>(from + i))));
+  for (size_t i = 0; i < count * depth; i += kLanes) store(room + i, floats(from + i));
   return room;
 }
 
-// The first `count` of 16 rows, `stride` bytes apart, of which 64 bytes are taken, as columns.
-LIFECYCLE_INLINE void columns_of(const char* from, size_t count, size_t stride, size_t bytes, v16f (&rows)[16]) {
-  LIFECYCLE_UNROLL for (size_t i = 0; i < kLanes; ++i) {
-    rows[i] = v16f{};
-    if (i >= count) continue;
-    if (bytes == 64) {
-      rows[i] = load<v16f>(from + i * stride);
-    } else {
-      std::memcpy(&rows[i], from + i * stride, bytes);
+// Up to 16 rows of 64 bytes, `stride` bytes apart, as columns of four bytes, zeros behind them.
+LIFECYCLE_INLINE void columns_of(const void* from, size_t count, size_t stride, size_t bytes, v16f (&rows)[16]) {
+  const char* at = static_cast<const char*>(from);
+  if (count == kLanes && bytes == 64) {
+    LIFECYCLE_UNROLL for (size_t i = 0; i < kLanes; ++i) rows[i] = load<v16f>(at + i * stride);
+  } else {
+    for (size_t i = 0; i < kLanes; ++i) {
+      rows[i] = v16f{};
+      if (i < count) std::memcpy(&rows[i], at + i * stride, bytes);
     }
   }
   transpose16(rows);
 }
 
-// Keys [count, depth], count up to kTile, as columns of floats [depth, kTile], with zeros behind them.
-void transpose(const float* keys, size_t count, size_t depth, float* columns) {
+// Calls use(d, column) with dimension after dimension of up to 16 keys [count, depth].
+template <typename Use>
+LIFECYCLE_INLINE void each_column(const float* keys, size_t count, size_t depth, const Use& use) {
   v16f rows[kLanes];
-  for (size_t t = 0; t < kTile; t += kLanes) {
-    const size_t here = count > t ? std::min<size_t>(count - t, kLanes) : 0;
-    for (size_t d = 0; d < depth; d += kLanes) {
-      const char* from = reinterpret_cast<const char*>(keys + t * depth + d);
-      columns_of(from, here, depth * sizeof(float), 64, rows);
-      for (size_t j = 0; j < kLanes; ++j) store(columns + (d + j) * kTile + t, rows[j]);
-    }
+  for (size_t d = 0; d < depth; d += kLanes) {
+    columns_of(keys + d, count, depth * sizeof(float), 64, rows);
+    LIFECYCLE_UNROLL for (size_t j = 0; j < kLanes; ++j) use(d + j, rows[j]);
   }
 }
 
 // Four bytes are transposed as one value.
-void transpose(const int8_t* keys, size_t count, size_t depth, float* columns) {
+template <typename Use>
+LIFECYCLE_INLINE void each_column(const int8_t* keys, size_t count, size_t depth, const Use& use) {
   v16f rows[kLanes];
+  auto four = [&](size_t d, v16f column) {
+    LIFECYCLE_UNROLL for (int k = 0; k < 4; ++k) use(d + k, to_float((v16i)column << (24 - 8 * k) >> 24));
+  };
+  size_t d = 0;
+  for (; d + 64 <= depth; d += 64) {
+    columns_of(keys + d, count, depth, 64, rows);
+    LIFECYCLE_UNROLL for (size_t j = 0; j < kLanes; ++j) four(d + 4 * j, rows[j]);
+  }
+  if (d < depth) {
+    columns_of(keys + d, count, depth, depth - d, rows);
+    for (size_t j = 0; d + 4 * j < depth; ++j) four(d + 4 * j, rows[j]);
+  }
+}
+
+// Keys [count, depth], count up to kTile, as columns of floats [depth, kTile], with zeros behind them.
+template <typename T>
+void transpose(const T* keys, size_t count, size_t depth, float* columns) {
   for (size_t t = 0; t < kTile; t += kLanes) {
     const size_t here = count > t ? std::min<size_t>(count - t, kLanes) : 0;
-    for (size_t d = 0; d < depth; d += 64) {
-      const size_t bytes = std::min<size_t>(64, depth - d);
-      columns_of(reinterpret_cast<const char*>(keys + t * depth + d), here, depth, bytes, rows);
-      for (size_t j = 0; j < bytes / 4; ++j) {
-        const v16i four = (v16i)rows[j];
-        LIFECYCLE_UNROLL for (int k = 0; k < 4; ++k) {
-          store(columns + (d + 4 * j + k) * kTile + t, to_float(four << (24 - 8 * k) >> 24));
-        }
-      }
+    each_column(keys + t * depth, here, depth, [&](size_t d, v16f column) { store(columns + d * kTile + t, column); });
+  }
+}
+
+// The scores of so few queries that columns are used as they come.
+template <int MQ, typename T>
+void score_few(const float* queries, size_t depth, const T* keys, size_t count, float* scores) {
+  for (size_t t = 0; t < kTile; t += kLanes) {
+    const size_t here = count > t ? std::min<size_t>(count - t, kLanes) : 0;
+    v16f acc[MQ] = {};
+    if (here > 0) {
+      each_column(keys + t * depth, here, depth, [&](size_t d, v16f column) {
+        LIFECYCLE_UNROLL for (int i = 0; i < MQ; ++i) acc[i] += queries[i * depth + d] * column;
+      });
     }
+    LIFECYCLE_UNROLL for (int i = 0; i < MQ; ++i) store(scores + i * kTile + t, acc[i]);
   }
 }
 
@@ -327,53 +378,51 @@ template <typename T>
 void Attention<T>::attend(const Step& step, size_t row, size_t kv_head, size_t first, size_t last) const {
   const size_t depth = step.depth, group = step.group, start = step.start(row), token = step.firsts[row] + first;
   const size_t count = (last - first) * group;
+  // Read by one pass, keys and values need not be kept as they are computed with; the sums are the same.
+  const bool is_few = count <= 4 || count == kMostQueries;
   const float* queries = step.queries_of(token, kv_head);
   const size_t head = (row * kv_heads_ + kv_head) * step.capacity * depth;
   float* columns = scratch<float, 5>(depth * kTile);
   float* room = scratch<float, 6>(depth * kTile);
   float* scores = scratch<float, 7>(count * kTile);
   float* sums = scratch<float, 8>(count * depth);
-  float* state = scratch<float, 9>(count * (2 + kLanes));
-  float *largest = state, *decay = state + count, *totals = state + 2 * count;
-  std::fill(largest, largest + count, kLowest);
+  const size_t vectors = (count + kLanes - 1) / kLanes * kLanes;
+  float* state = scratch<float, 9>(vectors * (3 + kLanes));
+  float *largest = state, *decay = state + vectors, *now = state + 2 * vectors, *totals = state + 3 * vectors;
+  std::fill(largest, largest + vectors, kLowest);
+  std::fill(now, now + vectors, kLowest);
   std::memset(sums, 0, count * depth * sizeof(float));
   std::memset(totals, 0, count * kLanes * sizeof(float));
-  v16i lane;
-  for (int i = 0; i < kLanes; ++i) lane[i] = i;
 
   const size_t end = start + last;
   const size_t begin = window_ > 0 && start + first + 1 > (size_t)window_ ? start + first + 1 - (size_t)window_ : 0;
   for (size_t tile = begin / kTile * kTile; tile < end; tile += kTile) {
     const size_t keys = std::min(kTile, end - tile);
     expect(step.values + head + tile * depth, keys * depth * sizeof(T));
-    transpose(step.keys + head + tile * depth, keys, depth, columns);
+    const T* here = step.keys + head + tile * depth;
+    if (!is_few) transpose(here, keys, depth, columns);
     few_at_a_time(count, [&]<int MQ>(size_t i) {
+      if (is_few) return score_few<MQ>(queries, depth, here, keys, scores);
       score<MQ>(queries + i * depth, depth, columns, scores + i * kTile);
     });
+    if (softcap_ > 0) soften(scores, count * kTile, softcap_);
     for (size_t i = 0; i < count; ++i) {
       const size_t position = start + first + i / group;
       const size_t from = window_ > 0 && position + 1 > (size_t)window_ ? position + 1 - (size_t)window_ : 0;
-      v16f s[kTile / kLanes];
-      v16f most = spread(kLowest);
-      LIFECYCLE_UNROLL for (int j = 0; j < (int)(kTile / kLanes); ++j) {
-        s[j] = load<v16f>(scores + i * kTile + j * kLanes);
-        if (softcap_ > 0) {
-          s[j] = softcap_ - 2 * softcap_ / (exponential(s[j] * (2 / softcap_)) + 1.0f);
-        }
-        const v16i key = lane + (int32_t)(tile + j * kLanes);
-        const v16i is_seen = (key <= (int32_t)position) & (key >= (int32_t)from);
-        s[j] = select(is_seen, s[j], spread(-INFINITY));
-        most = larger(most, s[j]);
-      }
-      float now = largest[i];
-      for (int j = 0; j < kLanes; ++j) now = most[j] > now ? most[j] : now;
-      decay[i] = exponential(spread(largest[i] - now))[0];
-      largest[i] = now;
+      now[i] = largest_of(scores + i * kTile, tile, from, position);
+    }
+    for (size_t i = 0; i < count; i += kLanes) {
+      const v16f before = load<v16f>(largest + i), after = larger(load<v16f>(now + i), before);
+      store(decay + i, exponential(before - after));
+      store(largest + i, after);
+    }
+    for (size_t i = 0; i < count; ++i) {
       v16f total = load<v16f>(totals + i * kLanes) * decay[i];
-      LIFECYCLE_UNROLL for (int j = 0; j < (int)(kTile / kLanes); ++j) {
-        const v16f weight = exponential(s[j] - now);
+      LIFECYCLE_UNROLL for (int j = 0; j < kVectors; ++j) {
+        float* at = scores + i * kTile + j * kLanes;
+        const v16f weight = exponential(load<v16f>(at) - largest[i]);
         total += weight;
-        store(scores + i * kTile + j * kLanes, weight);
+        store(at, weight);
       }
       store(totals + i * kLanes, total);
     }
@@ -381,8 +430,10 @@ void Attention<T>::attend(const Step& step, size_t row, size_t kv_head, size_t f
       const size_t next = std::min(kTile, end - tile - kTile);
       expect(step.keys + head + (tile + kTile) * depth, next * depth * sizeof(T));
     }
-    const float* values = as_floats(step.values + head + tile * depth, keys, depth, room);
+    const T* stored = step.values + head + tile * depth;
+    const float* values = is_few ? nullptr : as_floats(stored, keys, depth, room);
     few_at_a_time(count, [&]<int MQ>(size_t i) {
+      if (is_few) return gather_all<MQ>(scores, decay, stored, keys, depth, sums);
       gather_all<MQ>(scores + i * kTile, decay + i, values, keys, depth, sums + i * depth);
     });
   }

@@ -182,6 +182,39 @@ class Gate {
   const ort::Api& api;
 };
 
+// The sum of x and skip, and it divided by its root mean square and times gamma.
+class SkipNorm {
+ public:
+  static constexpr const char* kName = "SkipNorm";
+  static constexpr size_t kInputs = 3, kOutputs = 2;
+  static ort::Type input(size_t) { return ort::kFloat; }
+  static ort::Type output(size_t) { return ort::kFloat; }
+  static bool is_optional(size_t) { return false; }
+
+  SkipNorm(const ort::Api& api, const ort::Info* info)
+      : api(api), epsilon_(attribute<float>(api, info, "epsilon", 1e-5f)) {}
+  void run(const Run& run) {
+    const Tensor x = run.input(0), skip = run.input(1), gamma = run.input(2);
+    const size_t width = (size_t)gamma.size(), rows = rows_of(x, width);
+    require(skip.dims == x.dims, "a norm of two inputs of different shapes");
+    float* y = static_cast<float*>(run.output(0, x.dims));
+    float* sum = static_cast<float*>(run.output(1, x.dims));
+    constexpr size_t kAtOnce = 1 << 14;
+    const size_t part = std::max<size_t>(1, kAtOnce / std::max<size_t>(1, width));
+    run.parallel((rows + part - 1) / part, [&](size_t i) {
+      for (size_t row = i * part; row < std::min(rows, (i + 1) * part); ++row) {
+        const size_t at = row * width;
+        norm_row(x.as<float>() + at, skip.as<float>() + at, gamma.as<float>(), width, epsilon_, sum + at, y + at);
+      }
+    });
+  }
+
+  const ort::Api& api;
+
+ private:
+  float epsilon_;
+};
+
 }  // namespace
 }  // namespace lifecycle
 
@@ -191,6 +224,7 @@ extern "C" __attribute__((visibility("default"))) ort::Status* RegisterCustomOps
   static const Operator<RowwiseMatMul> rowwise;
   static const Operator<MatMulNBits> blocks;
   static const Operator<Gate> gate;
+  static const Operator<SkipNorm> norm;
   static const Operator<AdapterUpdate> update;
   static const Operator<Attention<float>> attention;
   static const Operator<Attention<int8_t>> attention_int8;
@@ -201,7 +235,7 @@ extern "C" __attribute__((visibility("default"))) ort::Status* RegisterCustomOps
   if (domain == nullptr) {
     ort::Domain* made = nullptr;
     if (ort::Status* status = api->domain("lifecycle", &made)) return status;
-    const ort::Op* const all[] = {&rowwise, &blocks, &gate, &update, &attention, &attention_int8};
+    const ort::Op* const all[] = {&rowwise, &blocks, &gate, &norm, &update, &attention, &attention_int8};
     for (const ort::Op* op : all) {
       if (ort::Status* status = api->add(made, op)) return status;
     }

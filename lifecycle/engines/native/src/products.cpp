@@ -13,7 +13,8 @@
 namespace lifecycle {
 namespace {
 
-constexpr int kMostRows = 6;
+// Rows and tiles at once: their sums, of which blocks have two kinds, fill three quarters of the registers.
+constexpr int kRowwiseRows = 8, kRowwiseTiles = 3, kBlockRows = 6, kBlockTiles = 2;
 constexpr size_t kMostTasks = 32;
 // Rows that are multiplied with a group of tiles before the next one: they stay in the second cache.
 constexpr size_t kRowsAtOnce = 48;
@@ -24,6 +25,9 @@ LIFECYCLE_INLINE int32_t four_of(const int8_t* row, size_t group) {
   return four;
 }
 
+// Weights of the tiles that come next, into the second cache.
+LIFECYCLE_INLINE void ahead(const uint8_t* weights) { __builtin_prefetch(weights, 0, 2); }
+
 // Sums of products over `groups` fours of k, of MR rows with NR tiles.
 template <int kBits, int MR, int NR>
 LIFECYCLE_INLINE void multiply(v16i (&acc)[MR][NR], const uint8_t* weights, size_t tile_bytes,
@@ -33,7 +37,7 @@ LIFECYCLE_INLINE void multiply(v16i (&acc)[MR][NR], const uint8_t* weights, size
       v64u w[NR];
       LIFECYCLE_UNROLL for (int j = 0; j < NR; ++j) {
         w[j] = load<v64u>(weights + j * tile_bytes + 64 * g);
-        __builtin_prefetch(weights + (j + NR) * tile_bytes + 64 * g);
+        ahead(weights + (j + NR) * tile_bytes + 64 * g);
       }
       LIFECYCLE_UNROLL for (int i = 0; i < MR; ++i) {
         const int32_t four = four_of(rows + i * row_bytes, g);
@@ -45,7 +49,7 @@ LIFECYCLE_INLINE void multiply(v16i (&acc)[MR][NR], const uint8_t* weights, size
       v64u low[NR], high[NR];
       LIFECYCLE_UNROLL for (int j = 0; j < NR; ++j) {
         const v16i both = load<v16i>(weights + j * tile_bytes + 32 * g);
-        __builtin_prefetch(weights + (j + NR) * tile_bytes + 32 * g);
+        ahead(weights + (j + NR) * tile_bytes + 32 * g);
         low[j] = (v64u)(both & 0x0f0f0f0f);
         high[j] = (v64u)((both >> 4) & 0x0f0f0f0f);
       }
@@ -117,14 +121,18 @@ void some_rows(int count, const Weights& w, const Rows& rows, size_t row, size_t
     case 3: return rows_by_tiles<kBits, 3, NR>(w, rows, row, tile, y);
     case 4: return rows_by_tiles<kBits, 4, NR>(w, rows, row, tile, y);
     case 5: return rows_by_tiles<kBits, 5, NR>(w, rows, row, tile, y);
-    default: return rows_by_tiles<kBits, 6, NR>(w, rows, row, tile, y);
+    case 6: return rows_by_tiles<kBits, 6, NR>(w, rows, row, tile, y);
+  }
+  if constexpr (NR == kRowwiseTiles) {
+    if (count == 7) return rows_by_tiles<kBits, 7, NR>(w, rows, row, tile, y);
+    return rows_by_tiles<kBits, 8, NR>(w, rows, row, tile, y);
   }
 }
 
 void some_rows(int count, const Weights& w, const Rows& rows, size_t row, size_t tile, float* y) {
-  if (w.is_rowwise) return some_rows<8, 4>(count, w, rows, row, tile, y);
-  if (w.bits == 8) return some_rows<8, 2>(count, w, rows, row, tile, y);
-  return some_rows<4, 2>(count, w, rows, row, tile, y);
+  if (w.is_rowwise) return some_rows<8, kRowwiseTiles>(count, w, rows, row, tile, y);
+  if (w.bits == 8) return some_rows<8, kBlockTiles>(count, w, rows, row, tile, y);
+  return some_rows<4, kBlockTiles>(count, w, rows, row, tile, y);
 }
 
 // One block of a row as int8. `largest` comes back as it is, NaN where a value is none.
@@ -187,6 +195,22 @@ void gate_row(const float* x, size_t width, float* y) {
   }
 }
 
+void norm_row(const float* x, const float* skip, const float* gamma, size_t width, float epsilon, float* sum,
+              float* y) {
+  v16f squares{};
+  for (size_t k = 0; k < width; k += kLanes) {
+    const size_t count = std::min<size_t>(kLanes, width - k);
+    const v16f both = some(x + k, count) + some(skip + k, count);
+    squares += both * both;
+    put(sum + k, both, count);
+  }
+  const float scale = 1 / std::sqrt(lifecycle::sum<float>(squares) / (float)width + epsilon);
+  for (size_t k = 0; k < width; k += kLanes) {
+    const size_t count = std::min<size_t>(kLanes, width - k);
+    put(y + k, some(sum + k, count) * scale * some(gamma + k, count), count);
+  }
+}
+
 void round_rows(const Run& run, const Weights& w, const float* x, size_t count, const Rows& rows) {
   const size_t blocks = w.blocks();
   auto round_row = [&](size_t row) {
@@ -222,7 +246,8 @@ void product(const Run& run, const Weights& w, const float* x, size_t count, flo
   rows.scales = scratch<float, 1>(count * blocks);
   rows.sums = scratch<int32_t, 2>(count * blocks);
   round_rows(run, w, x, count, rows);
-  const size_t wide = w.is_rowwise ? 4 : 2;
+  const size_t wide = w.is_rowwise ? kRowwiseTiles : kBlockTiles;
+  const size_t most_rows = w.is_rowwise ? kRowwiseRows : kBlockRows;
   const size_t groups = w.tiles() / wide;
   const size_t parts = (count + kRowsAtOnce - 1) / kRowsAtOnce;
   const size_t each = std::max<size_t>(1, groups * parts / kMostTasks);
@@ -232,7 +257,7 @@ void product(const Run& run, const Weights& w, const float* x, size_t count, flo
     const size_t group = task % tasks * each;
     for (size_t g = group; g < std::min(groups, group + each); ++g) {
       // Rows in shares as equal as can be, for which no share is slow.
-      size_t left = last - first, shares = (left + kMostRows - 1) / kMostRows;
+      size_t left = last - first, shares = (left + most_rows - 1) / most_rows;
       for (size_t row = first; row < last; --shares) {
         const size_t share = (last - row + shares - 1) / shares;
         some_rows((int)share, w, rows, row, g * wide, y);
@@ -249,7 +274,7 @@ void Weights::allocate(bool with_zeros) {
 }
 
 size_t Weights::tiles() const {
-  const size_t wide = is_rowwise ? 4 : 2, tiles = (columns + kLanes - 1) / kLanes;
+  const size_t wide = is_rowwise ? kRowwiseTiles : kBlockTiles, tiles = (columns + kLanes - 1) / kLanes;
   return (tiles + wide - 1) / wide * wide;
 }
 

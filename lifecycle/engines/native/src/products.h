@@ -35,6 +35,10 @@ struct Rows {
 // y [count, columns] = x [count, depth] times the weights.
 void product(const Run& run, const Weights& weights, const float* x, size_t count, float* y);
 
+// sum [width] = x + skip, and y = sum divided by its root mean square, times gamma.
+void norm_row(const float* x, const float* skip, const float* gamma, size_t width, float epsilon, float* sum,
+              float* y);
+
 // y [width] = silu(gate) * up of x = [gate, up].
 void gate_row(const float* x, size_t width, float* y);
 

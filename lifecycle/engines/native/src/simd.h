@@ -69,6 +69,17 @@ LIFECYCLE_INLINE T sum(V x) {
   return total;
 }
 
+// The largest of numbers.
+LIFECYCLE_INLINE float largest(v16f x) {
+#if LIFECYCLE_AVX512
+  return _mm512_reduce_max_ps((__m512)x);
+#else
+  float found = x[0];
+  for (int i = 1; i < kLanes; ++i) found = x[i] > found ? x[i] : found;
+  return found;
+#endif
+}
+
 // Asks for memory that is read soon. At the end of a page the processor stops looking ahead by itself.
 inline void expect(const void* from, size_t bytes) {
   for (size_t at = 0; at < bytes; at += 64) __builtin_prefetch(static_cast<const char*>(from) + at);
@@ -93,6 +104,16 @@ LIFECYCLE_INLINE v16i dot(v16i acc, v64u weights, int32_t four) {
 #endif
 }
 
+// x * 2^n of whole numbers n from -127 on.
+LIFECYCLE_INLINE v16f scaled(v16f x, v16f n) {
+#if LIFECYCLE_AVX512
+  return (v16f)_mm512_scalef_ps((__m512)x, (__m512)n);
+#else
+  const v16f bounded = select(n < spread(128.0f), n, spread(128.0f));
+  return x * (v16f)((__builtin_convertvector(bounded, v16i) + 127) << 23);
+#endif
+}
+
 // e to the power of x, within 2 units of the last place; exactly 1 at 0, and 0 below -87.
 LIFECYCLE_INLINE v16f exponential(v16f x) {
   const v16f n = rounded(x * 1.44269504088896341f);
@@ -104,12 +125,7 @@ LIFECYCLE_INLINE v16f exponential(v16f x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.0f;
-  // A number of no use beyond the bounds below, but it must not overflow while it is made.
-  const v16f bounded = select(n > spread(-127.0f), select(n < spread(128.0f), n, spread(128.0f)), spread(-127.0f));
-  const v16i power = (__builtin_convertvector(bounded, v16i) + 127) << 23;
-  v16f found = p * (v16f)power;
-  found = select(x < spread(-87.0f), v16f{}, found);
-  return select(x == x, found, x);
+  return select(x < spread(-87.0f), v16f{}, scaled(p, n));
 }
 
 // Rows of 16 values each as columns.
