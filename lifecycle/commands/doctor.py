@@ -6,7 +6,6 @@ import os
 import platform
 import shutil
 from importlib.metadata import PackageNotFoundError, requires, version
-from pathlib import Path
 from typing import Any
 
 from lifecycle import __version__
@@ -26,8 +25,17 @@ EXTRAS = {
 def main(argv: list[str]) -> int:
     """Print versions, cores, instruction sets, providers, accelerators and missing extras."""
     parser = Parser(prog="lifecycle doctor", description="What this machine can do.")
+    parser.add_argument(
+        "--build",
+        action="store_true",
+        help="compile the kernels for this processor, if they are not yet",
+    )
     parser.add_json()
     args = parser.parse_args(argv)
+    if args.build:
+        from lifecycle.engines.native.library import kernels_for
+
+        kernels_for("native")
     found = examine()
     if args.json:
         emit(found)
@@ -37,6 +45,8 @@ def main(argv: list[str]) -> int:
     say(f"{found['cores']} usable cores, {memory}, {found['disk_free_gib']} GiB free here")
     say(f"instruction sets: {', '.join(found['instruction_sets']) or 'unknown'}")
     say(f"execution providers: {', '.join(found['execution_providers']) or 'none'}")
+    kernels = found["kernels"]
+    say(f"kernels of engines on the CPU: {kernels['used']} ({kernels['why']})")
     say(f"accelerators: {', '.join(found['accelerators']) or 'none'}")
     table(("package", "version"), [(n, v or "-") for n, v in found["packages"].items()])
     for extra, missing in found["missing_extras"].items():
@@ -66,6 +76,7 @@ def examine() -> dict[str, Any]:
         "disk_free_gib": round(shutil.disk_usage(".").free / 2**30),
         "instruction_sets": _instruction_sets(),
         "execution_providers": _providers(),
+        "kernels": _kernels(),
         "accelerators": _accelerators(),
         "packages": packages,
         "missing_extras": {extra: names for extra, names in missing.items() if names},
@@ -101,12 +112,9 @@ def _memory() -> float | None:
 
 
 def _instruction_sets() -> list[str]:
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return []
-    lines = [line for line in text.splitlines() if line.startswith(("flags", "Features"))]
-    flags = set(lines[0].split()) if lines else set[str]()
+    from lifecycle.engines.native.library import instruction_sets
+
+    flags = instruction_sets()
     return [name for name in INSTRUCTION_SETS if name in flags]
 
 
@@ -114,6 +122,19 @@ def _providers() -> list[str]:
     import onnxruntime
 
     return list(onnxruntime.get_available_providers())
+
+
+def _kernels() -> dict[str, str | bool]:
+    """Whose kernels an engine takes by itself, and why."""
+    from lifecycle.engines.native.library import library_path, why_not
+
+    path, reason = library_path(), why_not()
+    state = f"compiled, {path}" if path.is_file() else "compiled by the first engine, or by --build"
+    return {
+        "used": "onnxruntime" if reason else "native",
+        "why": reason or state,
+        "compiled": path.is_file(),
+    }
 
 
 def _accelerators() -> list[str]:

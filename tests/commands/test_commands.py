@@ -189,7 +189,10 @@ def test_doctor(capsys) -> None:
     assert found["cores"] >= 1
     assert "CPUExecutionProvider" in found["execution_providers"]
     assert found["missing_extras"] == {}
-    assert main(["doctor"]) == 0
+    assert main(["doctor", "--build"]) == 0
+    assert f"kernels of engines on the CPU: {found['kernels']['used']}" in capsys.readouterr().out
+    assert main(["doctor", "--json"]) == 0
+    assert last_json(capsys)["kernels"]["compiled"] is True
 
 
 def test_schema_accepts_shipped_recipes_and_names_their_keys(capsys) -> None:

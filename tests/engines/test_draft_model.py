@@ -7,7 +7,7 @@ import json
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -19,6 +19,7 @@ from lifecycle.engines.batched import BatchedEngine
 from lifecycle.engines.decoder import DecoderInfo
 from lifecycle.engines.draft_model import Draft, DraftModel
 from lifecycle.engines.draft_pair import check_pair
+from lifecycle.engines.native import Kernels
 from lifecycle.engines.ort import OnnxEngine
 from lifecycle.engines.pace import Pace
 from lifecycle.engines.pytorch import TorchEngine
@@ -186,6 +187,23 @@ def run(engine: BatchedEngine) -> list[Generation]:
     return [replace(one, logprobs=()) for one in engine.generate(prompts, list(params))]
 
 
+TEXTS = np.random.default_rng(0).integers(259, 512, (24, 120)).tolist()
+
+
+def check_guesses_change_nothing(model: Path, draft: Path, kernels: Kernels) -> None:
+    """Rounded activations would make other tokens of other last bits: of some hundred, one."""
+    prompts = [[1, *text[:3]] for text in TEXTS]
+    params = SamplingParams(max_tokens=120, temperature=0.7, seed=4, ignore_eos=True)
+    options = EngineOptions(8, kernels=kernels)
+    plain = OnnxEngine.open(model, options).generate(prompts, params)
+    options = replace(options, draft_tokens=4, draft_model=draft)
+    engine = OnnxEngine.open(model, options)
+    assert [one.token_ids for one in engine.generate(prompts, params)] == [
+        one.token_ids for one in plain
+    ]
+    assert engine.stats.accepted_tokens > 500
+
+
 @pytest.mark.parametrize("most_scores", [1 << 30, 0])
 @pytest.mark.parametrize("scheme", [Int8Rowwise(8), Blockwise(32)])
 def test_no_guess_changes_a_bit_with_a_cache_of_integers(
@@ -196,21 +214,22 @@ def test_no_guess_changes_a_bit_with_a_cache_of_integers(
     most_scores: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Rounded activations would make other tokens of other last bits: of some hundred, one."""
     monkeypatch.setattr("lifecycle.engines.ort._MOST_SCORES", most_scores)
-    texts = np.random.default_rng(0).integers(259, 512, (24, 120)).tolist()
     info = DecoderInfo.load(stories.graph)
-    cache = calibrate_cache(Calibration(stories.graph, texts[:4]), info, "int8")
+    cache = calibrate_cache(Calibration(stories.graph, TEXTS[:4]), info, "int8")
     quantize_graph(stories.graph, tmp_path, "test", scheme, cache=cache)
-    prompts = [[1, *text[:3]] for text in texts]
-    params = SamplingParams(max_tokens=120, temperature=0.7, seed=4, ignore_eos=True)
-    plain = OnnxEngine.open(tmp_path, EngineOptions(8)).generate(prompts, params)
-    options = EngineOptions(8, draft_tokens=4, draft_model=stories.graph)
-    engine = OnnxEngine.open(tmp_path, options)
-    assert [one.token_ids for one in engine.generate(prompts, params)] == [
-        one.token_ids for one in plain
-    ]
-    assert engine.stats.accepted_tokens > 500
+    check_guesses_change_nothing(tmp_path, stories.graph, "onnxruntime")
+
+
+@pytest.mark.parametrize("kv_dtype", [None, "int8"])
+@pytest.mark.parametrize("scheme", [Int8Rowwise(8), Blockwise(32), Blockwise(64), Blockwise(128)])
+def test_no_guess_changes_a_bit_with_our_kernels(
+    always: None, stories: Model, tmp_path: Path, scheme: Scheme, kv_dtype: Literal["int8"] | None
+) -> None:
+    info = DecoderInfo.load(stories.graph)
+    cache = kv_dtype and calibrate_cache(Calibration(stories.graph, TEXTS[:4]), info, kv_dtype)
+    quantize_graph(stories.graph, tmp_path, "test", scheme, cache=cache)
+    check_guesses_change_nothing(tmp_path, stories.graph, "native")
 
 
 @pytest.fixture(scope="session")

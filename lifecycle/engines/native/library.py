@@ -7,6 +7,7 @@ as fast, engines use those.
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import hashlib
 import logging
@@ -112,8 +113,6 @@ def _library() -> Path:
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         _check_owner(path.parent)
-        if _is_kept():
-            return path
         with (path.parent / "lock").open("a") as lock:
             # Of several processes that start at once, one compiles.
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -121,6 +120,11 @@ def _library() -> Path:
                 _compile(path)
     except OSError as error:
         raise EngineError(f"kernels cannot be kept in {path.parent}: {error.strerror}") from error
+    try:
+        ctypes.CDLL(str(path))
+    except OSError as error:
+        # As where the system has an older library of C++ than the compiler.
+        raise EngineError(f"native kernels were compiled and cannot be loaded: {error}") from error
     return path
 
 

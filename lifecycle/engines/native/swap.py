@@ -40,7 +40,7 @@ _LAST_AXIS = (-1, 2**64 - 1)
 """As it is, and as protobuf writes it."""
 _MOST_PARTS = 3
 """Products that share their input, as queries, keys and values do."""
-_LANES = 16
+_HEAD_STEP = 8
 """What the width of a head is a multiple of."""
 
 
@@ -128,7 +128,7 @@ def _is_known_attention(graph: Graph, node: Node) -> bool:
         and given <= _ATTENTION_INPUTS
         and node.attributes.keys() <= _ATTENTION_ATTRIBUTES
         and width > 0
-        and width % _LANES == 0
+        and width % _HEAD_STEP == 0
     )
 
 

@@ -42,6 +42,8 @@ KINDS = {
     "a head for each": Sizes(heads=3, kv_heads=3, depth=80),
     "wide": Sizes(heads=2, kv_heads=1, depth=256, scale=0.05),
     "narrow": Sizes(depth=16, rotary=False),
+    "odd": Sizes(heads=4, kv_heads=2, depth=8, rotary=False),
+    "odd integers": Sizes(heads=4, kv_heads=4, depth=40, rotary=False, window=30, integers=True),
     "interleaved": Sizes(interleaved=True),
     "window": Sizes(window=70),
     "soft cap": Sizes(softcap=5.0),

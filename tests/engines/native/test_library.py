@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,15 @@ from tests.engines.conftest import Model
 
 
 @pytest.fixture
-def empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def real() -> Path:
+    """A library that can be loaded."""
+    found = library.kernels_for("native")
+    assert found is not None
+    return found
+
+
+@pytest.fixture
+def empty(real: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A user who has compiled nothing yet: the folder of kernels, which is not there."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(library, "_FAST", frozenset())
@@ -35,8 +44,10 @@ def compiler(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> Path
     return folder / "calls"
 
 
-def test_one_of_many_compiles(empty: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = compiler(tmp_path, monkeypatch, 'sleep 0.2; echo library > "$out"')
+def test_one_of_many_compiles(
+    empty: Path, real: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = compiler(tmp_path, monkeypatch, f'sleep 0.2; cp "{real}" "$out"')
     threads = [threading.Thread(target=library.kernels_for, args=("native",)) for _ in range(4)]
     for thread in threads:
         thread.start()
@@ -44,7 +55,7 @@ def test_one_of_many_compiles(empty: Path, tmp_path: Path, monkeypatch: pytest.M
         thread.join()
     assert calls.read_text() == "called\n"
     found = library.kernels_for("auto")
-    assert found is not None and found.read_text() == "library\n"
+    assert found is not None and found.read_bytes() == real.read_bytes()
     assert sorted(path.name for path in empty.iterdir()) == [found.name, "lock"]
     assert empty.stat().st_mode & 0o077 == 0
     # Another process finds it, without a compiler.
@@ -72,6 +83,15 @@ def test_a_compiler_that_fails_leaves_nothing(
     tried = calls.read_text()
     assert library.kernels_for("auto") is None
     assert not caplog.text and calls.read_text() == tried
+
+
+def test_a_library_that_does_not_load(
+    empty: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler(tmp_path, monkeypatch, 'echo library > "$out"')
+    with pytest.raises(EngineError, match=r"cannot be loaded: .*kernels-"):
+        library.kernels_for("native")
+    assert library.kernels_for("auto") is None
 
 
 def test_without_a_compiler(empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:

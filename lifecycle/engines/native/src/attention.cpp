@@ -18,6 +18,8 @@ constexpr int kVectors = kTile / kLanes;
 constexpr int kMostQueries = 6;
 // Queries that share the reading of a tile: their sums stay in the second cache.
 constexpr size_t kQueries = 48;
+// Heads are a multiple of this wide.
+constexpr size_t kHeadStep = 8;
 // Below all scores, yet a number, so that differences to it are numbers.
 constexpr float kLowest = -1e30f;
 
@@ -42,35 +44,35 @@ void score(const float* queries, size_t depth, const float* keys, float* scores)
 LIFECYCLE_INLINE v16f floats(const float* from) { return load<v16f>(from); }
 LIFECYCLE_INLINE v16f floats(const int8_t* from) { return to_float(widened(load<v16c>(from))); }
 
-// sums [MQ, depth], 16 * NV of depth from `sums` on, = sums * decay + weights [MQ, kTile] times values [count, depth].
+// sums [MQ, width], 16 * NV of them from `sums` on, = sums * decay + weights [MQ, kTile] times values [count, width].
 template <int MQ, int NV, typename T>
-void gather(const float* weights, const float* decay, const T* values, size_t count, size_t depth, float* sums) {
+void gather(const float* weights, const float* decay, const T* values, size_t count, size_t width, float* sums) {
   v16f acc[MQ][NV];
   LIFECYCLE_UNROLL for (int i = 0; i < MQ; ++i) {
     LIFECYCLE_UNROLL for (int j = 0; j < NV; ++j) {
-      acc[i][j] = load<v16f>(sums + i * depth + j * kLanes) * decay[i];
+      acc[i][j] = load<v16f>(sums + i * width + j * kLanes) * decay[i];
     }
   }
   for (size_t t = 0; t < count; ++t) {
     v16f v[NV];
-    LIFECYCLE_UNROLL for (int j = 0; j < NV; ++j) v[j] = floats(values + t * depth + j * kLanes);
+    LIFECYCLE_UNROLL for (int j = 0; j < NV; ++j) v[j] = floats(values + t * width + j * kLanes);
     LIFECYCLE_UNROLL for (int i = 0; i < MQ; ++i) {
       const v16f w = spread(weights[i * kTile + t]);
       LIFECYCLE_UNROLL for (int j = 0; j < NV; ++j) acc[i][j] += w * v[j];
     }
   }
   LIFECYCLE_UNROLL for (int i = 0; i < MQ; ++i) {
-    LIFECYCLE_UNROLL for (int j = 0; j < NV; ++j) store(sums + i * depth + j * kLanes, acc[i][j]);
+    LIFECYCLE_UNROLL for (int j = 0; j < NV; ++j) store(sums + i * width + j * kLanes, acc[i][j]);
   }
 }
 
 template <int MQ, typename T>
-void gather_all(const float* weights, const float* decay, const T* values, size_t count, size_t depth,
+void gather_all(const float* weights, const float* decay, const T* values, size_t count, size_t width,
                 float* sums) {
   size_t d = 0;
-  for (; d + 4 * kLanes <= depth; d += 4 * kLanes)
-    gather<MQ, 4>(weights, decay, values + d, count, depth, sums + d);
-  for (; d < depth; d += kLanes) gather<MQ, 1>(weights, decay, values + d, count, depth, sums + d);
+  for (; d + 4 * kLanes <= width; d += 4 * kLanes)
+    gather<MQ, 4>(weights, decay, values + d, count, width, sums + d);
+  for (; d < width; d += kLanes) gather<MQ, 1>(weights, decay, values + d, count, width, sums + d);
 }
 
 // The largest of a query's scores with the keys from `tile` on, of which it sees those at `from` to `position`; the
@@ -114,10 +116,22 @@ LIFECYCLE_INLINE void few_at_a_time(size_t count, const F& f) {
   }
 }
 
-// Rows [count, depth] of a cache as floats: its own memory, or `room`.
-const float* as_floats(const float* from, size_t, size_t, float*) { return from; }
-const float* as_floats(const int8_t* from, size_t count, size_t depth, float* room) {
-  for (size_t i = 0; i < count * depth; i += kLanes) store(room + i, floats(from + i));
+// Rows [count, depth] of a cache as rows of floats [count, width]: its own memory, or `room`.
+const float* as_floats(const float* from, size_t count, size_t depth, size_t width, float* room) {
+  if (width == depth) return from;
+  for (size_t t = 0; t < count; ++t) {
+    for (size_t d = 0; d < width; d += kLanes) store(room + t * width + d, some(from + t * depth + d, depth - d));
+  }
+  return room;
+}
+const float* as_floats(const int8_t* from, size_t count, size_t depth, size_t width, float* room) {
+  for (size_t t = 0; t < count; ++t) {
+    for (size_t d = 0; d < width; d += kLanes) {
+      v16c bytes{};
+      std::memcpy(&bytes, from + t * depth + d, std::min<size_t>(kLanes, depth - d));
+      store(room + t * width + d, to_float(widened(bytes)));
+    }
+  }
   return room;
 }
 
@@ -140,8 +154,11 @@ template <typename Use>
 LIFECYCLE_INLINE void each_column(const float* keys, size_t count, size_t depth, const Use& use) {
   v16f rows[kLanes];
   for (size_t d = 0; d < depth; d += kLanes) {
-    columns_of(keys + d, count, depth * sizeof(float), 64, rows);
-    LIFECYCLE_UNROLL for (size_t j = 0; j < kLanes; ++j) use(d + j, rows[j]);
+    const size_t left = std::min<size_t>(kLanes, depth - d);
+    columns_of(keys + d, count, depth * sizeof(float), left * sizeof(float), rows);
+    LIFECYCLE_UNROLL for (size_t j = 0; j < kLanes; ++j) {
+      if (j < left) use(d + j, rows[j]);
+    }
   }
 }
 
@@ -190,10 +207,12 @@ void score_few(const float* queries, size_t depth, const T* keys, size_t count, 
 void put(const float* from, const float*, size_t count, float* to) { std::memcpy(to, from, count * sizeof(float)); }
 void put(const float* from, const float* scales, size_t count, int8_t* to) {
   for (size_t i = 0; i < count; i += kLanes) {
-    const v16f steps = rounded(load<v16f>(from + i) / load<v16f>(scales + i));
+    const size_t here = std::min<size_t>(kLanes, count - i);
+    const v16f steps = rounded(some(from + i, here) / some(scales + i, here));
     const v16f low = select(steps > spread(-128.0f), steps, spread(-128.0f));
     const v16f bounded = select(low < spread(127.0f), low, spread(127.0f));
-    store(to + i, narrowed(__builtin_convertvector(bounded, v16i)));
+    const v16c stored = narrowed(__builtin_convertvector(bounded, v16i));
+    std::memcpy(to + i, &stored, here);
   }
 }
 
@@ -258,7 +277,7 @@ void Attention<T>::run(const Run& run) {
   step.capacity = (size_t)keys.dims[2];
   step.depth = (size_t)keys.dims[3];
   step.group = heads_ / kv_heads_;
-  require(step.depth % kLanes == 0, "attention heads have to be a multiple of 16 wide");
+  require(step.depth % kHeadStep == 0, "attention heads have to be a multiple of 8 wide");
   require((size_t)qkv.dims[1] == (heads_ + 2 * kv_heads_) * step.depth, "queries of another width");
   require((size_t)keys.dims[1] == kv_heads_ && values.dims == keys.dims, "a cache of another shape");
   require((size_t)places.size() == 2 * step.tokens, "tokens without their places");
@@ -379,19 +398,20 @@ void Attention<T>::attend(const Step& step, size_t row, size_t kv_head, size_t f
   const size_t depth = step.depth, group = step.group, start = step.start(row), token = step.firsts[row] + first;
   const size_t count = (last - first) * group;
   // Read by one pass, keys and values need not be kept as they are computed with; the sums are the same.
-  const bool is_few = count <= 4 || count == kMostQueries;
+  const size_t width = (depth + kLanes - 1) / kLanes * kLanes;
+  const bool is_few = (count <= 4 || count == kMostQueries) && width == depth;
   const float* queries = step.queries_of(token, kv_head);
   const size_t head = (row * kv_heads_ + kv_head) * step.capacity * depth;
   float* columns = scratch<float, 5>(depth * kTile);
-  float* room = scratch<float, 6>(depth * kTile);
+  float* room = scratch<float, 6>(width * kTile);
   float* scores = scratch<float, 7>(count * kTile);
-  float* sums = scratch<float, 8>(count * depth);
+  float* sums = scratch<float, 8>(count * width);
   const size_t vectors = (count + kLanes - 1) / kLanes * kLanes;
   float* state = scratch<float, 9>(vectors * (3 + kLanes));
   float *largest = state, *decay = state + vectors, *now = state + 2 * vectors, *totals = state + 3 * vectors;
   std::fill(largest, largest + vectors, kLowest);
   std::fill(now, now + vectors, kLowest);
-  std::memset(sums, 0, count * depth * sizeof(float));
+  std::memset(sums, 0, count * width * sizeof(float));
   std::memset(totals, 0, count * kLanes * sizeof(float));
 
   const size_t end = start + last;
@@ -431,10 +451,10 @@ void Attention<T>::attend(const Step& step, size_t row, size_t kv_head, size_t f
       expect(step.keys + head + (tile + kTile) * depth, next * depth * sizeof(T));
     }
     const T* stored = step.values + head + tile * depth;
-    const float* values = is_few ? nullptr : as_floats(stored, keys, depth, room);
+    const float* values = is_few ? nullptr : as_floats(stored, keys, depth, width, room);
     few_at_a_time(count, [&]<int MQ>(size_t i) {
-      if (is_few) return gather_all<MQ>(scores, decay, stored, keys, depth, sums);
-      gather_all<MQ>(scores + i * kTile, decay + i, values, keys, depth, sums + i * depth);
+      if (is_few) return gather_all<MQ>(scores, decay, stored, keys, width, sums);
+      gather_all<MQ>(scores + i * kTile, decay + i, values, keys, width, sums + i * width);
     });
   }
   for (size_t i = 0; i < count; ++i) {
@@ -443,7 +463,7 @@ void Attention<T>::attend(const Step& step, size_t row, size_t kv_head, size_t f
     const float total = sum<float>(load<v16f>(totals + i * kLanes));
     const float* v_scale = sizeof(T) == 1 ? step.v_scale + kv_head * depth : nullptr;
     for (size_t d = 0; d < depth; ++d) {
-      to[d] = sums[i * depth + d] / total * (v_scale != nullptr ? v_scale[d] : 1);
+      to[d] = sums[i * width + d] / total * (v_scale != nullptr ? v_scale[d] : 1);
     }
   }
 }

@@ -36,22 +36,24 @@ class Product {
   static constexpr size_t kOutputs = 1;
   static ort::Type output(size_t) { return ort::kFloat; }
 
-  Product(const ort::Api& api, const ort::Info* info) : api(api) {
-    weights_.is_gated = attribute<int64_t>(api, info, "gated", 0) != 0;
-  }
+  Product(const ort::Api& api, const ort::Info* info)
+      : api(api), is_gated_(attribute<int64_t>(api, info, "gated", 0) != 0) {}
   void run(const Run& run) {
     Tensor x = run.input(0);
-    const size_t count = rows_of(x, weights_.depth << weights_.is_gated);
+    const size_t count = rows_of(x, weights_->depth << is_gated_);
     std::vector<int64_t> dims = x.dims;
-    dims.back() = (int64_t)weights_.columns;
+    dims.back() = (int64_t)weights_->columns;
     float* y = static_cast<float*>(run.output(0, dims));
-    product(run, weights_, x.as<float>(), count, y);
+    product(run, *weights_, is_gated_, x.as<float>(), count, y);
   }
 
   const ort::Api& api;
 
  protected:
-  Weights weights_;
+  std::shared_ptr<const Weights> weights_;
+
+ private:
+  bool is_gated_;
 };
 
 // x [.., K], weights int8 [K, N], or [N, K] where `transposed`, and their scales [N].
@@ -66,12 +68,18 @@ class RowwiseMatMul : public Product {
     const Tensor given = constant(api, info, 1), scales = constant(api, info, 2);
     require(given && scales && given.dims.size() == 2, "RowwiseMatMul needs constant weights");
     const bool transposed = attribute<int64_t>(api, info, "transposed", 0) != 0;
-    Weights& w = weights_;
+    require((size_t)scales.size() == (size_t)given.dims[!transposed], "RowwiseMatMul needs a scale for each column");
+    weights_ = shared({given, scales}, {0, transposed, given.dims[0], given.dims[1]},
+                      [&](Weights& w) { fill(w, given, scales, transposed); });
+    not_needed(given);
+  }
+
+ private:
+  static void fill(Weights& w, const Tensor& given, const Tensor& scales, bool transposed) {
     w.is_rowwise = true;
     w.depth = (size_t)given.dims[transposed];
     w.columns = (size_t)given.dims[!transposed];
     w.block = (w.depth + 7) / 8 * 8;
-    require((size_t)scales.size() == w.columns, "RowwiseMatMul needs a scale for each column");
     w.allocate(false);
     const int8_t* from = given.as<int8_t>();
     const size_t by_k = transposed ? 1 : w.columns, by_n = transposed ? w.depth : 1;
@@ -89,7 +97,6 @@ class RowwiseMatMul : public Product {
     }
     constexpr float kStep = 1.0f / 127;
     for (size_t n = 0; n < w.columns; ++n) w.scales.get()[n] = kStep * scales.as<float>()[n];
-    not_needed(given);
   }
 };
 
@@ -105,27 +112,38 @@ class MatMulNBits : public Product {
   static bool is_optional(size_t index) { return index >= 3; }
 
   MatMulNBits(const ort::Api& api, const ort::Info* info) : Product(api, info) {
-    Weights& w = weights_;
-    w.depth = (size_t)attribute<int64_t>(api, info, "K", 0);
-    w.columns = (size_t)attribute<int64_t>(api, info, "N", 0);
-    w.bits = (int)attribute<int64_t>(api, info, "bits", 4);
-    w.block = (size_t)attribute<int64_t>(api, info, "block_size", 0);
-    require(w.depth > 0 && w.columns > 0 && (w.bits == 4 || w.bits == 8) && w.block % 8 == 0 && w.block > 0,
+    const int64_t depth = attribute<int64_t>(api, info, "K", 0), columns = attribute<int64_t>(api, info, "N", 0);
+    const int64_t bits = attribute<int64_t>(api, info, "bits", 4), block = attribute<int64_t>(api, info, "block_size", 0);
+    require(depth > 0 && columns > 0 && (bits == 4 || bits == 8) && block > 0 && block % 8 == 0,
             "MatMulNBits with attributes that are not known");
-    w.zero = 1 << (w.bits - 1);
     const Tensor given = constant(api, info, 1), scales = constant(api, info, 2), zeros = constant(api, info, 3);
+    const Tensor bias = constant(api, info, 5);
+    const int64_t blocks = (depth + block - 1) / block;
+    require(given && given.size() == columns * blocks * block * bits / 8, "MatMulNBits with weights of another size");
+    require(scales && scales.size() == columns * blocks, "MatMulNBits with scales of another size");
+    require(!zeros || zeros.size() == columns * ((blocks * bits + 7) / 8), "MatMulNBits with other zero points");
+    weights_ = shared({given, scales, zeros, bias}, {1, depth, columns, bits, block}, [&](Weights& w) {
+      w.depth = (size_t)depth;
+      w.columns = (size_t)columns;
+      w.bits = (int)bits;
+      w.block = (size_t)block;
+      w.zero = 1 << (bits - 1);
+      fill(w, given, scales, zeros);
+      w.set_bias(bias);
+    });
+    not_needed(given);
+  }
+
+ private:
+  static void fill(Weights& w, const Tensor& given, const Tensor& scales, const Tensor& zeros) {
     const size_t blocks = w.blocks(), bytes = w.block * (size_t)w.bits / 8;
-    require(given && (size_t)given.size() == w.columns * blocks * bytes, "MatMulNBits with weights of another size");
-    require(scales && (size_t)scales.size() == w.columns * blocks, "MatMulNBits with scales of another size");
     const size_t zeros_row = (blocks * (size_t)w.bits + 7) / 8;
-    require(!zeros || (size_t)zeros.size() == w.columns * zeros_row, "MatMulNBits with zero points of another size");
     w.allocate((bool)zeros);
-    w.set_bias(constant(api, info, 5));
     for (size_t column = 0; column < w.columns; ++column) {
       const size_t tile = column / 16, n = column % 16;
       for (size_t b = 0; b < blocks; ++b) {
         const uint8_t* from = given.as<uint8_t>() + (column * blocks + b) * bytes;
-        pack(from, w.packed.get() + tile * w.tile_bytes() + b * bytes * 16 + 4 * n);
+        pack(w, from, w.packed.get() + tile * w.tile_bytes() + b * bytes * 16 + 4 * n);
         const size_t place = (tile * blocks + b) * 16 + n;
         w.scales.get()[place] = scales.as<float>()[column * blocks + b];
         if (zeros) {
@@ -134,17 +152,15 @@ class MatMulNBits : public Product {
         }
       }
     }
-    not_needed(given);
   }
 
- private:
   // One block of a column, from its place in the first 64 bytes on.
-  void pack(const uint8_t* from, uint8_t* to) const {
-    if (weights_.bits == 8) {
-      for (size_t k = 0; k < weights_.block; k += 4, to += 64) std::memcpy(to, from + k, 4);
+  static void pack(const Weights& w, const uint8_t* from, uint8_t* to) {
+    if (w.bits == 8) {
+      for (size_t k = 0; k < w.block; k += 4, to += 64) std::memcpy(to, from + k, 4);
       return;
     }
-    for (size_t k = 0; k < weights_.block; k += 8, to += 64) {
+    for (size_t k = 0; k < w.block; k += 8, to += 64) {
       for (size_t i = 0; i < 4; ++i) {
         const size_t low = k + i, high = low + 4;
         to[i] = (uint8_t)((from[low / 2] >> (4 * (low % 2)) & 15) | (from[high / 2] >> (4 * (high % 2)) & 15) << 4);

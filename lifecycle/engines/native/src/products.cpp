@@ -7,6 +7,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <map>
+#include <mutex>
 
 #include "simd.h"
 
@@ -178,13 +180,6 @@ float round_block(const float* x, size_t count, bool is_rowwise, int8_t* out, in
   return is_rowwise ? largest : largest * kStep;
 }
 
-LIFECYCLE_INLINE v16f some(const float* from, size_t count) {
-  if (count >= kLanes) return load<v16f>(from);
-  v16f found{};
-  std::memcpy(&found, from, count * sizeof(float));
-  return found;
-}
-
 }  // namespace
 
 void gate_row(const float* x, size_t width, float* y) {
@@ -211,12 +206,12 @@ void norm_row(const float* x, const float* skip, const float* gamma, size_t widt
   }
 }
 
-void round_rows(const Run& run, const Weights& w, const float* x, size_t count, const Rows& rows) {
+void round_rows(const Run& run, const Weights& w, bool is_gated, const float* x, size_t count, const Rows& rows) {
   const size_t blocks = w.blocks();
   auto round_row = [&](size_t row) {
     int8_t* values = rows.values + row * rows.width;
     const float* from_row = x + row * w.depth;
-    if (w.is_gated) {
+    if (is_gated) {
       float* gated = scratch<float, 10>(w.depth);
       gate_row(x + 2 * row * w.depth, w.depth, gated);
       from_row = gated;
@@ -237,7 +232,7 @@ void round_rows(const Run& run, const Weights& w, const float* x, size_t count, 
   });
 }
 
-void product(const Run& run, const Weights& w, const float* x, size_t count, float* y) {
+void product(const Run& run, const Weights& w, bool is_gated, const float* x, size_t count, float* y) {
   if (count == 0) return;
   const size_t blocks = w.blocks();
   Rows rows;
@@ -245,7 +240,7 @@ void product(const Run& run, const Weights& w, const float* x, size_t count, flo
   rows.values = scratch<int8_t, 0>(count * rows.width);
   rows.scales = scratch<float, 1>(count * blocks);
   rows.sums = scratch<int32_t, 2>(count * blocks);
-  round_rows(run, w, x, count, rows);
+  round_rows(run, w, is_gated, x, count, rows);
   const size_t wide = w.is_rowwise ? kRowwiseTiles : kBlockTiles;
   const size_t most_rows = w.is_rowwise ? kRowwiseRows : kBlockRows;
   const size_t groups = w.tiles() / wide;
@@ -265,6 +260,55 @@ void product(const Run& run, const Weights& w, const float* x, size_t count, flo
       }
     }
   });
+}
+
+namespace {
+
+// 128 bits of what bytes are: two sums that each byte reaches through other numbers.
+struct Digest {
+  uint64_t a = 0x243f6a8885a308d3, b = 0x13198a2e03707344;
+
+  void add(const void* from, size_t bytes) {
+    const char* at = static_cast<const char*>(from);
+    for (; bytes >= 8; bytes -= 8, at += 8) {
+      uint64_t word;
+      std::memcpy(&word, at, 8);
+      mix(word);
+    }
+    uint64_t rest = bytes;
+    std::memcpy(reinterpret_cast<char*>(&rest) + 1, at, bytes);
+    mix(rest);
+  }
+  void mix(uint64_t word) {
+    a = (a ^ word) * 0x9e3779b97f4a7c15;
+    a ^= a >> 32;
+    b = (b + word) * 0xc2b2ae3d27d4eb4f;
+    b ^= b >> 29;
+  }
+};
+
+size_t bytes_of(const Tensor& tensor) {
+  const bool is_byte = tensor.type == ort::kUint8 || tensor.type == ort::kInt8;
+  return (size_t)tensor.size() * (is_byte ? 1 : sizeof(float));
+}
+
+}  // namespace
+
+std::shared_ptr<const Weights> shared(const std::vector<Tensor>& of, const std::vector<int64_t>& sizes,
+                                      const std::function<void(Weights&)>& make) {
+  static std::mutex lock;
+  static std::map<std::pair<uint64_t, uint64_t>, std::weak_ptr<const Weights>> all;
+  Digest digest;
+  digest.add(sizes.data(), sizes.size() * sizeof(int64_t));
+  for (const Tensor& tensor : of) digest.add(tensor.data, tensor ? bytes_of(tensor) : 0);
+  const std::lock_guard<std::mutex> guard(lock);
+  std::erase_if(all, [](const auto& entry) { return entry.second.expired(); });
+  std::weak_ptr<const Weights>& place = all[{digest.a, digest.b}];
+  if (std::shared_ptr<const Weights> found = place.lock()) return found;
+  auto made = std::make_shared<Weights>();
+  make(*made);
+  place = made;
+  return made;
 }
 
 void Weights::allocate(bool with_zeros) {

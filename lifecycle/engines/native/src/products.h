@@ -1,5 +1,8 @@
 #pragma once
 
+#include <functional>
+#include <memory>
+
 #include "kernel.h"
 
 namespace lifecycle {
@@ -10,7 +13,6 @@ struct Weights {
   size_t block = 0;  // values of k that share a scale, a multiple of 8; all of them, rounded up, row-wise
   int bits = 8;
   bool is_rowwise = false;
-  bool is_gated = false;       // the input is [gate, up], 2 * depth wide, and silu(gate) * up is multiplied
   int32_t zero = 128;          // what stands for 0 where there are no `zeros`
   Buffer<uint8_t> packed;      // [tiles, block after block]
   Buffer<float> scales;        // [tiles, blocks, 16]
@@ -32,8 +34,13 @@ struct Rows {
   size_t width = 0;
 };
 
-// y [count, columns] = x [count, depth] times the weights.
-void product(const Run& run, const Weights& weights, const float* x, size_t count, float* y);
+// y [count, columns] = x [count, depth] times the weights. Where it `is_gated` the input is [gate, up], 2 * depth wide,
+// and silu(gate) * up is multiplied.
+void product(const Run& run, const Weights& weights, bool is_gated, const float* x, size_t count, float* y);
+
+// The weights that `make` fills, or those that another kernel made of the same bytes: the graphs of a model share them.
+std::shared_ptr<const Weights> shared(const std::vector<Tensor>& of, const std::vector<int64_t>& sizes,
+                                      const std::function<void(Weights&)>& make);
 
 // sum [width] = x + skip, and y = sum divided by its root mean square, times gamma.
 void norm_row(const float* x, const float* skip, const float* gamma, size_t width, float epsilon, float* sum,

@@ -37,6 +37,14 @@ LIFECYCLE_INLINE void store(void* to, V value) {
   std::memcpy(to, &value, sizeof(V));
 }
 
+// Up to 16 values, zeros behind them.
+LIFECYCLE_INLINE v16f some(const float* from, size_t count) {
+  if (count >= kLanes) return load<v16f>(from);
+  v16f found{};
+  std::memcpy(&found, from, count * sizeof(float));
+  return found;
+}
+
 LIFECYCLE_INLINE v16f spread(float value) { return value - v16f{}; }
 LIFECYCLE_INLINE v16i spread(int32_t value) { return value - v16i{}; }
 LIFECYCLE_INLINE v16f to_float(v16i x) { return __builtin_convertvector(x, v16f); }
