@@ -16,6 +16,8 @@ namespace {
 constexpr size_t kTile = 64;
 constexpr int kVectors = kTile / kLanes;
 constexpr int kMostQueries = 6;
+// So many queries take columns of keys as they come.
+constexpr size_t kFewQueries = 8;
 // Queries that share the reading of a tile: their sums stay in the second cache.
 constexpr size_t kQueries = 48;
 // Heads are a multiple of this wide.
@@ -100,19 +102,19 @@ void soften(float* scores, size_t count, float cap) {
   }
 }
 
-// f.template operator()<MQ>(first) for all of `count` vectors, a few at a time.
+// f.template operator()<MQ>(first) for all of `count` vectors, a few at a time, as many each time as can be.
 template <typename F>
 LIFECYCLE_INLINE void few_at_a_time(size_t count, const F& f) {
-  size_t i = 0;
-  for (; i + kMostQueries <= count; i += kMostQueries) f.template operator()<kMostQueries>(i);
-  if (count - i > 3) {
-    f.template operator()<4>(i);
-    i += 4;
-  }
-  switch (count - i) {
-    case 3: return f.template operator()<3>(i);
-    case 2: return f.template operator()<2>(i);
-    case 1: return f.template operator()<1>(i);
+  for (size_t i = 0; i < count;) {
+    const size_t left = count - i, times = (left + kMostQueries - 1) / kMostQueries, now = (left + times - 1) / times;
+    switch (now) {
+      case 6: f.template operator()<6>(i); i += 6; break;
+      case 5:
+      case 4: f.template operator()<4>(i); i += 4; break;
+      case 3: f.template operator()<3>(i); i += 3; break;
+      case 2: f.template operator()<2>(i); i += 2; break;
+      default: f.template operator()<1>(i); i += 1;
+    }
   }
 }
 
@@ -189,9 +191,8 @@ void transpose(const T* keys, size_t count, size_t depth, float* columns) {
   }
 }
 
-// The scores of so few queries that columns are used as they come.
 template <int MQ, typename T>
-void score_few(const float* queries, size_t depth, const T* keys, size_t count, float* scores) {
+void score_columns(const float* queries, size_t depth, const T* keys, size_t count, float* scores) {
   for (size_t t = 0; t < kTile; t += kLanes) {
     const size_t here = count > t ? std::min<size_t>(count - t, kLanes) : 0;
     v16f acc[MQ] = {};
@@ -201,6 +202,18 @@ void score_few(const float* queries, size_t depth, const T* keys, size_t count, 
       });
     }
     LIFECYCLE_UNROLL for (int i = 0; i < MQ; ++i) store(scores + i * kTile + t, acc[i]);
+  }
+}
+
+// The scores of so few queries that columns are used as they come; some more may be computed for nothing.
+template <typename T>
+void score_few(size_t queries_count, const float* queries, size_t depth, const T* keys, size_t count, float* scores) {
+  switch (queries_count) {
+    case 1: return score_columns<1>(queries, depth, keys, count, scores);
+    case 2: return score_columns<2>(queries, depth, keys, count, scores);
+    case 3: return score_columns<3>(queries, depth, keys, count, scores);
+    case 4: return score_columns<4>(queries, depth, keys, count, scores);
+    default: return score_columns<kFewQueries>(queries, depth, keys, count, scores);
   }
 }
 
@@ -322,7 +335,8 @@ void Attention<T>::run(const Run& run) {
   step.values = static_cast<T*>(run.output(2, values.dims));
   if (step.keys != keys.data) std::memcpy(step.keys, keys.data, (size_t)keys.size() * sizeof(T));
   if (step.values != values.data) std::memcpy(step.values, values.data, (size_t)values.size() * sizeof(T));
-  step.queries = scratch<float, 3>(step.tokens * heads_ * step.depth);
+  // A few more are read than there are, for nothing.
+  step.queries = scratch<float, 3>((step.tokens * heads_ + kFewQueries) * step.depth);
 
   struct Piece {
     uint32_t row, first, last;
@@ -399,12 +413,12 @@ void Attention<T>::attend(const Step& step, size_t row, size_t kv_head, size_t f
   const size_t count = (last - first) * group;
   // Read by one pass, keys and values need not be kept as they are computed with; the sums are the same.
   const size_t width = (depth + kLanes - 1) / kLanes * kLanes;
-  const bool is_few = (count <= 4 || count == kMostQueries) && width == depth;
+  const bool is_few = count <= kFewQueries && width == depth;
   const float* queries = step.queries_of(token, kv_head);
   const size_t head = (row * kv_heads_ + kv_head) * step.capacity * depth;
   float* columns = scratch<float, 5>(depth * kTile);
   float* room = scratch<float, 6>(width * kTile);
-  float* scores = scratch<float, 7>(count * kTile);
+  float* scores = scratch<float, 7>(std::max(count, kFewQueries) * kTile);
   float* sums = scratch<float, 8>(count * width);
   const size_t vectors = (count + kLanes - 1) / kLanes * kLanes;
   float* state = scratch<float, 9>(vectors * (3 + kLanes));
@@ -421,10 +435,13 @@ void Attention<T>::attend(const Step& step, size_t row, size_t kv_head, size_t f
     expect(step.values + head + tile * depth, keys * depth * sizeof(T));
     const T* here = step.keys + head + tile * depth;
     if (!is_few) transpose(here, keys, depth, columns);
-    few_at_a_time(count, [&]<int MQ>(size_t i) {
-      if (is_few) return score_few<MQ>(queries, depth, here, keys, scores);
-      score<MQ>(queries + i * depth, depth, columns, scores + i * kTile);
-    });
+    if (is_few) {
+      score_few(count, queries, depth, here, keys, scores);
+    } else {
+      few_at_a_time(count, [&]<int MQ>(size_t i) {
+        score<MQ>(queries + i * depth, depth, columns, scores + i * kTile);
+      });
+    }
     if (softcap_ > 0) soften(scores, count * kTile, softcap_);
     for (size_t i = 0; i < count; ++i) {
       const size_t position = start + first + i / group;
@@ -453,7 +470,7 @@ void Attention<T>::attend(const Step& step, size_t row, size_t kv_head, size_t f
     const T* stored = step.values + head + tile * depth;
     const float* values = is_few ? nullptr : as_floats(stored, keys, depth, width, room);
     few_at_a_time(count, [&]<int MQ>(size_t i) {
-      if (is_few) return gather_all<MQ>(scores, decay, stored, keys, width, sums);
+      if (is_few) return gather_all<MQ>(scores + i * kTile, decay + i, stored, keys, width, sums + i * width);
       gather_all<MQ>(scores + i * kTile, decay + i, values, keys, width, sums + i * width);
     });
   }
