@@ -126,14 +126,15 @@ def _providers() -> list[str]:
 
 def _kernels() -> dict[str, str | bool]:
     """Whose kernels an engine takes by itself, and why."""
-    from lifecycle.engines.native.library import library_path, why_not
+    from lifecycle.engines.native.library import is_compiled, library_path, why_not
 
-    path, reason = library_path(), why_not()
-    state = f"compiled, {path}" if path.is_file() else "compiled by the first engine, or by --build"
+    reason = why_not()
+    compiled = reason is None and is_compiled()
+    state = f"compiled, {library_path()}" if compiled else "compiled by the first engine or --build"
     return {
         "used": "onnxruntime" if reason else "native",
         "why": reason or state,
-        "compiled": path.is_file(),
+        "compiled": compiled,
     }
 
 

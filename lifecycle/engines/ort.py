@@ -86,7 +86,7 @@ class OnnxEngine(BatchedEngine):
             long_context=info.long_context,
             sliding_window=info.sliding_window,
             has_prompt_graph=info.prefill_scheme is not None,
-            draft=_draft(path, info, options, max_model_len, providers, kernels),
+            draft=_draft(path, info, options, max_model_len, providers),
         )
         engine.kernels = "onnxruntime" if kernels is None else "native"
         return engine
@@ -309,7 +309,6 @@ def _draft(
     options: EngineOptions,
     max_model_len: int,
     providers: Sequence[str] | None,
-    kernels: Path | None,
 ) -> Draft | None:
     """The draft model of a model, where there is to be one."""
     if options.draft_model is None:
@@ -321,6 +320,7 @@ def _draft(
     weights = folder / WEIGHTS
     if weights.is_file() and weights.stat().st_size <= _SMALL_DRAFT:
         options = replace(options, threads=1)
+    kernels = _kernels(options, providers or draft.providers)
     backend = _backend(folder, draft, options, most, providers, kernels)
     return Draft(backend, most, draft.long_context)
 

@@ -13,10 +13,12 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import stat
 import subprocess
 import tempfile
+import time
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
@@ -45,7 +47,9 @@ FLAGS = (
 _LONGEST = 300
 """Seconds that a compiler may take."""
 _LOCK = Lock()
-_found: list[Path | EngineError] = []
+_OLD = 30 * 24 * 3600
+"""Seconds after which libraries of other versions go."""
+_found: list[Path | str] = []
 """The library of this process, or why it has none: what failed is not tried for each engine."""
 
 
@@ -62,14 +66,14 @@ def kernels_for(wanted: Kernels) -> Path | None:
             try:
                 _found.append(_library())
             except EngineError as error:
-                _found.append(error)
+                _found.append(str(error))
                 if wanted == "auto":
                     _log.warning("engines use ONNX Runtime's kernels: %s", error)
         found = _found[0]
-    if not isinstance(found, EngineError):
+    if isinstance(found, Path):
         return found
     if wanted == "native":
-        raise found
+        raise EngineError(found)
     return None
 
 
@@ -78,13 +82,34 @@ def why_not() -> str | None:
     missing = sorted(_FAST - instruction_sets())
     if missing:
         return f"this processor has no {', '.join(missing)}"
-    if not _is_kept() and _compiler() is None:
-        return "there is no C++ compiler (c++, g++ or clang++, or the one that CXX names)"
+    try:
+        if not is_compiled() and _compiler() is None:
+            return "there is no C++ compiler (c++, g++ or clang++, or the one that CXX names)"
+    except EngineError as error:
+        return str(error)
     return None
 
 
+def is_compiled() -> bool:
+    """Whether the library for this processor is there.
+
+    Raises:
+        EngineError: there is no folder for it.
+    """
+    path = library_path()
+    try:
+        return path.is_file()
+    except OSError:
+        # A folder that may not be entered.
+        return False
+
+
 def library_path() -> Path:
-    """Where the library for this processor is, or will be."""
+    """Where the library for this processor is, or will be.
+
+    Raises:
+        EngineError: there is no folder for it.
+    """
     digest = hashlib.sha256()
     for source in sorted(_SOURCES.iterdir()):
         digest.update(source.name.encode() + b"\0" + source.read_bytes())
@@ -111,20 +136,41 @@ def forget() -> None:
 def _library() -> Path:
     path = library_path()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if is_compiled():
+            # Also where nothing may be written, as in an image that was made with it.
+            with suppress(OSError):
+                return _loaded(path)
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o755)
         _check_owner(path.parent)
         with (path.parent / "lock").open("a") as lock:
             # Of several processes that start at once, one compiles.
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if not _is_kept():
+            if not _loads(path):
                 _compile(path)
+        return _loaded(path)
     except OSError as error:
-        raise EngineError(f"kernels cannot be kept in {path.parent}: {error.strerror}") from error
+        why = error.strerror or str(error)
+        raise EngineError(f"native kernels cannot be had from {path}: {why}") from error
+
+
+def _loads(path: Path) -> bool:
+    """Whether a library is there that this system can use: a home may be shared by several."""
     try:
-        ctypes.CDLL(str(path))
-    except OSError as error:
-        # As where the system has an older library of C++ than the compiler.
-        raise EngineError(f"native kernels were compiled and cannot be loaded: {error}") from error
+        _loaded(path)
+    except OSError:
+        return False
+    return True
+
+
+def _loaded(path: Path) -> Path:
+    """A library that is in use from now on.
+
+    Raises:
+        OSError: it is not there, or made for another system.
+        EngineError: somebody else may have written it.
+    """
+    _check_owner(path)
+    ctypes.CDLL(str(path))
     return path
 
 
@@ -141,7 +187,7 @@ def _compile(path: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="compiling-", dir=path.parent) as scratch:
         made = Path(scratch) / path.name
         sources = map(str, sorted(_SOURCES.glob("*.cpp")))
-        command = [compiler, *FLAGS, processor, *sources, "-o", str(made)]
+        command = [*compiler, *FLAGS, processor, *sources, "-o", str(made)]
         try:
             done = subprocess.run(
                 command, capture_output=True, text=True, errors="replace", timeout=_LONGEST
@@ -153,21 +199,27 @@ def _compile(path: Path) -> None:
                 done.stderr.strip()[-500:]
             ]
             raise EngineError(
-                f"native kernels could not be compiled with {compiler}: {lines[0]} "
+                f"native kernels could not be compiled with {' '.join(compiler)}: {lines[0]} "
                 "(CXX may name another compiler; it needs C++20)"
             )
+        made.chmod(0o755)
         with made.open("rb") as library:
             os.fsync(library.fileno())
         made.replace(path)
+    for other in path.parent.glob("kernels-*.so"):
+        # Of versions and processors that were; whoever has one open keeps it.
+        with suppress(OSError):
+            if other != path and time.time() - other.stat().st_mtime > _OLD:
+                other.unlink()
 
 
-def _is_kept() -> bool:
-    return library_path().is_file()
-
-
-def _compiler() -> str | None:
-    names = (os.environ.get("CXX", ""), "c++", "g++", "clang++")
-    return next((found for name in names if name and (found := shutil.which(name))), None)
+def _compiler() -> list[str] | None:
+    """The command of a compiler."""
+    named = shlex.split(os.environ.get("CXX", ""))
+    for command in (named, ["c++"], ["g++"], ["clang++"]):
+        if command and shutil.which(command[0]):
+            return command
+    return None
 
 
 def _folder() -> Path:
@@ -176,13 +228,24 @@ def _folder() -> Path:
     if not Path(base).is_absolute():
         with suppress(RuntimeError):
             base = str(Path.home() / ".cache")
+    if not Path(base).is_absolute():
+        raise EngineError(
+            "there is no home to keep compiled kernels in: let XDG_CACHE_HOME name a folder"
+        )
     return Path(base) / "lifecycle" / "kernels"
 
 
-def _check_owner(folder: Path) -> None:
-    found = folder.stat()
-    if found.st_uid not in (os.geteuid(), 0) or found.st_mode & (stat.S_IWOTH | stat.S_IWGRP):
-        raise EngineError(
-            f"others may write to {folder}, and what is in it is run: take that right away "
-            f"(chmod go-w {folder}), or let XDG_CACHE_HOME name another folder"
-        )
+def _check_owner(path: Path) -> None:
+    """What is loaded must be ours or the system's, and nobody else may put another thing in its place."""
+    made = (path, path.parent, path.parent.parent)
+    for place in (path, *path.parents):
+        found = place.lstat()
+        # In a folder such as /tmp anyone may make things, but not move those of others.
+        is_shared = stat.S_ISDIR(found.st_mode) and found.st_mode & stat.S_ISVTX
+        others = stat.S_IWOTH | (stat.S_IWGRP if place in made else 0)
+        is_foreign = place in made and found.st_uid not in (os.geteuid(), 0)
+        if is_foreign or (found.st_mode & others and not is_shared):
+            raise EngineError(
+                f"others own {place} or may write to it, and what is in it is run: take that right away and "
+                f"delete {path}, or let XDG_CACHE_HOME name another folder"
+            )

@@ -26,13 +26,16 @@ class Node:
     operator: str
     domain: str = ""
     attributes: dict[str, bytes] = field(default_factory=dict[str, bytes])
+    rest: bytes = b""
+    """Fields that mean nothing here."""
 
     @staticmethod
     def read(message: memoryview) -> Node:
         """A node of a graph."""
         node = Node([], [], "", "")
-        for number, value, _ in spans(message):
-            if value is None:
+        for number, value, span in spans(message):
+            if value is None or number not in (1, 2, 3, 4, 5, 7):
+                node.rest += bytes(message[span])
                 continue
             if number == 5:
                 node.attributes[_name(value)] = bytes(value)
@@ -46,7 +49,7 @@ class Node:
                 node.name = text
             elif number == 4:
                 node.operator = text
-            elif number == 7:
+            else:
                 node.domain = text
         return node
 
@@ -55,7 +58,12 @@ class Node:
         texts = [(1, text) for text in self.inputs] + [(2, text) for text in self.outputs]
         texts += [(3, self.name), (4, self.operator), (7, self.domain)]
         parts = [field_of(number, text.encode()) for number, text in texts]
-        return b"".join(parts + [field_of(5, value) for value in self.attributes.values()])
+        attributes = [field_of(5, value) for value in self.attributes.values()]
+        return b"".join([*parts, *attributes, self.rest])
+
+    def is_a(self, operator: str) -> bool:
+        """Whether it is one of ONNX's or ONNX Runtime's operators."""
+        return self.operator == operator and self.domain in ("", "ai.onnx", "com.microsoft")
 
     def integer(self, attribute: str) -> int:
         """An attribute's integer, 0 where there is none."""
@@ -127,11 +135,11 @@ class Graph:
     def maker(self, name: str, operator: str) -> Node | None:
         """The node that makes a value, if it is such an operator."""
         node = self._made_by.get(name)
-        return node if node is not None and node.operator == operator else None
+        return node if node is not None and node.is_a(operator) else None
 
     def is_computed(self, name: str) -> bool:
-        """Whether a node makes a value, rather than that it is given."""
-        return name in self._made_by
+        """Whether a value comes with a run, from a node or as an input."""
+        return name in self._made_by or name in self.inputs
 
     def readers(self, name: str) -> list[Node]:
         """The nodes that read a value; none where the world outside reads it too."""

@@ -36,6 +36,8 @@ _ATTENTION_ATTRIBUTES = {
     "kv_cache_bit_width",
 }
 _PRODUCT_ATTRIBUTES = {"K", "N", "bits", "block_size", "accuracy_level"}
+_STEP, _ZERO = "int8.step", "int8.zero"
+"""What quantisation calls the scale and the zero of rounded rows."""
 _LAST_AXIS = (-1, 2**64 - 1)
 """As it is, and as protobuf writes it."""
 _MOST_PARTS = 3
@@ -52,18 +54,18 @@ def swap(model: bytes) -> bytes:
     """
     graph = Graph(model)
     for node in graph.nodes:
-        if node.operator == "MatMulIntegerToFloat":
+        if node.is_a("MatMulIntegerToFloat"):
             _swap_rowwise(graph, node)
-        elif node.operator == "MatMulNBits" and _is_known_product(node):
+        elif node.is_a("MatMulNBits") and _is_known_product(graph, node):
             node.domain = DOMAIN
-        elif node.operator == "GroupQueryAttention" and _is_known_attention(graph, node):
+        elif node.is_a("GroupQueryAttention") and _is_known_attention(graph, node):
             _swap_attention(graph, node)
-        elif node.operator == "SkipSimplifiedLayerNormalization":
+        elif node.is_a("SkipSimplifiedLayerNormalization"):
             _swap_norm(node)
-        elif node.operator == "Gather" and node.inputs[1:] == [TOKENS]:
+        elif node.is_a("Gather") and node.inputs[1:] == [TOKENS]:
             _swap_update(graph, node)
     for node in graph.nodes:
-        if node.operator == "Mul" and len(node.inputs) == 2:
+        if node.is_a("Mul") and len(node.inputs) == 2:
             _swap_gate(graph, node)
     return graph.write(DOMAIN)
 
@@ -80,7 +82,10 @@ def _swap_rowwise(graph: Graph, product: Node) -> None:
     scaled, x, largest = readers[0], magnitude.inputs[0], most.outputs[0]
     inner = (magnitude, divide, quantize, product)
     if (
-        scaled.operator != "Mul"
+        not scaled.is_a("Mul")
+        or product.inputs[2:5:2] != [_STEP, _ZERO]
+        or quantize.inputs[1:] != [_STEP, _ZERO]
+        or len(product.inputs) != 5
         or set(scaled.inputs) != {product.outputs[0], largest}
         or divide.inputs[0] != x
         # What others read has to stay.
@@ -103,13 +108,15 @@ def _swap_rowwise(graph: Graph, product: Node) -> None:
     graph.replace(old, scaled, new)
 
 
-def _is_known_product(node: Node) -> bool:
-    # Only at this level activations are rounded; the order of columns (input 4) is never given.
+def _is_known_product(graph: Graph, node: Node) -> bool:
+    # Only at this level activations are rounded; the order of columns (input 4) is never given. Zeros and a bias have to
+    # be there before the graph runs.
     return (
         node.integer("accuracy_level") == 4
         and node.integer("bits") in (4, 8)
         and node.attributes.keys() <= _PRODUCT_ATTRIBUTES
         and not any(node.inputs[4:5])
+        and not any(map(graph.is_computed, (*node.inputs[3:4], *node.inputs[5:6])))
     )
 
 
@@ -136,7 +143,7 @@ def _swap_attention(graph: Graph, node: Node) -> None:
     """Make one node of attention and what lays its tokens out and packs them."""
     pad = graph.maker(node.inputs[0], "Gather")
     readers = graph.readers(node.outputs[0])
-    if pad is None or len(readers) != 1 or readers[0].operator != "GatherND":
+    if pad is None or len(readers) != 1 or not readers[0].is_a("GatherND"):
         return
     if len(graph.readers(node.inputs[0])) != 1:
         return
@@ -210,7 +217,7 @@ def _only_reader(graph: Graph, node: Node, operator: str) -> Node | None:
 def _reader(graph: Graph, name: str, operator: str) -> Node | None:
     """The only node that reads a value, if it is such an operator."""
     readers = graph.readers(name)
-    return readers[0] if len(readers) == 1 and readers[0].operator == operator else None
+    return readers[0] if len(readers) == 1 and readers[0].is_a(operator) else None
 
 
 def _swap_gate(graph: Graph, gated: Node) -> None:

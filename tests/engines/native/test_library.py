@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -57,7 +59,7 @@ def test_one_of_many_compiles(
     found = library.kernels_for("auto")
     assert found is not None and found.read_bytes() == real.read_bytes()
     assert sorted(path.name for path in empty.iterdir()) == [found.name, "lock"]
-    assert empty.stat().st_mode & 0o077 == 0
+    assert empty.stat().st_mode & 0o022 == found.stat().st_mode & 0o022 == 0
     # Another process finds it, without a compiler.
     library.forget()
     monkeypatch.setenv("PATH", "")
@@ -89,9 +91,45 @@ def test_a_library_that_does_not_load(
     empty: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compiler(tmp_path, monkeypatch, 'echo library > "$out"')
-    with pytest.raises(EngineError, match=r"cannot be loaded: .*kernels-"):
+    with pytest.raises(EngineError, match=r"cannot be had from .*kernels-.*file too short"):
         library.kernels_for("native")
     assert library.kernels_for("auto") is None
+
+
+def test_a_library_of_another_system_is_made_anew(
+    empty: Path, real: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    empty.mkdir(parents=True)
+    library.library_path().write_text("made elsewhere")
+    old = empty / "kernels-0000000000000000.so"
+    old.write_text("")
+    os.utime(old, (0, 0))
+    calls = compiler(tmp_path, monkeypatch, f'cp "{real}" "$out"')
+    found = library.kernels_for("native")
+    assert found is not None and found.read_bytes() == real.read_bytes()
+    assert calls.read_text() == "called\n" and not old.exists()
+
+
+def test_what_was_compiled_is_used_where_nothing_may_be_written(
+    empty: Path, real: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    empty.mkdir(parents=True)
+    shutil.copy(real, library.library_path())
+    (empty / "lock").mkdir()
+    assert library.kernels_for("native") == library.library_path()
+
+
+def test_without_a_home(monkeypatch: pytest.MonkeyPatch, empty: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+
+    def home() -> Path:
+        raise RuntimeError("no home")
+
+    monkeypatch.setattr(Path, "home", home)
+    assert "XDG_CACHE_HOME" in (library.why_not() or "")
+    assert library.kernels_for("auto") is None
+    with pytest.raises(EngineError, match="there is no home"):
+        library.kernels_for("native")
 
 
 def test_without_a_compiler(empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,19 +149,19 @@ def test_processors_on_which_ours_are_not_known_to_be_faster(
     assert library.kernels_for("auto") is None
 
 
-def test_a_folder_that_others_may_write_to(
-    empty: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    compiler(tmp_path, monkeypatch, 'echo library > "$out"')
+@pytest.mark.parametrize("which", ["file", "folder", "parent"])
+def test_what_others_may_write_to_is_not_loaded(empty: Path, real: Path, which: str) -> None:
     empty.mkdir(parents=True)
-    empty.chmod(0o777)
-    with pytest.raises(EngineError, match=r"others may write .*chmod go-w"):
+    shutil.copy(real, library.library_path())
+    places = {"file": library.library_path(), "folder": empty, "parent": empty.parent}
+    places[which].chmod(0o777)
+    with pytest.raises(EngineError, match=r"others own .* or may write .*delete"):
         library.kernels_for("native")
 
 
 def test_a_file_where_the_folder_should_be(empty: Path) -> None:
     empty.parent.write_text("")
-    with pytest.raises(EngineError, match=r"cannot be kept in .*kernels: "):
+    with pytest.raises(EngineError, match=r"cannot be had from .*kernels"):
         library.kernels_for("native")
 
 

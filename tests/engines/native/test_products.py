@@ -23,15 +23,15 @@ SHAPES = [(1, 64, 48), (2, 576, 960), (3, 20, 5), (7, 130, 17), (16, 96, 200), (
 def rowwise_model(weight: NDArray[np.int8], scale: Floats, transposed: bool) -> bytes:
     """The nodes that `int8-rowwise` makes of a product."""
     last = {"last": np.array([-1], np.int64)}
-    constants = {"step": np.array(1 / 127, np.float32), "zero": np.array(128, np.uint8)}
+    constants = {"int8.step": np.array(1 / 127, np.float32), "int8.zero": np.array(128, np.uint8)}
     nodes = [
         helper.make_node("Abs", ["x"], ["magnitude"]),
         helper.make_node("ReduceMax", ["magnitude", "last"], ["largest"]),
         helper.make_node("Div", ["x", "largest"], ["unit"]),
-        helper.make_node("QuantizeLinear", ["unit", "step", "zero"], ["rows"]),
+        helper.make_node("QuantizeLinear", ["unit", "int8.step", "int8.zero"], ["rows"]),
         helper.make_node(
             "MatMulIntegerToFloat",
-            ["rows", "weight", "step", "scale", "zero"],
+            ["rows", "weight", "int8.step", "scale", "int8.zero"],
             ["product"],
             domain="com.microsoft",
         ),

@@ -64,19 +64,21 @@ void columns(const Rows& rows, size_t depth, const float* w, size_t stride, size
   const size_t left = (to - c) / kLanes;
   if (left == 2) some_rows<2>(rows, depth, w, stride, c);
   if (left == 1) some_rows<1>(rows, depth, w, stride, c);
-  for (c += left * kLanes; c < to; ++c) {
-    for (size_t i = 0; i < rows.count; ++i) {
-      float total = 0;
-      for (size_t k = 0; k < depth; ++k) total += rows.x[i][k] * w[k * stride + c];
-      rows.y[i][c] = rows.base[i] == nullptr ? total : rows.base[i][c] + total;
-    }
+  c += left * kLanes;
+  if (c >= to) return;
+  // As vectors too, for a column must not get other bits where a share ends elsewhere.
+  for (size_t i = 0; i < rows.count; ++i) {
+    v16f total{};
+    for (size_t k = 0; k < depth; ++k) total += rows.x[i][k] * some(w + k * stride + c, to - c);
+    if (rows.base[i] != nullptr) total = some(rows.base[i] + c, to - c) + total;
+    put(rows.y[i] + c, total, to - c);
   }
 }
 
 // In how many shares `columns` columns of each of `few` groups of rows are computed: one where waking a thread takes
 // longer than all of them.
 size_t shares_of(size_t few, size_t columns, size_t products) {
-  constexpr size_t kMostTasks = 16, kWorth = 1 << 18;
+  constexpr size_t kMostTasks = 16, kWorth = 1 << 16;
   if (products < kWorth) return 0;
   return std::max<size_t>(1, std::min(kMostTasks / std::min(kMostTasks, few), columns / (kMostVectors * kLanes)));
 }

@@ -2,7 +2,7 @@
 //
 // Keys are taken in tiles that begin at multiples of kTile of their own positions, and a token's sums run over them in
 // that order, dimension by dimension and key by key. So a token gets the same bits alone and among others, however
-// its text was cut.
+// its text was cut. (What is no number among the values of a text reaches its other tokens of the same piece too.)
 #include "attention.h"
 
 #include <algorithm>
@@ -313,19 +313,18 @@ void Attention<T>::run(const Run& run) {
     step.v_scale = v_scale.as<float>();
   }
   std::vector<size_t> firsts(step.rows);
-  size_t known = 0;
+  std::vector<int32_t> seen(step.rows);
   for (size_t token = 0; token < step.tokens; ++token) {
     const int64_t row = step.places[2 * token], place = step.places[2 * token + 1];
     require(row >= 0 && row < (int64_t)step.rows, "a token of a row that is not there");
     if (place == 0) firsts[(size_t)row] = token;
-    require(place >= 0 && place < step.counts[row] && firsts[(size_t)row] + (size_t)place == token,
+    require(place == seen[(size_t)row]++ && firsts[(size_t)row] + (size_t)place == token,
             "a token that does not follow the one before it");
-    known += place == 0 ? (size_t)step.counts[row] : 0;
   }
-  require(known == step.tokens, "rows with other tokens than those that are given");
   step.firsts = firsts.data();
   for (size_t row = 0; row < step.rows; ++row) {
     const int64_t count = step.counts[row], end = (int64_t)step.last[row] + 1;
+    require(count == seen[row], "rows with other tokens than those that are given");
     if (count == 0) continue;
     require(count > 0 && end >= count && end <= (int64_t)step.capacity, "a row that does not fit into its cache");
     require(!rotates_ || end <= (int64_t)step.rotary_rows, "a row beyond the rotary tables");

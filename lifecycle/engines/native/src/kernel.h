@@ -70,8 +70,9 @@ T* scratch(size_t count) {
 
 inline void check(const ort::Api& api, ort::Status* status) {
   if (status == nullptr) return;
+  const std::string message = api.message(status);
   api.release(status);
-  throw std::runtime_error("ONNX Runtime refused a call of a kernel of lifecycle");
+  throw std::runtime_error(message);
 }
 
 inline void require(bool holds, const char* message) {

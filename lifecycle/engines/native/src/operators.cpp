@@ -5,6 +5,7 @@
 #endif
 
 #include <algorithm>
+#include <mutex>
 
 #include "adapters.h"
 #include "attention.h"
@@ -14,7 +15,7 @@ namespace lifecycle {
 namespace {
 
 size_t rows_of(const Tensor& x, size_t depth) {
-  require(!x.dims.empty() && (size_t)x.dims.back() == depth, "a product of another depth than its input");
+  require(depth > 0 && !x.dims.empty() && (size_t)x.dims.back() == depth, "an input of another width than its weights");
   return (size_t)(x.size() / (int64_t)depth);
 }
 
@@ -68,7 +69,7 @@ class RowwiseMatMul : public Product {
     const Tensor given = constant(api, info, 1), scales = constant(api, info, 2);
     require(given && scales && given.dims.size() == 2, "RowwiseMatMul needs constant weights");
     const bool transposed = attribute<int64_t>(api, info, "transposed", 0) != 0;
-    require((size_t)scales.size() == (size_t)given.dims[!transposed], "RowwiseMatMul needs a scale for each column");
+    require(given.size() > 0 && scales.size() == given.dims[!transposed], "RowwiseMatMul needs a scale for each column");
     weights_ = shared({given, scales}, {0, transposed, given.dims[0], given.dims[1]},
                       [&](Weights& w) { fill(w, given, scales, transposed); });
     not_needed(given);
@@ -114,12 +115,14 @@ class MatMulNBits : public Product {
   MatMulNBits(const ort::Api& api, const ort::Info* info) : Product(api, info) {
     const int64_t depth = attribute<int64_t>(api, info, "K", 0), columns = attribute<int64_t>(api, info, "N", 0);
     const int64_t bits = attribute<int64_t>(api, info, "bits", 4), block = attribute<int64_t>(api, info, "block_size", 0);
-    require(depth > 0 && columns > 0 && (bits == 4 || bits == 8) && block > 0 && block % 8 == 0,
-            "MatMulNBits with attributes that are not known");
+    // Below 2^31 no product of two of them can be too large for an integer.
+    for (int64_t size : {depth, columns, block}) require(size > 0 && size < INT32_MAX, "MatMulNBits of no known size");
+    require((bits == 4 || bits == 8) && block % 8 == 0, "MatMulNBits with attributes that are not known");
     const Tensor given = constant(api, info, 1), scales = constant(api, info, 2), zeros = constant(api, info, 3);
     const Tensor bias = constant(api, info, 5);
     const int64_t blocks = (depth + block - 1) / block;
-    require(given && given.size() == columns * blocks * block * bits / 8, "MatMulNBits with weights of another size");
+    require(given && given.dims == std::vector<int64_t>{columns, blocks, block * bits / 8},
+            "MatMulNBits with weights of another shape");
     require(scales && scales.size() == columns * blocks, "MatMulNBits with scales of another size");
     require(!zeros || zeros.size() == columns * ((blocks * bits + 7) / 8), "MatMulNBits with other zero points");
     weights_ = shared({given, scales, zeros, bias}, {1, depth, columns, bits, block}, [&](Weights& w) {
@@ -245,8 +248,10 @@ extern "C" __attribute__((visibility("default"))) ort::Status* RegisterCustomOps
   static const Operator<Attention<float>> attention;
   static const Operator<Attention<int8_t>> attention_int8;
   const ort::Api* api = base->get(ort::kVersion);
-  if (api == nullptr) return nullptr;
+  if (api == nullptr) return base->get(1)->fail("the kernels of lifecycle need ONNX Runtime 1.18 or newer");
   // One domain serves all sessions; what holds it is never unloaded.
+  static std::mutex lock;
+  const std::lock_guard<std::mutex> guard(lock);
   static ort::Domain* domain = nullptr;
   if (domain == nullptr) {
     ort::Domain* made = nullptr;

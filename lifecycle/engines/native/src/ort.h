@@ -29,6 +29,9 @@ class Api {
     constexpr int kFailed = 1;
     return at<Status* (*)(int, const char*)>(0)(kFailed, message);
   }
+  const char* message(const Status* status) const {
+    return at<const char* (*)(const Status*)>(2)(status);
+  }
   Status* domain(const char* name, Domain** out) const {
     return at<Status* (*)(const char*, Domain**)>(26)(name, out);
   }

@@ -9,6 +9,7 @@
 #include <cmath>
 #include <map>
 #include <mutex>
+#include <random>
 
 #include "simd.h"
 
@@ -63,11 +64,6 @@ LIFECYCLE_INLINE void multiply(v16i (&acc)[MR][NR], const uint8_t* weights, size
       }
     }
   }
-}
-
-LIFECYCLE_INLINE void put(float* y, v16f values, size_t count) {
-  if (count >= kLanes) return store(y, values);
-  std::memcpy(y, &values, count * sizeof(float));
 }
 
 // MR rows times NR tiles from tile `tile` on.
@@ -206,6 +202,8 @@ void norm_row(const float* x, const float* skip, const float* gamma, size_t widt
   }
 }
 
+namespace {
+
 void round_rows(const Run& run, const Weights& w, bool is_gated, const float* x, size_t count, const Rows& rows) {
   const size_t blocks = w.blocks();
   auto round_row = [&](size_t row) {
@@ -231,6 +229,8 @@ void round_rows(const Run& run, const Weights& w, bool is_gated, const float* x,
     for (size_t row = i * part; row < std::min(count, (i + 1) * part); ++row) round_row(row);
   });
 }
+
+}  // namespace
 
 void product(const Run& run, const Weights& w, bool is_gated, const float* x, size_t count, float* y) {
   if (count == 0) return;
@@ -264,9 +264,10 @@ void product(const Run& run, const Weights& w, bool is_gated, const float* x, si
 
 namespace {
 
-// 128 bits of what bytes are: two sums that each byte reaches through other numbers.
+// 128 bits of what bytes are: two sums that each byte reaches through other numbers, from a beginning that no file can
+// have been made for.
 struct Digest {
-  uint64_t a = 0x243f6a8885a308d3, b = 0x13198a2e03707344;
+  uint64_t a, b;
 
   void add(const void* from, size_t bytes) {
     const char* at = static_cast<const char*>(from);
@@ -298,7 +299,12 @@ std::shared_ptr<const Weights> shared(const std::vector<Tensor>& of, const std::
                                       const std::function<void(Weights&)>& make) {
   static std::mutex lock;
   static std::map<std::pair<uint64_t, uint64_t>, std::weak_ptr<const Weights>> all;
-  Digest digest;
+  static const Digest begin = [] {
+    std::random_device random;
+    auto word = [&] { return (uint64_t)random() << 32 | random(); };
+    return Digest{word(), word()};
+  }();
+  Digest digest = begin;
   digest.add(sizes.data(), sizes.size() * sizeof(int64_t));
   for (const Tensor& tensor : of) digest.add(tensor.data, tensor ? bytes_of(tensor) : 0);
   const std::lock_guard<std::mutex> guard(lock);

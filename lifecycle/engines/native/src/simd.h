@@ -45,6 +45,11 @@ LIFECYCLE_INLINE v16f some(const float* from, size_t count) {
   return found;
 }
 
+LIFECYCLE_INLINE void put(float* to, v16f values, size_t count) {
+  if (count >= kLanes) return store(to, values);
+  std::memcpy(to, &values, count * sizeof(float));
+}
+
 LIFECYCLE_INLINE v16f spread(float value) { return value - v16f{}; }
 LIFECYCLE_INLINE v16i spread(int32_t value) { return value - v16i{}; }
 LIFECYCLE_INLINE v16f to_float(v16i x) { return __builtin_convertvector(x, v16f); }
