@@ -1,6 +1,7 @@
 """This project's kernels beside ONNX Runtime's, and of those the two ways of attention beside each other.
 
-    python -m benchmarks.kernels [--rounds 16] [--rows 1 8 16] [--context 100 300 900] [--json]
+    python -m benchmarks.kernels [--rounds 16] [--rows 1 8 16] [--context 100 300 900]
+        [--scheme int8-rowwise int4] [--json]
 
 Random weights of the 135M shape in row-wise int8 and int4, each with a cache in float32 and in int8. Three engines take
 turns of 6 steps: ours, ONNX Runtime's with all scores of a layer at once, and with scores in blocks. Figures are median
@@ -16,7 +17,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
@@ -55,9 +56,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=16)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 16])
     parser.add_argument("--context", type=int, nargs="+", default=[100, 300, 900])
+    parser.add_argument("--scheme", nargs="+", choices=SCHEMES, default=list(SCHEMES))
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as root:
-        for name, folder in make_models(Path(root)):
+        for name, folder in make_models(Path(root), args.scheme):
             for found in measure(folder, args):
                 found = {"model": name, **found}
                 print(json.dumps(found) if args.json else describe(found), flush=True)
@@ -69,18 +71,18 @@ def describe(found: dict[str, Any]) -> str:
     return f"{found['model']:28} {found['what']:16} {found['ours_ms']:7.1f} ms, {ways}"
 
 
-def make_models(root: Path) -> Iterator[tuple[str, Path]]:
+def make_models(root: Path, schemes: Iterable[str]) -> Iterator[tuple[str, Path]]:
     """Each scheme with each cache."""
     full = root / "full"
     full.mkdir()
     export_decoder(kept_llama(root, SMOLLM2_135M), full, Cpu())
     texts = np.random.default_rng(1).integers(3, 1000, (2, 128)).tolist()
     int8 = calibrate_cache(Calibration(full, texts), DecoderInfo.load(full), "int8")
-    for scheme, how in SCHEMES.items():
+    for scheme in schemes:
         for kind, cache in (("float32", None), ("int8", int8)):
             folder = root / f"{scheme}-{kind}"
             folder.mkdir()
-            quantize_graph(full, folder, scheme, how, cache=cache)
+            quantize_graph(full, folder, scheme, SCHEMES[scheme], cache=cache)
             yield f"{scheme}, {kind} cache", folder
 
 

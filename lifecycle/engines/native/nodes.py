@@ -127,9 +127,10 @@ class Graph:
                 self.outputs.add(_name(value))
 
     def _note(self, node: Node) -> None:
-        for name in node.outputs:
+        # What is not asked for, or not given, has no name.
+        for name in filter(None, node.outputs):
             self._made_by[name] = node
-        for name in node.inputs:
+        for name in filter(None, node.inputs):
             self._readers.setdefault(name, []).append(node)
 
     def maker(self, name: str, operator: str) -> Node | None:
@@ -150,10 +151,10 @@ class Graph:
         self._gone.update(old)
         self._instead[last] = new
         for node in (*old, last):
-            for name in node.inputs:
+            for name in filter(None, node.inputs):
                 readers = self._readers[name]
                 readers[:] = [reader for reader in readers if reader is not node]
-            for name in node.outputs:
+            for name in filter(None, node.outputs):
                 del self._made_by[name]
         self._note(new)
 

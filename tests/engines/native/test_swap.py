@@ -1,0 +1,52 @@
+"""What is exchanged in the graphs that decoders of this project are."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import onnx
+import pytest
+
+from lifecycle.engines.native.swap import DOMAIN, swap
+from lifecycle.graph.blockwise import Blockwise
+from lifecycle.graph.int8 import Int8Rowwise
+from lifecycle.graph.quantize import Scheme, quantize_graph
+from tests.engines.conftest import Model
+
+
+def operators(path: Path) -> Counter[tuple[str, str]]:
+    """How many nodes of each kind a graph has once ours are in it."""
+    graph = onnx.load_model_from_string(swap(path.read_bytes())).graph
+    return Counter((node.domain, node.op_type) for node in graph.node)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "product"),
+    [
+        (Int8Rowwise(8), "RowwiseMatMul"),
+        (Blockwise(64), "MatMulNBits"),
+        (Blockwise(32, bits=8, symmetric=False), "MatMulNBits"),
+    ],
+)
+def test_all_that_takes_time_is_ours(
+    random_model: Model, tmp_path: Path, scheme: Scheme, product: str
+) -> None:
+    quantize_graph(random_model.graph, tmp_path, "test", scheme)
+    found = operators(tmp_path / "model.onnx")
+    layers = found[DOMAIN, "PackedAttention"]
+    assert layers > 1
+    # Queries with keys and values, output, gate with up, down; and the head.
+    assert found[DOMAIN, product] == 4 * layers + 1
+    assert found[DOMAIN, "SkipNorm"] == 2 * layers
+    assert {kind for domain, kind in found if domain == "com.microsoft"} <= {
+        "RotaryEmbedding",
+        "GatherBlockQuantized",
+    }
+    assert not {("", "Gemm"), ("", "Abs"), ("", "QuantizeLinear"), ("", "GatherND")} & found.keys()
+
+
+def test_a_graph_in_floats_keeps_its_products(random_model: Model) -> None:
+    found = operators(random_model.graph / "model.onnx")
+    layers = found[DOMAIN, "PackedAttention"]
+    assert found["", "Gemm"] == 4 * layers + 1 and found[DOMAIN, "Gate"] == layers
