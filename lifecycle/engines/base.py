@@ -220,8 +220,9 @@ class EngineOptions:
     no bound, nor has `generate` one."""
     draft_tokens: int = 0
     """Most tokens of a request guessed per step, from what its text holds already (prompt lookup) or by
-    `draft_model`. Outputs are as likely as without; they are the same for weights in float32, and for a cache in
-    int8 with weights in row-wise int8 or blocks of 32: docs/decisions.md has why."""
+    `draft_model`. Outputs are as likely as without; they are the same for quantised models with native kernels, with
+    ONNX Runtime's for weights in float32, and for a cache in int8 with weights in row-wise int8 or blocks of 32:
+    docs/decisions.md has why."""
     draft_model: StrPath | None = None
     """The folder of a smaller model with the same tokenizer, which guesses tokens where that is expected
     to save time. Its cache has the same slots, beside `kv_cache_bytes`."""
