@@ -110,11 +110,17 @@ def library_path() -> Path:
     Raises:
         EngineError: there is no folder for it.
     """
+    return _folder() / _name()
+
+
+@lru_cache(maxsize=1)
+def _name() -> str:
+    """Another one for other sources, flags and processors."""
     digest = hashlib.sha256()
     for source in sorted(_SOURCES.iterdir()):
         digest.update(source.name.encode() + b"\0" + source.read_bytes())
     digest.update(repr((FLAGS, platform.machine(), sorted(instruction_sets()))).encode())
-    return _folder() / f"kernels-{digest.hexdigest()[:16]}.so"
+    return f"kernels-{digest.hexdigest()[:16]}.so"
 
 
 @lru_cache(maxsize=1)

@@ -1,6 +1,7 @@
 // What all operators here have in common: reading tensors, errors, work spread over the runtime's threads.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
@@ -151,6 +152,15 @@ class Run {
     };
     check(api_, api_.parallel(context_, one, count, count, &call));
     require(!call.failed, "no memory for a kernel");
+  }
+  // work(row) for rows of `width` values, some at a time: few values take less time than waking a thread.
+  template <typename Work>
+  void rows(size_t count, size_t width, const Work& work) const {
+    constexpr size_t kAtOnce = 1 << 14;
+    const size_t part = std::max<size_t>(1, kAtOnce / std::max<size_t>(1, width));
+    parallel((count + part - 1) / part, [&](size_t i) {
+      for (size_t row = i * part; row < std::min(count, (i + 1) * part); ++row) work(row);
+    });
   }
 
  private:

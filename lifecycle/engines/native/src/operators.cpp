@@ -4,7 +4,6 @@
 #include <unistd.h>
 #endif
 
-#include <algorithm>
 #include <mutex>
 
 #include "adapters.h"
@@ -189,13 +188,7 @@ class Gate {
     std::vector<int64_t> dims = x.dims;
     dims.back() = (int64_t)width;
     float* y = static_cast<float*>(run.output(0, dims));
-    constexpr size_t kAtOnce = 1 << 14;
-    const size_t part = std::max<size_t>(1, kAtOnce / std::max<size_t>(1, width));
-    run.parallel((rows + part - 1) / part, [&](size_t i) {
-      for (size_t row = i * part; row < std::min(rows, (i + 1) * part); ++row) {
-        gate_row(x.as<float>() + 2 * row * width, width, y + row * width);
-      }
-    });
+    run.rows(rows, width, [&](size_t row) { gate_row(x.as<float>() + 2 * row * width, width, y + row * width); });
   }
 
   const ort::Api& api;
@@ -218,13 +211,9 @@ class SkipNorm {
     require(skip.dims == x.dims, "a norm of two inputs of different shapes");
     float* y = static_cast<float*>(run.output(0, x.dims));
     float* sum = static_cast<float*>(run.output(1, x.dims));
-    constexpr size_t kAtOnce = 1 << 14;
-    const size_t part = std::max<size_t>(1, kAtOnce / std::max<size_t>(1, width));
-    run.parallel((rows + part - 1) / part, [&](size_t i) {
-      for (size_t row = i * part; row < std::min(rows, (i + 1) * part); ++row) {
-        const size_t at = row * width;
-        norm_row(x.as<float>() + at, skip.as<float>() + at, gamma.as<float>(), width, epsilon_, sum + at, y + at);
-      }
+    run.rows(rows, width, [&](size_t row) {
+      const size_t at = row * width;
+      norm_row(x.as<float>() + at, skip.as<float>() + at, gamma.as<float>(), width, epsilon_, sum + at, y + at);
     });
   }
 

@@ -222,12 +222,7 @@ void round_rows(const Run& run, const Weights& w, bool is_gated, const float* x,
       if (size < w.block) std::memset(values + from + size, 0, w.block - size);
     }
   };
-  // Few values take less time than waking a thread.
-  constexpr size_t kAtOnce = 1 << 14;
-  const size_t part = std::max<size_t>(1, kAtOnce / w.depth);
-  run.parallel((count + part - 1) / part, [&](size_t i) {
-    for (size_t row = i * part; row < std::min(count, (i + 1) * part); ++row) round_row(row);
-  });
+  run.rows(count, w.depth, round_row);
 }
 
 }  // namespace
