@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +21,8 @@ _PATIENCE = 8
 by side; that costs about as much as reading so many."""
 
 
-def read_weights(folder: Path, layout: AdapterLayout) -> AdapterWeights:
-    """Read a PEFT folder as the entries of a bank hold it.
+def read_weights(folder: Path, layout: AdapterLayout) -> dict[str, NDArray[np.float32]]:
+    """Read a PEFT folder as the graph with slots takes it.
 
     Raises:
         EngineError: the adapter does not fit.
@@ -37,6 +37,16 @@ def read_weights(folder: Path, layout: AdapterLayout) -> AdapterWeights:
     return found
 
 
+def as_pairs(matrix: NDArray[np.float32]) -> NDArray[np.uint16]:
+    """A matrix rounded to bfloat16, its rows two by two: [n, m] as [n / 2, m, 2], in the shape that it had."""
+    bits = matrix.view(np.uint32)
+    halves = ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+    rows, columns = matrix.shape
+    return np.ascontiguousarray(halves.reshape(rows // 2, 2, columns).swapaxes(1, 2)).reshape(
+        rows, columns
+    )
+
+
 class AdapterBank:
     """Entries side by side in one array per input: entry 0 is zeros, for rows without adapter.
 
@@ -44,16 +54,20 @@ class AdapterBank:
     so that those in use lie together; its number, by which it is known outside, does not.
     """
 
-    def __init__(self, layout: AdapterLayout) -> None:
-        """Take the memory of all entries; the system gives it as they are filled.
+    def __init__(self, layout: AdapterLayout, halved: Collection[str] = ()) -> None:
+        """Take the memory of all entries; the system gives it as they are filled. The `halved` inputs are
+        pairs of bfloat16s (see `as_pairs`), the others float32.
 
         Raises:
             EngineError: there is not so much.
         """
         self._layout = layout
+        self._halved = frozenset(halved)
         try:
             self._arrays = {
-                name: np.zeros((layout.slots + 1, *shape), np.float32)
+                name: np.zeros(
+                    (layout.slots + 1, *shape), np.uint16 if name in halved else np.float32
+                )
                 for name, shape in layout.shapes().items()
             }
         except (MemoryError, ValueError) as error:
@@ -66,6 +80,13 @@ class AdapterBank:
         self._num_loaded = 0
         self._wasted = 0
 
+    def entry_of(self, weights: Mapping[str, NDArray[np.float32]]) -> AdapterWeights:
+        """Weights as an entry holds them."""
+        return {
+            name: as_pairs(matrix) if name in self._halved else matrix
+            for name, matrix in weights.items()
+        }
+
     def load(self, weights: AdapterWeights, instead_of: int = 0) -> int:
         """Take an adapter into a free entry, or into that of another one, by its number; its own is 1 or
         more, and no other adapter's, so that nothing that was computed with one is taken for another's.
@@ -73,7 +94,9 @@ class AdapterBank:
         Raises:
             EngineError: all entries are taken, or the weights are of another model; nothing has changed.
         """
-        if {name: array.shape for name, array in weights.items()} != self._layout.shapes():
+        if {name: (array.dtype, *array.shape) for name, array in weights.items()} != {
+            name: (array.dtype, *array.shape[1:]) for name, array in self._arrays.items()
+        }:
             raise EngineError(
                 "the adapter was read for another model: read it with this engine's read_adapter"
             )
@@ -106,7 +129,7 @@ class AdapterBank:
             chosen = range(0 if is_plain else 1, len(used) + 1)
         return chosen
 
-    def weights(self, entries: range) -> dict[str, NDArray[np.float32]]:
+    def weights(self, entries: range) -> AdapterWeights:
         """The inputs of the graph for a range of entries; views, not copies."""
         return {name: array[entries.start : entries.stop] for name, array in self._arrays.items()}
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 LONGEST_REPEAT = 64
 """Tokens of a repetition that DRY looks at."""
 StrPath = str | Path
-AdapterWeights = Mapping[str, NDArray[np.float32]]
+AdapterWeights = Mapping[str, NDArray[np.float32 | np.uint16]]
 """What an adapter slot holds, as an engine keeps it."""
 
 

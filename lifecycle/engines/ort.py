@@ -195,13 +195,15 @@ class OrtBackend:
             )
         assert self._graph is not None
         with self._opening:
-            if self._bank is None:
-                self._bank = AdapterBank(self._layout)
             weights = read_weights(folder, self._layout)
             if self._adapted is None:
                 session = self._open_graph(ADAPTED, self._layout.shapes())
                 self._adapted = _Graph(session, "logits", self._graph.width)
-        return weights
+            if self._bank is None:
+                inputs = self._adapted.session.get_inputs()
+                halved = [tensor.name for tensor in inputs if tensor.type == "tensor(uint16)"]
+                self._bank = AdapterBank(self._layout, halved)
+        return self._bank.entry_of(weights)
 
     def load_adapter(self, weights: AdapterWeights, instead_of: int = 0) -> int:
         if self._bank is None or self._adapted is None:
@@ -348,7 +350,7 @@ class _Binding:
         self._found = np.empty((0, graph.width), np.float32)
         self._bound_rows = -1
 
-    def bind(self, weights: Mapping[str, NDArray[np.float32]]) -> None:
+    def bind(self, weights: AdapterWeights) -> None:
         """Bind inputs that stay where they are."""
         for name, array in weights.items():
             self.binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))

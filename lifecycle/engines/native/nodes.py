@@ -100,8 +100,10 @@ class Graph:
         self.nodes: list[Node] = []
         """As they were read."""
         self.outputs: set[str] = set()
-        self.inputs: dict[str, tuple[int, int]] = {}
-        """Of each input the type of its elements and its last dimension, 0 where that has no number."""
+        self.inputs: dict[str, tuple[int, list[int]]] = {}
+        """Of each input the type of its elements and its dimensions, 0 where one has no number."""
+        self._input_places: dict[str, int] = {}
+        """Where in the rest each is described."""
         whole = memoryview(model)
         for number, value, span in spans(whole):
             if number == _GRAPH and value is not None:
@@ -123,6 +125,7 @@ class Graph:
             self._rest.append(message[span])
             if number == _INPUT and value is not None:
                 self.inputs[_name(value)] = _tensor(value)
+                self._input_places[_name(value)] = len(self._rest) - 1
             elif number == _OUTPUT and value is not None:
                 self.outputs.add(_name(value))
 
@@ -133,10 +136,21 @@ class Graph:
         for name in filter(None, node.inputs):
             self._readers.setdefault(name, []).append(node)
 
+    def set_type(self, name: str, kind: int) -> None:
+        """Let an input have elements of another type."""
+        place = self._input_places[name]
+        (value,) = _below(self._rest[place], _INPUT)
+        self._rest[place] = memoryview(field_of(_INPUT, _with_type(value, (2, 1), kind)))
+        self.inputs[name] = (kind, self.inputs[name][1])
+
     def maker(self, name: str, operator: str) -> Node | None:
         """The node that makes a value, if it is such an operator."""
         node = self._made_by.get(name)
         return node if node is not None and node.is_a(operator) else None
+
+    def made_by(self, name: str) -> Node | None:
+        """The node that makes a value."""
+        return self._made_by.get(name)
 
     def is_computed(self, name: str) -> bool:
         """Whether a value comes with a run, from a node or as an input."""
@@ -178,13 +192,25 @@ def _name(message: memoryview) -> str:
     return next((bytes(value).decode() for value in _below(message, 1)), "")
 
 
-def _tensor(value: memoryview) -> tuple[int, int]:
-    kind, last = 0, 0
+def _tensor(value: memoryview) -> tuple[int, list[int]]:
+    kind, dims = 0, list[int]()
     for tensor in _below(value, 2, 1):
         kind = dict(_numbers(tensor)).get(1, 0)
-        for dimension in _below(tensor, 2, 1):
-            last = dict(_numbers(dimension)).get(1, 0)
-    return kind, last
+        dims = [dict(_numbers(dimension)).get(1, 0) for dimension in _below(tensor, 2, 1)]
+    return kind, dims
+
+
+def _with_type(message: memoryview, path: tuple[int, ...], kind: int) -> bytes:
+    """A message in which the type of elements, below the fields of a path, is another one."""
+    parts: list[bytes] = []
+    for number, value, span in spans(message):
+        if path and number == path[0] and value is not None:
+            parts.append(field_of(number, _with_type(value, path[1:], kind)))
+        elif not path and number == 1 and value is None:
+            parts.append(bytes([1 << 3, kind]))
+        else:
+            parts.append(bytes(message[span]))
+    return b"".join(parts)
 
 
 def _below(message: memoryview, *path: int) -> list[memoryview]:

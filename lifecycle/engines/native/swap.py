@@ -2,8 +2,8 @@
 
 Graphs on disk hold ONNX Runtime's operators only, so that any of its builds runs them. What is replaced is what
 decoders of this project consist of: attention, with the nodes that lay tokens out in rows before it and pack them
-again; products of blocks; the nodes of a row-wise product; and a gate before either product. Whatever differs from
-what ours can do stays as it is.
+again; products of blocks; the nodes of a row-wise product; a gate before either product; and what adapters add to
+one. Whatever differs from what ours can do stays as it is.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ ATTENTION, BLOCKS, ROWWISE = "PackedAttention", "MatMulNBits", "RowwiseMatMul"
 GATE, NORM, UPDATE = "Gate", "SkipNorm", "AdapterUpdate"
 _PRODUCTS = (BLOCKS, ROWWISE)
 
-_FLOAT, _INT8 = 1, 3
+_FLOAT, _INT8, _UINT16 = 1, 3, 4
 """Types of elements, as protobuf numbers."""
 _PAST_KEY, _SCALES, _COUNTS = 3, (12, 13), 16
 _ATTENTION_INPUTS = {0, 3, 4, 5, 6, 7, 8, *_SCALES, _COUNTS}
@@ -40,6 +40,8 @@ _STEP, _ZERO = "int8.step", "int8.zero"
 """What quantisation calls the scale and the zero of rounded rows."""
 _LAST_AXIS = (-1, 2**64 - 1)
 """As it is, and as protobuf writes it."""
+_OWN_INPUTS = {ROWWISE: 4, BLOCKS: 6}
+"""Of a product, before those of an adapter."""
 _MOST_PARTS = 3
 """Products that share their input, as queries, keys and values do."""
 _HEAD_STEP = 8
@@ -62,7 +64,8 @@ def swap(model: bytes) -> bytes:
             _swap_attention(graph, node)
         elif node.is_a("SkipSimplifiedLayerNormalization"):
             _swap_norm(node)
-        elif node.is_a("Gather") and node.inputs[1:] == [TOKENS]:
+    for node in graph.nodes:
+        if node.is_a("Gather") and node.inputs[1:] == [TOKENS]:
             _swap_update(graph, node)
     for node in graph.nodes:
         if node.is_a("Mul") and len(node.inputs) == 2:
@@ -105,6 +108,13 @@ def _swap_rowwise(graph: Graph, product: Node) -> None:
         new.set_flag("transposed")
         if len(graph.readers(weight)) == 1:
             old.append(transposed)
+    bias = _only_reader(graph, scaled, "Add")
+    given = [name for name in bias.inputs if not graph.is_computed(name)] if bias else []
+    if bias is not None and len(given) == 1:
+        new.inputs.append(given[0])
+        new.outputs = bias.outputs
+        old.append(scaled)
+        scaled = bias
     graph.replace(old, scaled, new)
 
 
@@ -122,7 +132,8 @@ def _is_known_product(graph: Graph, node: Node) -> bool:
 
 def _is_known_attention(graph: Graph, node: Node) -> bool:
     given = {i for i, name in enumerate(node.inputs) if name}
-    cache_type, width = graph.inputs.get(node.inputs[_PAST_KEY], (0, 0))
+    cache_type, dims = graph.inputs.get(node.inputs[_PAST_KEY], (0, []))
+    width = dims[-1] if dims else 0
     scales = given & set(_SCALES)
     if cache_type == _INT8:
         kinds = {node.text("k_quant_type"), node.text("v_quant_type")}
@@ -197,6 +208,7 @@ def _swap_update(graph: Graph, gather: Node) -> None:
     if len(added) == 1:
         new = Node([x, bases[0], *banks], added[0].outputs, name, UPDATE, DOMAIN)
         graph.replace(old, added[0], new)
+        _join(graph, new)
         return
     # The parts of a product that is split before they are added to: split it behind instead.
     base = graph.maker(bases[0], "Split")
@@ -208,6 +220,32 @@ def _swap_update(graph: Graph, gather: Node) -> None:
     inputs = [whole, *base.inputs[1:]]
     graph.replace([*old, *added[:-1]], added[-1], replace(base, inputs=inputs, outputs=outputs))
     graph.replace([], base, new)
+    _join(graph, new)
+
+
+def _join(graph: Graph, update: Node) -> None:
+    """Make one node of a product and what adapters add to it, whose weights are then pairs of bfloat16s."""
+    x, base, first, places, *rest = update.inputs
+    product = graph.made_by(base)
+    if product is None or product.domain != DOMAIN or product.operator not in _PRODUCTS:
+        return
+    banks = [first, *rest]
+    kinds = [graph.inputs.get(bank, (0, [])) for bank in banks]
+    if (
+        product.inputs[0] != x
+        or graph.readers(base) != [update]
+        or any(graph.readers(bank) != [update] for bank in banks)
+        # Values of the depth and of the rank are taken two by two, columns 16 by 16.
+        or any(kind != _FLOAT or len(dims) != 3 or dims[1] % 2 for kind, dims in kinds)
+        or any(dims[2] % 16 for _, dims in kinds[1:])
+    ):
+        return
+    own = _OWN_INPUTS[product.operator]
+    given = product.inputs + [""] * (own - len(product.inputs))
+    new = replace(product, inputs=[*given, first, places, *rest], outputs=update.outputs)
+    graph.replace([product], update, new)
+    for bank in banks:
+        graph.set_type(bank, _UINT16)
 
 
 def _only_reader(graph: Graph, node: Node, operator: str) -> Node | None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from numpy.typing import NDArray
 from onnx import helper
@@ -17,8 +18,8 @@ from tests.engines.native.conftest import build, run
 RANK, DEPTH = 4, 40
 
 
-def adapter_model(parts: list[int], *, is_split: bool) -> bytes:
-    """The nodes of `lifecycle.graph.adapters` around a product whose parts have so many columns."""
+def adapter_nodes(parts: list[int], *, is_split: bool) -> list[onnx.NodeProto]:
+    """The nodes of `lifecycle.graph.adapters` around `base`, a product of `x` whose parts have so many columns."""
     count = len(parts)
     nodes = [
         helper.make_node("Gather", ["x", TOKENS], ["read"]),
@@ -40,13 +41,18 @@ def adapter_model(parts: list[int], *, is_split: bool) -> bytes:
     for update, base, added in zip(outer, bases, sums, strict=True):
         nodes.append(helper.make_node("GatherND", [update, PLACES], [f"packed.{added}"]))
         nodes.append(helper.make_node("Add", [f"packed.{added}", base], [added]))
-    nodes.append(helper.make_node("Concat", sums, ["y"], axis=-1))
+    return [*nodes, helper.make_node("Concat", sums, ["y"], axis=-1)]
+
+
+def adapter_model(parts: list[int], *, is_split: bool) -> bytes:
+    """Those nodes as a model."""
+    count = len(parts)
     flat, bank = np.zeros((1, 1), np.float32), np.zeros((1, 1, 1), np.float32)
     inputs: dict[str, Any] = {"x": flat, "base": flat, "a": bank}
     inputs |= {f"b{k}": bank for k in range(count)}
     inputs |= {TOKENS: np.zeros((1, 1), np.int64), PLACES: np.zeros((1, 2), np.int64)}
     weights = {"ranks": np.full(count, RANK, np.int64), "columns": np.array(parts, np.int64)}
-    return build(nodes, inputs, weights, {"y": flat})
+    return build(adapter_nodes(parts, is_split=is_split), inputs, weights, {"y": flat})
 
 
 def inputs(parts: list[int], owners: list[int], seed: int = 0) -> dict[str, NDArray[Any]]:

@@ -20,7 +20,9 @@ SHAPES = [(1, 64, 48), (2, 576, 960), (3, 20, 5), (7, 130, 17), (16, 96, 200), (
 """Rows, depth and columns: whole tiles and parts of them."""
 
 
-def rowwise_model(weight: NDArray[np.int8], scale: Floats, transposed: bool) -> bytes:
+def rowwise_model(
+    weight: NDArray[np.int8], scale: Floats, transposed: bool, bias: Floats | None = None
+) -> bytes:
     """The nodes that `int8-rowwise` makes of a product."""
     last = {"last": np.array([-1], np.int64)}
     constants = {"int8.step": np.array(1 / 127, np.float32), "int8.zero": np.array(128, np.uint8)}
@@ -43,13 +45,18 @@ def rowwise_model(weight: NDArray[np.int8], scale: Floats, transposed: bool) -> 
         nodes.insert(0, helper.make_node("Transpose", ["table"], ["weight"], perm=[1, 0]))
     weights: dict[str, Any] = {"table" if transposed else "weight": stored, "scale": scale}
     x = np.zeros((1, 1), np.float32)
+    if bias is not None:
+        nodes[-1].output[0] = "scaled"
+        nodes.append(helper.make_node("Add", ["scaled", "bias"], ["y"]))
+        weights["bias"] = bias
     return build(nodes, {"x": x}, {**weights, **constants, **last}, {"y": x})
 
 
+@pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_rowwise_product_has_the_bits_of_the_nodes_it_replaces(
-    kernels: Path, shape: tuple[int, int, int], transposed: bool
+    kernels: Path, shape: tuple[int, int, int], transposed: bool, has_bias: bool
 ) -> None:
     rows, depth, columns = shape
     rng = np.random.default_rng(depth)
@@ -57,9 +64,11 @@ def test_a_rowwise_product_has_the_bits_of_the_nodes_it_replaces(
     scale = rng.uniform(1e-3, 1, columns).astype(np.float32)
     x = rng.standard_normal((rows, depth)).astype(np.float32)
     x[0, 0] = 300
-    model = rowwise_model(weight, scale, transposed)
+    bias = rng.standard_normal(columns).astype(np.float32) if has_bias else None
+    model = rowwise_model(weight, scale, transposed, bias)
     swapped = swap(model)
     assert b"RowwiseMatMul" in swapped and b"QuantizeLinear" not in swapped
+    assert [node.op_type for node in onnx.load_from_string(swapped).graph.node] == ["RowwiseMatMul"]
     (expected,), (found,) = run(model, None, {"x": x}), run(swapped, kernels, {"x": x})
     assert np.array_equal(found, expected)
 

@@ -1,5 +1,5 @@
-// Updates of adapters, in float32. A token's sums run over the depth, then over the rank, in their order, whatever
-// tokens are beside it.
+// What adapters add. A token's sums run over the depth, then over the rank, in their order, whatever tokens are beside
+// it.
 #include "adapters.h"
 
 #include <algorithm>
@@ -9,28 +9,40 @@
 namespace lifecycle {
 namespace {
 
-// Rows and vectors of columns at once: their sums fill three quarters of the registers.
-constexpr int kMostRows = 8, kMostVectors = 3;
+// Vectors of columns at once: with eight rows their sums fill three quarters of the registers.
+constexpr int kMostVectors = 3;
 
 // A few rows, by their addresses: y = base + x [rows, depth] times w [depth, `stride` columns]. No base is zeros.
+template <typename T>
 struct Rows {
   size_t count;
-  const float* x[kMostRows];
-  const float* base[kMostRows];
-  float* y[kMostRows];
+  const T* x[Adapters<T>::kMostRows];
+  const float* base[Adapters<T>::kMostRows];
+  float* y[Adapters<T>::kMostRows];
 };
 
+template <typename T>
+struct VectorOf {
+  typedef v16f Type;
+};
+template <>
+struct VectorOf<uint32_t> {
+  typedef v16i Type;
+};
+template <typename T>
+using Vector = typename VectorOf<T>::Type;
+
 // The same for 16 * NV columns from `column` on.
-template <int MR, int NV>
-void accumulate(const Rows& rows, size_t depth, const float* w, size_t stride, size_t column) {
+template <int MR, int NV, typename T>
+void accumulate(const Rows<T>& rows, size_t depth, const T* w, size_t stride, size_t column) {
   w += column;
   v16f acc[MR][NV] = {};
   for (size_t k = 0; k < depth; ++k) {
-    v16f columns[NV];
-    LIFECYCLE_UNROLL for (int j = 0; j < NV; ++j) columns[j] = load<v16f>(w + k * stride + j * kLanes);
+    Vector<T> columns[NV];
+    LIFECYCLE_UNROLL for (int j = 0; j < NV; ++j) columns[j] = load<Vector<T>>(w + k * stride + j * kLanes);
     LIFECYCLE_UNROLL for (int i = 0; i < MR; ++i) {
-      const v16f value = spread(rows.x[i][k]);
-      LIFECYCLE_UNROLL for (int j = 0; j < NV; ++j) acc[i][j] += value * columns[j];
+      const T value = rows.x[i][k];
+      LIFECYCLE_UNROLL for (int j = 0; j < NV; ++j) acc[i][j] = dot(acc[i][j], columns[j], value);
     }
   }
   LIFECYCLE_UNROLL for (int i = 0; i < MR; ++i) {
@@ -41,8 +53,8 @@ void accumulate(const Rows& rows, size_t depth, const float* w, size_t stride, s
   }
 }
 
-template <int NV>
-void some_rows(const Rows& rows, size_t depth, const float* w, size_t stride, size_t column) {
+template <int NV, typename T>
+void some_rows(const Rows<T>& rows, size_t depth, const T* w, size_t stride, size_t column) {
   switch (rows.count) {
     case 1: return accumulate<1, NV>(rows, depth, w, stride, column);
     case 2: return accumulate<2, NV>(rows, depth, w, stride, column);
@@ -56,7 +68,8 @@ void some_rows(const Rows& rows, size_t depth, const float* w, size_t stride, si
 }
 
 // The same for columns `from` to `to`.
-void columns(const Rows& rows, size_t depth, const float* w, size_t stride, size_t from, size_t to) {
+template <typename T>
+void columns(const Rows<T>& rows, size_t depth, const T* w, size_t stride, size_t from, size_t to) {
   size_t c = from;
   for (; c + kMostVectors * kLanes <= to; c += kMostVectors * kLanes) {
     some_rows<kMostVectors>(rows, depth, w, stride, c);
@@ -69,113 +82,140 @@ void columns(const Rows& rows, size_t depth, const float* w, size_t stride, size
   // As vectors too, for a column must not get other bits where a share ends elsewhere.
   for (size_t i = 0; i < rows.count; ++i) {
     v16f total{};
-    for (size_t k = 0; k < depth; ++k) total += rows.x[i][k] * some(w + k * stride + c, to - c);
+    for (size_t k = 0; k < depth; ++k) {
+      total = dot(total, some<Vector<T>>(w + k * stride + c, to - c), rows.x[i][k]);
+    }
     if (rows.base[i] != nullptr) total = some(rows.base[i] + c, to - c) + total;
     put(rows.y[i] + c, total, to - c);
   }
 }
 
-// In how many shares `columns` columns of each of `few` groups of rows are computed: one where waking a thread takes
-// longer than all of them.
-size_t shares_of(size_t few, size_t columns, size_t products) {
-  constexpr size_t kMostTasks = 16, kWorth = 1 << 16;
-  if (products < kWorth) return 0;
-  return std::max<size_t>(1, std::min(kMostTasks / std::min(kMostTasks, few), columns / (kMostVectors * kLanes)));
-}
-
 }  // namespace
 
-void AdapterUpdate::run(const Run& run) {
-  const Tensor x = run.input(0), base = run.input(1), a = run.input(2), places = run.input(3);
-  require(x.dims.size() == 2 && base.dims.size() == 2 && a.dims.size() == 3, "an adapter's input of another rank");
-  const size_t tokens = (size_t)x.dims[0], depth = (size_t)x.dims[1], width = (size_t)base.dims[1];
-  const size_t adapters = (size_t)a.dims[0], inner_width = (size_t)a.dims[2];
-  require((size_t)a.dims[1] == depth && (size_t)base.dims[0] == tokens && (size_t)places.size() == 2 * tokens,
-          "an adapter of another depth than its input");
-  struct Part {
-    const float* b;
-    size_t columns, first;
-  };
-  std::vector<Part> parts;
-  size_t rank = 0, known = 0;
+template <typename T>
+Adapters<T>::Adapters(const Run& run, size_t first, size_t tokens, size_t depth, size_t columns,
+                      size_t block)
+    : tokens_(tokens), depth_(depth), columns_(columns) {
+  const Tensor a = run.input(first), places = run.input(first + 1);
+  require(a.dims.size() == 3 && (size_t)a.dims[1] == depth, "an adapter of another depth than its input");
+  require((size_t)places.size() == 2 * tokens, "not one adapter for each token");
+  const size_t adapters = (size_t)a.dims[0];
+  inner_width_ = (size_t)a.dims[2];
+  a_ = a.as<T>();
+  places_ = places.as<int64_t>();
+  size_t known = 0;
   for (size_t i = 0; i < kMostParts; ++i) {
-    const Tensor b = run.input(4 + i);
+    const Tensor b = run.input(first + 2 + i);
     if (!b) break;
     require(b.dims.size() == 3 && (size_t)b.dims[0] == adapters, "an adapter without its second matrix");
-    rank = (size_t)b.dims[1];
-    parts.push_back({b.as<float>(), (size_t)b.dims[2], known});
+    require(i == 0 || (size_t)b.dims[1] == rank_, "an adapter of two ranks");
+    require(kWide == 1 || b.dims[2] % kLanes == 0, "a part of a width that is no multiple of 16");
+    rank_ = (size_t)b.dims[1];
+    parts_.push_back({b.as<T>(), (size_t)b.dims[2], known});
     known += (size_t)b.dims[2];
   }
-  require(known == width && parts.size() * rank == inner_width, "an adapter of another width than its product");
+  require(known == columns && parts_.size() * rank_ == inner_width_, "an adapter of another width than its product");
+  require(depth % kWide == 0 && rank_ % kWide == 0, "an adapter of an odd depth or rank");
+  group(adapters, block);
+  sums_ = scratch<float, 11>(tokens * inner_width_);
+  if constexpr (kWide == 1) {
+    inner_ = sums_;
+  } else {
+    inner_ = scratch<T, 12>(tokens * inner_width_ / kWide);
+  }
+}
 
+// Tokens of one adapter together, a few at a time.
+template <typename T>
+void Adapters<T>::group(size_t adapters, size_t block) {
+  all_.reserve(tokens_);
+  for (size_t t = 0; t < tokens_; ++t) {
+    if (t % block == 0) blocks_.push_back(all_.size());
+    require(places_[2 * t] >= 0 && adapter_of(t) < adapters, "a token of an adapter that is not there");
+    size_t f = blocks_.back();
+    while (f < all_.size() && (all_[f].adapter != adapter_of(t) || all_[f].count == kMostRows)) ++f;
+    if (f == all_.size()) {
+      all_.emplace_back();
+      all_[f].adapter = adapter_of(t);
+      all_[f].count = 0;
+    }
+    all_[f].tokens[all_[f].count++] = t;
+  }
+  blocks_.push_back(all_.size());
+}
+
+template <typename T>
+void Adapters<T>::multiply(const Few& few) {
+  const size_t depth = depth_ / kWide;
+  Rows<T> rows{few.count, {}, {}, {}};
+  for (size_t i = 0; i < few.count; ++i) {
+    rows.x[i] = x_ + few.tokens[i] * depth;
+    rows.y[i] = sums_ + few.tokens[i] * inner_width_;
+  }
+  columns(rows, depth, a_ + few.adapter * depth * inner_width_, inner_width_, 0, inner_width_);
+  if constexpr (kWide == 2) {
+    for (size_t i = 0; i < few.count; ++i) {
+      as_pairs(rows.y[i], inner_width_, inner_ + few.tokens[i] * inner_width_ / kWide);
+    }
+  }
+}
+
+template <typename T>
+void Adapters<T>::multiply_block(size_t block) {
+  for (size_t f = blocks_[block]; f < blocks_[block + 1]; ++f) {
+    multiply(all_[f]);
+    done_.fetch_add(1);
+  }
+}
+
+template <typename T>
+void Adapters<T>::multiply_rest() {
+  if (done_.load() == all_.size()) return;
+  for (size_t f; (f = next_.fetch_add(1)) < all_.size();) {
+    multiply(all_[f]);
+    done_.fetch_add(1);
+  }
+}
+
+template class Adapters<float>;
+template class Adapters<uint32_t>;
+
+void AdapterUpdate::run(const Run& run) {
+  const Tensor x = run.input(0), base = run.input(1);
+  require(x.dims.size() == 2 && base.dims.size() == 2 && x.dims[0] == base.dims[0],
+          "an adapter's input of another rank");
+  const size_t tokens = (size_t)x.dims[0], width = (size_t)base.dims[1];
   float* y = static_cast<float*>(run.output(0, base.dims));
   if (tokens == 0) return;
-  float* inner = scratch<float, 11>(tokens * inner_width);
-
-  // Tokens of one adapter together, a few at a time.
-  struct Few {
-    size_t adapter, count;
-    size_t tokens[kMostRows];
-  };
-  std::vector<Few> all, open(adapters);
-  for (size_t t = 0; t < tokens; ++t) {
-    const int64_t adapter = places.as<int64_t>()[2 * t];
-    require(adapter >= 0 && adapter < (int64_t)adapters, "a token of an adapter that is not there");
-    Few& few = open[(size_t)adapter];
-    few.adapter = (size_t)adapter;
-    few.tokens[few.count++] = t;
-    if (few.count == kMostRows) {
-      all.push_back(few);
-      few.count = 0;
-    }
-  }
-  for (const Few& few : open) {
-    if (few.count > 0) all.push_back(few);
-  }
-  // Those of one adapter follow each other, so that its weights are read once.
-  std::stable_sort(all.begin(), all.end(), [](const Few& a, const Few& b) { return a.adapter < b.adapter; });
-
-  auto first = [&](const Few& few, size_t from, size_t to) {
-    Rows rows{few.count, {}, {}, {}};
-    for (size_t i = 0; i < few.count; ++i) {
-      rows.x[i] = x.as<float>() + few.tokens[i] * depth;
-      rows.y[i] = inner + few.tokens[i] * inner_width;
-    }
-    columns(rows, depth, a.as<float>() + few.adapter * depth * inner_width, inner_width, from, to);
-  };
-  auto second = [&](const Few& few, size_t from, size_t to) {
-    for (size_t p = 0; p < parts.size(); ++p) {
-      const Part& part = parts[p];
+  constexpr size_t kBlock = 64;
+  Adapters<float> adapters(run, 2, tokens, (size_t)x.dims[1], width, kBlock);
+  adapters.begin(x.as<float>());
+  auto second = [&](const Adapters<float>::Few& few, size_t from, size_t to) {
+    for (size_t p = 0; p < adapters.parts().size(); ++p) {
+      const auto& part = adapters.parts()[p];
       const size_t begin = std::max(from, part.first), end = std::min(to, part.first + part.columns);
       if (begin >= end) continue;
-      Rows rows{few.count, {}, {}, {}};
+      Rows<float> rows{few.count, {}, {}, {}};
       for (size_t i = 0; i < few.count; ++i) {
-        rows.x[i] = inner + few.tokens[i] * inner_width + p * rank;
-        rows.base[i] = base.as<float>() + few.tokens[i] * width + part.first;
-        rows.y[i] = y + few.tokens[i] * width + part.first;
+        const size_t at = few.tokens[i] * width + part.first;
+        rows.x[i] = adapters.inner(few.tokens[i], p);
+        rows.base[i] = base.as<float>() + at;
+        rows.y[i] = y + at;
       }
-      columns(rows, rank, part.b + few.adapter * rank * part.columns, part.columns, begin - part.first,
+      columns(rows, adapters.rank(), part.of(few.adapter, adapters.rank()), part.columns, begin - part.first,
               end - part.first);
     }
   };
-  auto each = [&](size_t columns, size_t products, const auto& work) {
-    const size_t shares = shares_of(all.size(), columns, products);
-    if (shares == 0) {
-      for (const Few& few : all) work(few, 0, columns);
-      return;
-    }
-    const size_t vectors = (columns + kLanes - 1) / kLanes;
-    run.parallel(all.size() * shares, [&](size_t task) {
-      const size_t share = task % shares;
-      work(all[task / shares], vectors * share / shares * kLanes,
-           std::min(columns, vectors * (share + 1) / shares * kLanes));
-    });
-  };
-  if (all.size() == 1) {
-    for (const Part& part : parts) expect(part.b + all[0].adapter * rank * part.columns, rank * part.columns * sizeof(float));
-  }
-  each(inner_width, tokens * depth * inner_width, first);
-  each(width, tokens * rank * width, second);
+  // Few products take less time than waking a thread.
+  constexpr size_t kMostTasks = 16, kWorth = 1 << 16;
+  const size_t vectors = (width + kLanes - 1) / kLanes;
+  const size_t tasks = adapters.products() < kWorth ? 1 : std::min(kMostTasks, (vectors + 2) / kMostVectors);
+  run.parallel(tasks, [&](size_t task) {
+    adapters.multiply_rest();
+    adapters.wait();
+    const size_t from = vectors * task / tasks * kLanes, to = std::min(width, vectors * (task + 1) / tasks * kLanes);
+    for (const auto& few : adapters.few()) second(few, from, to);
+  });
 }
 
 }  // namespace lifecycle

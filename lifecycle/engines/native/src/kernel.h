@@ -5,6 +5,7 @@
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <initializer_list>
 #include <new>
 #include <stdexcept>
 #include <string>
@@ -14,9 +15,33 @@
 
 namespace lifecycle {
 
+// The dimensions of a tensor.
+class Dims {
+ public:
+  Dims() = default;
+  Dims(std::initializer_list<int64_t> values) : Dims(values.begin(), values.size()) {}
+  Dims(const int64_t* values, size_t count) : count_(count) {
+    if (count > kMost) throw std::runtime_error("a tensor of too many dimensions");
+    std::copy(values, values + count, values_);
+  }
+  size_t size() const { return count_; }
+  bool empty() const { return count_ == 0; }
+  const int64_t* begin() const { return values_; }
+  const int64_t* end() const { return values_ + count_; }
+  int64_t operator[](size_t i) const { return values_[i]; }
+  int64_t back() const { return values_[count_ - 1]; }
+  int64_t& back() { return values_[count_ - 1]; }
+  bool operator==(const Dims& other) const { return std::equal(begin(), end(), other.begin(), other.end()); }
+
+ private:
+  static constexpr size_t kMost = 8;
+  int64_t values_[kMost];
+  size_t count_ = 0;
+};
+
 struct Tensor {
   const void* data = nullptr;
-  std::vector<int64_t> dims;
+  Dims dims;
   ort::Type type = ort::kUndefined;
 
   explicit operator bool() const { return data != nullptr; }
@@ -85,14 +110,10 @@ inline Tensor read(const ort::Api& api, const ort::Value* value) {
   if (value == nullptr) return found;
   void* data = nullptr;
   check(api, api.data(value, &data));
-  ort::Shape* shape = nullptr;
-  check(api, api.shape(value, &shape));
+  const int64_t* dims = nullptr;
   size_t rank = 0;
-  check(api, api.rank(shape, &rank));
-  found.dims.resize(rank);
-  check(api, api.dims(shape, found.dims.data(), rank));
-  check(api, api.type(shape, &found.type));
-  api.release(shape);
+  check(api, api.shape(value, &found.type, &dims, &rank));
+  found.dims = Dims(dims, rank);
   // A tensor without elements may have no address.
   static const char nothing = 0;
   found.data = data != nullptr ? data : &nothing;
@@ -125,9 +146,14 @@ class Run {
     check(api_, api_.input(context_, index, &value));
     return read(api_, value);
   }
-  void* output(size_t index, const std::vector<int64_t>& dims) const {
+  bool has(size_t index) const {
+    const ort::Value* value = nullptr;
+    check(api_, api_.input(context_, index, &value));
+    return value != nullptr;
+  }
+  void* output(size_t index, const Dims& dims) const {
     ort::Value* value = nullptr;
-    check(api_, api_.output(context_, index, dims.data(), dims.size(), &value));
+    check(api_, api_.output(context_, index, dims.begin(), dims.size(), &value));
     void* data = nullptr;
     check(api_, api_.data(value, &data));
     return data;

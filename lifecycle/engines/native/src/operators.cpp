@@ -5,6 +5,7 @@
 #endif
 
 #include <mutex>
+#include <optional>
 
 #include "adapters.h"
 #include "attention.h"
@@ -31,20 +32,23 @@ void not_needed(const Tensor& tensor) {
 #endif
 }
 
+// A product whose first inputs are x and weights; what adapters add may follow them.
 class Product {
  public:
   static constexpr size_t kOutputs = 1;
   static ort::Type output(size_t) { return ort::kFloat; }
 
-  Product(const ort::Api& api, const ort::Info* info)
-      : api(api), is_gated_(attribute<int64_t>(api, info, "gated", 0) != 0) {}
+  Product(const ort::Api& api, const ort::Info* info, size_t own_inputs)
+      : api(api), own_inputs_(own_inputs), is_gated_(attribute<int64_t>(api, info, "gated", 0) != 0) {}
   void run(const Run& run) {
     Tensor x = run.input(0);
-    const size_t count = rows_of(x, weights_->depth << is_gated_);
-    std::vector<int64_t> dims = x.dims;
-    dims.back() = (int64_t)weights_->columns;
+    const size_t depth = weights_->depth, columns = weights_->columns, count = rows_of(x, depth << is_gated_);
+    Dims dims = x.dims;
+    dims.back() = (int64_t)columns;
     float* y = static_cast<float*>(run.output(0, dims));
-    product(run, *weights_, is_gated_, x.as<float>(), count, y);
+    std::optional<Pairs> adapters;
+    if (run.has(own_inputs_)) adapters.emplace(run, own_inputs_, count, depth, columns, kAdaptedBlock);
+    product(run, *weights_, is_gated_, x.as<float>(), count, y, adapters ? &*adapters : nullptr);
   }
 
   const ort::Api& api;
@@ -53,24 +57,30 @@ class Product {
   std::shared_ptr<const Weights> weights_;
 
  private:
+  size_t own_inputs_;
   bool is_gated_;
 };
 
-// x [.., K], weights int8 [K, N], or [N, K] where `transposed`, and their scales [N].
+// x [.., K], weights int8 [K, N], or [N, K] where `transposed`, their scales [N], and a bias [N].
 class RowwiseMatMul : public Product {
  public:
   static constexpr const char* kName = "RowwiseMatMul";
-  static constexpr size_t kInputs = 3;
-  static ort::Type input(size_t index) { return index == 1 ? ort::kInt8 : ort::kFloat; }
-  static bool is_optional(size_t) { return false; }
+  static constexpr size_t kOwn = 4, kInputs = kOwn + Pairs::kInputs;
+  static ort::Type input(size_t index) {
+    if (index >= kOwn) return Pairs::input(index - kOwn);
+    return index == 1 ? ort::kInt8 : ort::kFloat;
+  }
+  static bool is_optional(size_t index) { return index >= 3; }
 
-  RowwiseMatMul(const ort::Api& api, const ort::Info* info) : Product(api, info) {
-    const Tensor given = constant(api, info, 1), scales = constant(api, info, 2);
+  RowwiseMatMul(const ort::Api& api, const ort::Info* info) : Product(api, info, kOwn) {
+    const Tensor given = constant(api, info, 1), scales = constant(api, info, 2), bias = constant(api, info, 3);
     require(given && scales && given.dims.size() == 2, "RowwiseMatMul needs constant weights");
     const bool transposed = attribute<int64_t>(api, info, "transposed", 0) != 0;
     require(given.size() > 0 && scales.size() == given.dims[!transposed], "RowwiseMatMul needs a scale for each column");
-    weights_ = shared({given, scales}, {0, transposed, given.dims[0], given.dims[1]},
-                      [&](Weights& w) { fill(w, given, scales, transposed); });
+    weights_ = shared({given, scales, bias}, {0, transposed, given.dims[0], given.dims[1]}, [&](Weights& w) {
+      fill(w, given, scales, transposed);
+      w.set_bias(bias);
+    });
     not_needed(given);
   }
 
@@ -104,14 +114,15 @@ class RowwiseMatMul : public Product {
 class MatMulNBits : public Product {
  public:
   static constexpr const char* kName = "MatMulNBits";
-  static constexpr size_t kInputs = 6;
+  static constexpr size_t kOwn = 6, kInputs = kOwn + Pairs::kInputs;
   static ort::Type input(size_t index) {
+    if (index >= kOwn) return Pairs::input(index - kOwn);
     constexpr ort::Type kTypes[] = {ort::kFloat, ort::kUint8, ort::kFloat, ort::kUint8, ort::kInt32, ort::kFloat};
     return kTypes[index];
   }
   static bool is_optional(size_t index) { return index >= 3; }
 
-  MatMulNBits(const ort::Api& api, const ort::Info* info) : Product(api, info) {
+  MatMulNBits(const ort::Api& api, const ort::Info* info) : Product(api, info, kOwn) {
     const int64_t depth = attribute<int64_t>(api, info, "K", 0), columns = attribute<int64_t>(api, info, "N", 0);
     const int64_t bits = attribute<int64_t>(api, info, "bits", 4), block = attribute<int64_t>(api, info, "block_size", 0);
     // Below 2^31 no product of two of them can be too large for an integer.
@@ -120,7 +131,7 @@ class MatMulNBits : public Product {
     const Tensor given = constant(api, info, 1), scales = constant(api, info, 2), zeros = constant(api, info, 3);
     const Tensor bias = constant(api, info, 5);
     const int64_t blocks = (depth + block - 1) / block;
-    require(given && given.dims == std::vector<int64_t>{columns, blocks, block * bits / 8},
+    require(given && given.dims == Dims{columns, blocks, block * bits / 8},
             "MatMulNBits with weights of another shape");
     require(scales && scales.size() == columns * blocks, "MatMulNBits with scales of another size");
     require(!zeros || zeros.size() == columns * ((blocks * bits + 7) / 8), "MatMulNBits with other zero points");
@@ -185,7 +196,7 @@ class Gate {
     Tensor x = run.input(0);
     require(!x.dims.empty() && x.dims.back() % 2 == 0, "a gate without as many values");
     const size_t width = (size_t)x.dims.back() / 2, rows = rows_of(x, 2 * width);
-    std::vector<int64_t> dims = x.dims;
+    Dims dims = x.dims;
     dims.back() = (int64_t)width;
     float* y = static_cast<float*>(run.output(0, dims));
     run.rows(rows, width, [&](size_t row) { gate_row(x.as<float>() + 2 * row * width, width, y + row * width); });
@@ -237,7 +248,7 @@ extern "C" __attribute__((visibility("default"))) ort::Status* RegisterCustomOps
   static const Operator<Attention<float>> attention;
   static const Operator<Attention<int8_t>> attention_int8;
   const ort::Api* api = base->get(ort::kVersion);
-  if (api == nullptr) return base->get(1)->fail("the kernels of lifecycle need ONNX Runtime 1.18 or newer");
+  if (api == nullptr) return base->get(1)->fail("the kernels of lifecycle need ONNX Runtime 1.24 or newer");
   // One domain serves all sessions; what holds it is never unloaded.
   static std::mutex lock;
   const std::lock_guard<std::mutex> guard(lock);

@@ -66,6 +66,32 @@ LIFECYCLE_INLINE void multiply(v16i (&acc)[MR][NR], const uint8_t* weights, size
   }
 }
 
+// What adapters add to a tile of MR rows. A row has the same bits whether or not others have its adapter.
+template <int MR>
+LIFECYCLE_INLINE void adapt(v16f (&total)[MR], const Pairs& adapters, size_t row, size_t tile) {
+  size_t column = tile * kLanes, p = 0;
+  while (column >= adapters.parts()[p].columns) column -= adapters.parts()[p++].columns;
+  const Pairs::Part& part = adapters.parts()[p];
+  const size_t rank = adapters.rank();
+  const uint32_t* inner = adapters.inner(row, p);
+  const size_t next = (size_t)(adapters.inner(row + 1, p) - inner);
+  auto matrix = [&](int i) { return part.of(adapters.adapter_of(row + i), rank) + column; };
+  if (adapters.share(row, MR)) {
+    const uint32_t* b = matrix(0);
+    for (size_t r = 0; r < rank; ++r, b += part.columns) {
+      const v16i columns = load<v16i>(b);
+      LIFECYCLE_UNROLL for (int i = 0; i < MR; ++i) total[i] = dot(total[i], columns, inner[i * next + r]);
+    }
+    return;
+  }
+  LIFECYCLE_UNROLL for (int i = 0; i < MR; ++i) {
+    const uint32_t* b = matrix(i);
+    for (size_t r = 0; r < rank; ++r, b += part.columns) {
+      total[i] = dot(total[i], load<v16i>(b), inner[i * next + r]);
+    }
+  }
+}
+
 // MR rows times NR tiles from tile `tile` on.
 template <int kBits, int MR, int NR>
 void rows_by_tiles(const Weights& w, const Rows& rows, size_t row, size_t tile, float* y) {
@@ -100,13 +126,18 @@ void rows_by_tiles(const Weights& w, const Rows& rows, size_t row, size_t tile, 
       }
     }
   }
+  if (rows.adapters != nullptr) rows.adapters->wait();
   LIFECYCLE_UNROLL for (int j = 0; j < NR; ++j) {
     const size_t column = (tile + j) * kLanes;
     if (column >= w.columns) break;
+    v16f found[MR];
     LIFECYCLE_UNROLL for (int i = 0; i < MR; ++i) {
-      v16f found = total[i][j];
-      if (w.bias.get() != nullptr) found += load<v16f>(w.bias.get() + column);
-      put(y + (row + i) * w.columns + column, found, w.columns - column);
+      found[i] = total[i][j];
+      if (w.bias.get() != nullptr) found[i] += load<v16f>(w.bias.get() + column);
+    }
+    if (rows.adapters != nullptr) adapt(found, *rows.adapters, row, tile + j);
+    LIFECYCLE_UNROLL for (int i = 0; i < MR; ++i) {
+      put(y + (row + i) * w.columns + column, found[i], w.columns - column);
     }
   }
 }
@@ -204,8 +235,13 @@ void norm_row(const float* x, const float* skip, const float* gamma, size_t widt
 
 namespace {
 
-void round_rows(const Run& run, const Weights& w, bool is_gated, const float* x, size_t count, const Rows& rows) {
+// The rows of a product as integers, and where there are adapters as pairs, of which they may take the first product
+// while the rows are at hand.
+void round_rows(const Run& run, const Weights& w, bool is_gated, const float* x, size_t count, const Rows& rows,
+                Pairs* adapters) {
   const size_t blocks = w.blocks();
+  uint32_t* pairs = nullptr;
+  if (adapters != nullptr) adapters->begin(pairs = scratch<uint32_t, 13>(count * w.depth / 2));
   auto round_row = [&](size_t row) {
     int8_t* values = rows.values + row * rows.width;
     const float* from_row = x + row * w.depth;
@@ -214,6 +250,7 @@ void round_rows(const Run& run, const Weights& w, bool is_gated, const float* x,
       gate_row(x + 2 * row * w.depth, w.depth, gated);
       from_row = gated;
     }
+    if (pairs != nullptr) as_pairs(from_row, w.depth, pairs + row * (w.depth / 2));
     for (size_t b = 0; b < blocks; ++b) {
       const size_t from = b * w.block, size = std::min(w.block, w.depth - from);
       rows.scales[row * blocks + b] = round_block(from_row + from, size, w.is_rowwise, values + from,
@@ -222,20 +259,27 @@ void round_rows(const Run& run, const Weights& w, bool is_gated, const float* x,
       if (size < w.block) std::memset(values + from + size, 0, w.block - size);
     }
   };
-  run.rows(count, w.depth, round_row);
+  // With few rows, one thread multiplies them while the others begin with the tiles.
+  if (adapters == nullptr || count < 8 * kAdaptedBlock) return run.rows(count, w.depth, round_row);
+  run.parallel((count + kAdaptedBlock - 1) / kAdaptedBlock, [&](size_t block) {
+    const size_t from = block * kAdaptedBlock;
+    for (size_t row = from; row < std::min(count, from + kAdaptedBlock); ++row) round_row(row);
+    adapters->multiply_block(block);
+  });
 }
 
 }  // namespace
 
-void product(const Run& run, const Weights& w, bool is_gated, const float* x, size_t count, float* y) {
+void product(const Run& run, const Weights& w, bool is_gated, const float* x, size_t count, float* y,
+             Pairs* adapters) {
   if (count == 0) return;
-  const size_t blocks = w.blocks();
   Rows rows;
-  rows.width = blocks * w.block;
+  rows.width = w.blocks() * w.block;
   rows.values = scratch<int8_t, 0>(count * rows.width);
-  rows.scales = scratch<float, 1>(count * blocks);
-  rows.sums = scratch<int32_t, 2>(count * blocks);
-  round_rows(run, w, is_gated, x, count, rows);
+  rows.scales = scratch<float, 1>(count * w.blocks());
+  rows.sums = scratch<int32_t, 2>(count * w.blocks());
+  rows.adapters = adapters;
+  round_rows(run, w, is_gated, x, count, rows, adapters);
   const size_t wide = w.is_rowwise ? kRowwiseTiles : kBlockTiles;
   const size_t most_rows = w.is_rowwise ? kRowwiseRows : kBlockRows;
   const size_t groups = w.tiles() / wide;
@@ -245,6 +289,7 @@ void product(const Run& run, const Weights& w, bool is_gated, const float* x, si
   run.parallel(tasks * parts, [&](size_t task) {
     const size_t first = task / tasks * kRowsAtOnce, last = std::min(count, first + kRowsAtOnce);
     const size_t group = task % tasks * each;
+    if (adapters != nullptr) adapters->multiply_rest();
     for (size_t g = group; g < std::min(groups, group + each); ++g) {
       // Rows in shares as equal as can be, for which no share is slow.
       size_t left = last - first, shares = (left + most_rows - 1) / most_rows;

@@ -3,7 +3,7 @@
 #include <functional>
 #include <memory>
 
-#include "kernel.h"
+#include "adapters.h"
 
 namespace lifecycle {
 
@@ -26,17 +26,23 @@ struct Weights {
   void set_bias(const Tensor& given);
 };
 
+// Adapters of products, and how many tokens are a block of theirs.
+typedef Adapters<uint32_t> Pairs;
+constexpr size_t kAdaptedBlock = 8;
+
 // Activations in int8.
 struct Rows {
   int8_t* values = nullptr;   // [rows, width]
   float* scales = nullptr;    // [rows, blocks]
   int32_t* sums = nullptr;    // [rows, blocks]
   size_t width = 0;
+  const Pairs* adapters = nullptr;  // of these rows
 };
 
 // y [count, columns] = x [count, depth] times the weights. Where it `is_gated` the input is [gate, up], 2 * depth wide,
-// and silu(gate) * up is multiplied.
-void product(const Run& run, const Weights& weights, bool is_gated, const float* x, size_t count, float* y);
+// and silu(gate) * up is multiplied. What adapters add is added, where there are any.
+void product(const Run& run, const Weights& weights, bool is_gated, const float* x, size_t count, float* y,
+             Pairs* adapters);
 
 // The weights that `make` fills, or those that another kernel made of the same bytes: the graphs of a model share them.
 std::shared_ptr<const Weights> shared(const std::vector<Tensor>& of, const std::vector<int64_t>& sizes,

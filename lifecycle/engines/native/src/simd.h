@@ -14,6 +14,12 @@
 #define LIFECYCLE_AVX512 0
 #endif
 
+#if LIFECYCLE_AVX512 && defined(__AVX512BF16__)
+#define LIFECYCLE_BF16 1
+#else
+#define LIFECYCLE_BF16 0
+#endif
+
 #define LIFECYCLE_UNROLL _Pragma("GCC unroll 16")
 #define LIFECYCLE_INLINE __attribute__((always_inline)) inline
 
@@ -37,15 +43,17 @@ LIFECYCLE_INLINE void store(void* to, V value) {
   std::memcpy(to, &value, sizeof(V));
 }
 
-// Up to 16 values, zeros behind them.
-LIFECYCLE_INLINE v16f some(const float* from, size_t count) {
-  if (count >= kLanes) return load<v16f>(from);
-  v16f found{};
+// Up to 16 values of four bytes, zeros behind them.
+template <typename V = v16f>
+LIFECYCLE_INLINE V some(const void* from, size_t count) {
+  if (count >= kLanes) return load<V>(from);
+  V found{};
   std::memcpy(&found, from, count * sizeof(float));
   return found;
 }
 
-LIFECYCLE_INLINE void put(float* to, v16f values, size_t count) {
+template <typename V>
+LIFECYCLE_INLINE void put(void* to, V values, size_t count) {
   if (count >= kLanes) return store(to, values);
   std::memcpy(to, &values, count * sizeof(float));
 }
@@ -115,6 +123,52 @@ LIFECYCLE_INLINE v16i dot(v16i acc, v64u weights, int32_t four) {
   }
   return acc;
 #endif
+}
+
+LIFECYCLE_INLINE float float_of(uint32_t bits) {
+  float found;
+  std::memcpy(&found, &bits, 4);
+  return found;
+}
+
+LIFECYCLE_INLINE v16f dot(v16f acc, v16f values, float value) { return acc + values * value; }
+
+// acc + the sums of two products each, of pairs of bfloat16s with a pair that all lanes share.
+LIFECYCLE_INLINE v16f dot(v16f acc, v16i pairs, uint32_t pair) {
+#if LIFECYCLE_BF16
+  return (v16f)_mm512_dpbf16_ps((__m512)acc, (__m512bh)pairs, (__m512bh)_mm512_set1_epi32((int32_t)pair));
+#else
+  constexpr int32_t kHigh = -65536;
+  acc += (v16f)(pairs & kHigh) * float_of(pair & (uint32_t)kHigh);
+  return acc + (v16f)(pairs << 16) * float_of(pair << 16);
+#endif
+}
+
+// 32 values as pairs of bfloat16s, the nearest ones, halves to even, the first of a pair in its low half.
+LIFECYCLE_INLINE v16i as_pairs(v16f first, v16f second) {
+#if LIFECYCLE_BF16
+  return (v16i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+#else
+  uint32_t values[2 * kLanes];
+  store(values, first);
+  store(values + kLanes, second);
+  v16i pairs;
+  for (int i = 0; i < 2 * kLanes; ++i) {
+    uint32_t& bits = values[i];
+    bits = (bits & 0x7fffffff) > 0x7f800000 ? bits | 0x400000 : bits + 0x7fff + (bits >> 16 & 1);
+  }
+  for (int i = 0; i < kLanes; ++i) pairs[i] = (int32_t)(values[2 * i] >> 16 | (values[2 * i + 1] & 0xffff0000));
+  return pairs;
+#endif
+}
+
+// An even number of them.
+inline void as_pairs(const float* x, size_t count, uint32_t* pairs) {
+  for (size_t k = 0; k < count; k += 2 * kLanes) {
+    const size_t left = count - k;
+    const v16f first = some(x + k, left), second = left > kLanes ? some(x + k + kLanes, left - kLanes) : v16f{};
+    put(pairs + k / 2, as_pairs(first, second), left / 2);
+  }
 }
 
 // x * 2^n of whole numbers n from -127 on.
