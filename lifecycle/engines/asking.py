@@ -1,8 +1,9 @@
 """When a draft model is asked, so that it gains much or costs little.
 
-What it costs and what its guesses save is measured. It may lose a small share of the engine's time and no more:
-out of that share come the first guesses, texts that are computed in the hope of guesses, and a guess now and
-then where none would pay, since texts change.
+What it costs and what its guesses save is measured, the time to weigh that included. It may lose a small share of the
+engine's time and no more: out of that share come texts that are computed in the hope of guesses, and a guess now and
+then where none would pay, since texts change. Until that share has come together it may lose a little for guesses that
+are expected to pay.
 """
 
 from __future__ import annotations
@@ -12,21 +13,28 @@ from typing import NamedTuple
 
 from lifecycle.engines.base import EngineOptions
 from lifecycle.engines.draft_model import NEAR, DraftModel, ModelTally
-from lifecycle.engines.drafts import Offer, Record, choose_lengths
+from lifecycle.engines.drafts import AskCosts, Offer, Record, choose_lengths
 from lifecycle.engines.pace import Pace
 from lifecycle.engines.state import RequestState
 
 _SHARE = 0.015
 """Of the engine's time that the model may lose."""
 _START, _MOST = 0.25, 5.0
-"""Seconds that it may lose before it has gained any, and at a time."""
-_PLAIN_EVERY = 64
-"""Steps after which one is made without it: what that takes is what guesses are measured by."""
+"""Seconds that it may lose before it has gained any, for guesses that seem to pay, and at a time."""
+_PLAIN_EVERY, _CLOSE_EVERY, _CLOSE = 64, 32, 0.3
+"""Steps after which some are made without it: what they take is what guesses are measured by, and it grows with the
+texts. More often where guesses are expected to save less than such a share of a step."""
+_PLAIN = 3
+"""Those steps. The first counts for nothing: behind the draft model one takes some 6 to 15 % longer, since it has been
+in the processor's caches."""
+_LONGEST_REST = 15
+"""Steps without weighing guesses, once they have not been worth it for some time."""
 _LEAST = 0.1
-"""Share of a step that guesses have to save. Less may be an error of the measurement: a step without guesses takes some
-6 % longer where the draft model has run before it, so guesses seem to save more than they do."""
+"""Share of a step that guesses have to save. Less may be an error of the measurement."""
 _LONG = 64
 """Tokens that a request is expected to bring yet; if it has brought more, so many."""
+_OUTLIER = 3.0
+"""A step counts as at most so many times what it takes without guesses: a machine may be busy for a moment."""
 _MARGIN = 2.0
 """How many times what a text costs to compute it has to save, since nobody knows how long it will be."""
 
@@ -43,6 +51,8 @@ class _Asked(NamedTuple):
     seconds: float
     num_right: int
     """Right guesses of all steps before."""
+    step_seconds: float | None = None
+    """Of that step, once it is over."""
 
 
 class Asking:
@@ -50,12 +60,18 @@ class Asking:
 
     def __init__(self, model: DraftModel, options: EngineOptions) -> None:
         self.model, self.tally = model, ModelTally()
+        self.costs = AskCosts(model.ask_seconds, Pace())
         self._chunk = options.prefill_chunk
-        self._balance = _START
+        self._balance = 0.0
         self._counted = 0.0
         """Seconds of the engine that have been added to it."""
         self._asked: _Asked | None = None
         self._since_plain = 0
+        self._saved = 0.0
+        """Share of a step that guesses were last expected to save."""
+        self._rest = self._resting = 0
+        self._is_behind = False
+        """Whether the model has run before this step or the last one."""
 
     def begin(self, pace: Pace, *, is_alone: bool) -> bool:
         """Before each step: count what the last one has gained; whether the model may be asked now.
@@ -63,17 +79,42 @@ class Asking:
         who decodes beside them saves none by guesses."""
         self._balance += _SHARE * (pace.seconds - self._counted)
         self._counted = pace.seconds
+        self._is_behind = self._asked is not None
         if self._asked is not None:
             self._balance += self._gained(self._asked, pace)
             self._since_plain += 1
         self._balance = min(self._balance, _MOST)
         self._asked = None
-        if self._since_plain >= _PLAIN_EVERY:
-            self._since_plain = 0
+        every = _CLOSE_EVERY if self._saved < _CLOSE else _PLAIN_EVERY
+        if self._since_plain >= every:
+            self._since_plain += 1
+            if self._since_plain >= every + _PLAIN:
+                self._since_plain = 0
             return False
-        # With nothing to lose none is asked for, and nothing need be weighed.
-        able = self.model.is_working and self._balance > 0
+        if self._resting:
+            self._resting -= 1
+            return False
+        # Where no guess can be paid for, nothing need be weighed.
+        able = self.model.is_working and self._left >= self.model.ask_seconds(1)
         return is_alone and able and pace.decode_seconds(1) is not None
+
+    def note(self, num_decode: int, num_prompt: int, seconds: float) -> bool:
+        """Take note of a step; whether it is one of those that the model has made longer, by which no other should be
+        measured."""
+        if self._asked is not None:
+            self._asked = self._asked._replace(step_seconds=seconds)
+            if self._asked.num_guessed and not num_prompt:
+                self.costs.pace.note(num_decode, 0, seconds)
+        return self._is_behind and not num_prompt
+
+    def charge(self, seconds: float) -> None:
+        """Count what it took to decide whom to ask."""
+        self._balance -= seconds
+
+    @property
+    def _left(self) -> float:
+        """What may be spent on guesses that seem to pay."""
+        return self._balance + _START
 
     def offer(self, state: RequestState, most: int) -> Offer:
         """What the model could guess for a request that wants `most` tokens."""
@@ -96,15 +137,19 @@ class Asking:
             num_other: guesses in it that are not the model's.
         """
         plain = pace.decode_seconds(num_decode) or 0.0
-        chosen = self._worth_it(wanted, saved) if saved * num_decode >= _LEAST * plain else ()
+        self._saved = saved * num_decode / plain if plain else 0.0
+        chosen = self._worth_it(wanted, saved) if self._saved >= _LEAST else ()
         chosen = chosen or self._trial(wanted, num_decode, pace)
         guesses: list[list[int]] = []
+        self._rest = 0 if chosen else min(2 * self._rest + 1, _LONGEST_REST)
+        self._resting = self._rest
         if chosen:
             before, right = self.model.pace.seconds, self.tally.right
             guesses = self.model.propose(chosen, self._room(num_decode, pace))
             num_guessed = sum(map(len, guesses))
             seconds = self.model.pace.seconds - before
             self._asked = _Asked(num_decode, num_other, num_guessed, seconds, right)
+            self._is_behind = True
         for (state, _), guess in zip(chosen, guesses, strict=True):
             state.draft, state.guesser = guess, state.asked
         for state, _ in wanted:
@@ -115,13 +160,13 @@ class Asking:
         """Seconds that the guesses have saved."""
         plain, count = pace.decode_seconds(asked.num_decode) or 0.0, asked.num_decode
         base = pace.decode_seconds(count + asked.num_other) or 0.0
-        longer = (pace.decode_seconds(count + asked.num_other + asked.num_guessed) or 0.0) - base
+        longer = min(asked.step_seconds or base, _OUTLIER * base) - base
         right = self.tally.right - asked.num_right
         return right * plain / count - longer - asked.seconds
 
     def _worth_it(self, wanted: Wanted, saved: float) -> Wanted:
         """Those whose text is computed already, or costs less than it will save."""
-        budget = self._balance
+        budget = self._left
         chosen: list[tuple[RequestState, int]] = []
         for state, length in wanted if budget > 0 else ():
             late = self.model.behind(state)
@@ -134,17 +179,18 @@ class Asking:
     def _trial(self, wanted: Wanted, num_decode: int, pace: Pace) -> Wanted:
         """One guess for the request for which it costs least, once there is time to lose for it."""
         able = [state for state, _ in wanted if self.offer(state, 1).most]
-        if not able or self._balance <= 0:
+        if not able or self._balance < 0:
             return []
         state = min(able, key=self.model.behind)
-        at_best = [Offer(1.0, self.offer(state, NEAR).most, is_asked=True)]
-        if not any(choose_lengths(at_best, num_decode, pace, self.model.ask_seconds).lengths):
-            return []
         late = self.model.behind(state) * self.model.pace.prompt_token_seconds
         plain = pace.decode_seconds(num_decode) or 0.0
-        longer = (pace.decode_seconds(num_decode + 1) or 0.0) - plain
-        cost = late + self.model.ask_seconds(1) + max(longer, 0.0)
-        return [(state, 1)] if cost <= self._balance else []
+        behind = self.costs.pace.decode_seconds(num_decode + 1)
+        longer = (behind or pace.decode_seconds(num_decode + 1) or 0.0) - plain
+        if late + self.model.ask_seconds(1) + max(longer, 0.0) > self._balance:
+            return []
+        at_best = [Offer(1.0, self.offer(state, NEAR).most, is_asked=True)]
+        best = choose_lengths(at_best, num_decode, pace, self.costs)
+        return [(state, 1)] if any(best.lengths) else []
 
     def _room(self, num_decode: int, pace: Pace) -> int:
         """Tokens of late texts that a step may compute: as prompts, they must not hold the others up."""

@@ -378,7 +378,7 @@ class BatchedEngine(Engine):
             self._forget_old(state)
         self._steps += 1
         self._prompt_tokens += num_prompt
-        self._pace.note(num_decode, num_prompt, seconds)
+        self._speculation.note(self._pace, num_decode, num_prompt, seconds)
 
     def _forget_old(self, state: RequestState) -> None:
         """Give back the memory of what no token looks back on any more, now and then."""

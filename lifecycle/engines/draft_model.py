@@ -139,15 +139,17 @@ class DraftModel:
                 num_late += len(row.tokens) if len(row.tokens) > NEAR else 0
                 asked += [place] * row.num_logits
                 rows.append(row)
+        begun = time.perf_counter()
         while rows:
-            begun = time.perf_counter()
             logits = self._backend.forward(rows)
             chosen = zip(asked, logits, strict=True)
             asked = [place for place, row in chosen if _guess(*wanted[place], row, guesses[place])]
             num_tokens = sum(len(row.tokens) for row in rows)
-            self.pace.note(num_tokens - num_late, num_late, time.perf_counter() - begun)
-            num_late = 0
             rows = [self._guess_row(wanted[place][0], guesses[place][-1]) for place in asked]
+            # What is done with the logits counts too.
+            now = time.perf_counter()
+            self.pace.note(num_tokens - num_late, num_late, now - begun)
+            num_late, begun = 0, now
 
     def _next_row(self, state: RequestState, room: int) -> Row | None:
         """What comes next of a text, in `room` tokens if it is far behind; None if that is nothing."""

@@ -8,6 +8,7 @@ is the same with and without, greedy or drawn, but for what last bits of logits 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from heapq import heapify, heappop, heapreplace
 from typing import NamedTuple
 
 from lifecycle.engines.pace import Pace
@@ -105,41 +106,52 @@ class Lengths(NamedTuple):
     """Seconds that this is expected to save for each token of the step."""
 
 
+class AskCosts(NamedTuple):
+    """What guesses of a draft model cost."""
+
+    ask_seconds: Callable[[int], float]
+    """To guess one more token for each of so many requests."""
+    pace: Pace
+    """Of steps behind the draft model, which has been in the processor's caches."""
+
+
 def choose_lengths(
-    offers: Sequence[Offer],
-    num_decode: int,
-    pace: Pace,
-    ask_seconds: Callable[[int], float | None] | None = None,
+    offers: Sequence[Offer], num_decode: int, pace: Pace, costs: AskCosts | None = None
 ) -> Lengths:
     """How many tokens to guess for each request, so that the step gives the most tokens per second.
 
     Args:
         offers: of the requests for which something can be guessed.
         num_decode: tokens of the step without guesses; each gives one.
-        ask_seconds: what the draft model takes to guess one token for so many requests.
+        costs: of the draft model, where it may be asked.
     """
     lengths, best = [0] * len(offers), [0] * len(offers)
     seconds = pace.decode_seconds(num_decode)
     if seconds is None:
         return Lengths(best, 0.0)
     plain = least = seconds / num_decode
-    chances, given = [offer.acceptance for offer in offers], float(num_decode)
+    # The likeliest guess that is left first; each is less likely than the one before it.
+    left = [(-offer.acceptance, i) for i, offer in enumerate(offers) if offer.most]
+    heapify(left)
+    given, tokens = float(num_decode), num_decode
     asking, asked = list[int](), 0.0
-    for tokens in range(num_decode + 1, num_decode + sum(offer.most for offer in offers) + 1):
-        # The likeliest guess that is left; each is less likely than the one before it.
-        left = (i for i, offer in enumerate(offers) if lengths[i] < offer.most)
-        i = max(left, key=chances.__getitem__)
-        if offers[i].is_asked and ask_seconds is not None:
+    while left:
+        chance, i = left[0]
+        tokens += 1
+        if offers[i].is_asked and costs is not None:
             if lengths[i] == len(asking):
                 asking.append(0)
-            before = ask_seconds(asking[lengths[i]]) or 0.0
+            before = costs.ask_seconds(asking[lengths[i]])
             asking[lengths[i]] += 1
-            asked += (ask_seconds(asking[lengths[i]]) or 0.0) - before
+            asked += costs.ask_seconds(asking[lengths[i]]) - before
         lengths[i] += 1
-        given += chances[i]
-        chances[i] *= offers[i].acceptance
-        seconds = pace.decode_seconds(tokens)
-        assert seconds is not None
+        given -= chance
+        if lengths[i] < offers[i].most:
+            heapreplace(left, (chance * offers[i].acceptance, i))
+        else:
+            heappop(left)
+        seconds = costs.pace.decode_seconds(tokens) if costs is not None and asking else None
+        seconds = seconds or pace.decode_seconds(tokens) or 0.0
         if (seconds + asked) / given < least:
             least, best = (seconds + asked) / given, lengths.copy()
     return Lengths(best, plain - least)

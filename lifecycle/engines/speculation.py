@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 
 from lifecycle.engines.asking import Asking
@@ -44,13 +45,12 @@ class Speculation:
         decoding = [state for state in states if not (state.is_prefilling or state.is_behind)]
         if not self._most or not decoding:
             return
-        asking = self._asking
+        asking, begun = self._asking, time.perf_counter()
         if asking is not None and not asking.begin(pace, is_alone=len(decoding) == len(states)):
             asking = None
         offers = [self._offer(state, asking) for state in decoding]
         num_decode = sum(len(state.tokens) - state.num_computed for state in decoding)
-        ask_seconds = asking.model.ask_seconds if asking is not None else None
-        lengths, saved = choose_lengths(offers, num_decode, pace, ask_seconds)
+        lengths, saved = choose_lengths(offers, num_decode, pace, asking and asking.costs)
         wanted: list[tuple[RequestState, int]] = []
         for state, offer, length in zip(decoding, offers, lengths, strict=True):
             if offer.is_asked:
@@ -61,8 +61,18 @@ class Speculation:
             if state.lookup is not None and offer.most and not state.draft:
                 state.lookup.rest()
         if asking is not None and wanted:
+            before = asking.model.pace.seconds
             num_other = sum(len(state.draft) for state in decoding)
             asking.ask(wanted, saved, num_decode, num_other, pace)
+            computed = asking.model.pace.seconds - before
+            asking.charge(time.perf_counter() - begun - computed)
+
+    def note(self, pace: Pace, num_decode: int, num_prompt: int, seconds: float) -> None:
+        """Take note of how long the step took that the drafts were for, as `Pace.note`."""
+        if self._asking is None or not self._asking.note(num_decode, num_prompt, seconds):
+            pace.note(num_decode, num_prompt, seconds)
+        else:
+            pace.seconds += seconds
 
     def release(self, slot: int) -> None:
         """Take note of a slot whose request has left it."""

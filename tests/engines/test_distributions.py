@@ -24,6 +24,7 @@ from transformers import (
     TypicalLogitsWarper,
 )
 
+from lifecycle.engines import asking
 from lifecycle.engines.base import SamplingParams
 from lifecycle.engines.draft_model import Draft, DraftModel
 from lifecycle.engines.pace import Pace
@@ -163,6 +164,7 @@ def always(monkeypatch: pytest.MonkeyPatch) -> None:
     """Guesses take no time, so that as many are made as may be."""
     monkeypatch.setattr(Pace, "decode_seconds", lambda self, num_tokens: 1.0)
     monkeypatch.setattr(DraftModel, "ask_seconds", lambda self, num_requests: 0.0)
+    monkeypatch.setattr(asking, "_LONGEST_REST", 0)
 
 
 # Whatever comes behind its end has come before, and 5 and 6 after that.

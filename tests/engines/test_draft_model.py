@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lifecycle.engines import speculation
+from lifecycle.engines import asking, speculation
 from lifecycle.engines.base import EngineOptions, Generation, Request, SamplingParams
 from lifecycle.engines.batched import BatchedEngine
 from lifecycle.engines.decoder import DecoderInfo
@@ -169,6 +169,7 @@ def always(monkeypatch: pytest.MonkeyPatch) -> None:
     StepClock(monkeypatch)
     monkeypatch.setattr(Pace, "decode_seconds", lambda self, num_tokens: 1.0)
     monkeypatch.setattr(DraftModel, "ask_seconds", lambda self, num_requests: 0.0)
+    monkeypatch.setattr(asking, "_LONGEST_REST", 0)
 
 
 REQUESTS = [
