@@ -52,11 +52,11 @@ class Watched:
         self._expect_held(slot, stop)
         return self._backend.read_cache(slot, start, stop)
 
-    def write_cache(self, slot: int, start: int, block: Block) -> None:
+    def write_cache(self, slot: int, start: int, block: Block, count: int | None = None) -> None:
         """As `CacheBackend.write_cache`."""
         self._expect_held(slot, start)
-        self.held[slot] = start + block.shape[2]
-        self._backend.write_cache(slot, start, block)
+        self.held[slot] = start + (block.shape[2] if count is None else count)
+        self._backend.write_cache(slot, start, block, count)
 
     def copy_cache(self, source: int, target: int, stop: int) -> None:
         """As `CacheBackend.copy_cache`."""

@@ -115,8 +115,8 @@ class CacheBackend(Backend, Protocol):
         """A copy of what a slot holds of its tokens `start` to `stop`."""
         ...
 
-    def write_cache(self, slot: int, start: int, block: Block) -> None:
-        """Put such a copy into a slot, from its token `start` on."""
+    def write_cache(self, slot: int, start: int, block: Block, count: int | None = None) -> None:
+        """Put such a copy, or its first `count` tokens, into a slot, from its token `start` on."""
         ...
 
     def copy_cache(self, source: int, target: int, stop: int) -> None:

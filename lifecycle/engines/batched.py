@@ -62,6 +62,7 @@ class BatchedEngine(Engine):
         long_context: int | None = None,
         sliding_window: int | None = None,
         has_prompt_graph: bool = False,
+        cuts_freely: bool = False,
         draft: Draft | None = None,
     ) -> None:
         """
@@ -69,6 +70,7 @@ class BatchedEngine(Engine):
             long_context: texts of more tokens are long (see `Row.is_long`).
             sliding_window: tokens that every layer looks back on at most; None if some layer sees all.
             has_prompt_graph: whether `backend` computes the tokens of prompts by a graph of their own.
+            cuts_freely: whether a token gets the same bits from `backend` however its text is cut.
             draft: a model that guesses; with one, `backend` takes rows that begin before the end of what
                 their slot holds also where its cache cannot be copied.
         """
@@ -89,7 +91,7 @@ class BatchedEngine(Engine):
         self._prefixes: PrefixCache | None = None
         if options.prefix_cache_bytes and self._cache is not None:
             budget, chunk = options.prefix_cache_bytes, options.prefill_chunk
-            self._prefixes = PrefixCache(budget, chunk, self._cache)
+            self._prefixes = PrefixCache(budget, chunk, self._cache, cuts_freely=cuts_freely)
         self._max_cache_tokens = self._cache_limit()
         self._scheduler = self._make_scheduler()
         self._deadlines = Deadlines(self._scheduler)

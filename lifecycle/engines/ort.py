@@ -36,6 +36,7 @@ from lifecycle.engines.draft_pair import check_pair
 from lifecycle.engines.layout import Inputs, advance, pack
 from lifecycle.engines.limits import context_length
 from lifecycle.engines.native.library import kernels_for
+from lifecycle.engines.native.swap import computes_by_token
 from lifecycle.engines.ort_session import (
     CACHE_TYPES,
     cache_names,
@@ -86,6 +87,7 @@ class OnnxEngine(BatchedEngine):
             long_context=info.long_context,
             sliding_window=info.sliding_window,
             has_prompt_graph=info.prefill_scheme is not None,
+            cuts_freely=_cuts_freely(path, info, options, kernels),
             draft=_draft(path, info, options, max_model_len, providers),
         )
         engine.kernels = "onnxruntime" if kernels is None else "native"
@@ -223,8 +225,8 @@ class OrtBackend:
     def read_cache(self, slot: int, start: int, stop: int) -> Block:
         return self.cache.read(slot, start, stop)
 
-    def write_cache(self, slot: int, start: int, block: Block) -> None:
-        self.cache.write(slot, start, block)
+    def write_cache(self, slot: int, start: int, block: Block, count: int | None = None) -> None:
+        self.cache.write(slot, start, block if count is None else block[:, :, :count])
 
     def copy_cache(self, source: int, target: int, stop: int) -> None:
         self.cache.copy(source, target, stop)
@@ -277,6 +279,16 @@ def _backend(
         return session
 
     return OrtBackend(open_graph, info, options, max_model_len, layout)
+
+
+def _cuts_freely(
+    path: Path, info: DecoderInfo, options: EngineOptions, kernels: Path | None
+) -> bool:
+    """Whether our kernels compute all of a model that depends on how a text is cut; only the prefix cache asks."""
+    if kernels is None or not options.prefix_cache_bytes:
+        return False
+    graphs = [GRAPH] if info.prefill_scheme is None else [GRAPH, PREFILL_GRAPH]
+    return all(computes_by_token((path / graph).read_bytes()) for graph in graphs)
 
 
 def _kernels(options: EngineOptions, providers: Sequence[str]) -> Path | None:

@@ -1,27 +1,51 @@
 """Keys and values of how prompts begin, kept for prompts that begin alike: a system prompt that many
 requests share, or a conversation that goes on.
 
-A prompt is kept in whole chunks, as the engine computes it anyway, each under a hash of all tokens up
-to its end. So what a request finds is to the last bit what it would have computed.
+A prompt is kept in chunks, as the engine computes it anyway, each under a hash of all tokens up to its end. So what
+a request finds is to the last bit what it would have computed. Where a token gets the same bits however its text is
+cut, what a prompt has beyond its last whole chunk is kept too, and of a chunk whatever two prompts have in common is
+taken.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from hashlib import blake2b
+from typing import NamedTuple
 
 import numpy as np
 
 from lifecycle.engines.backend import COPY_ERRORS, Block, CacheBackend, Row
 from lifecycle.engines.state import RequestState
 
+_LEAST = 16
+"""Tokens of a part of a chunk that are worth a copy."""
+_MOST_TRIED = 8
+"""Blocks that begin alike, of which the one that has most in common with a text is looked for."""
+
+
+class _Kept(NamedTuple):
+    """A chunk, or the end of a prompt."""
+
+    block: Block
+    tokens: list[int]
+    family: bytes | None
+    """Of those that begin alike, where parts of it may be taken."""
+
 
 class PrefixCache:
     """Blocks of one chunk each under a budget of bytes; the least recently used go first."""
 
-    def __init__(self, budget: int, chunk: int, backend: CacheBackend) -> None:
+    def __init__(
+        self, budget: int, chunk: int, backend: CacheBackend, *, cuts_freely: bool = False
+    ) -> None:
+        """`cuts_freely` says that what a token gets does not depend on how its text is cut."""
         self._budget, self._chunk, self._backend = budget, chunk, backend
-        self._blocks: OrderedDict[bytes, Block] = OrderedDict()
+        self._cuts_freely = cuts_freely
+        self._blocks: OrderedDict[bytes, _Kept] = OrderedDict()
+        self._families: dict[bytes, list[bytes]] = {}
+        """Keys of blocks with the same text before them and the same first tokens; the latest last."""
         self.num_bytes = 0
         """Held now."""
         self.hit_tokens = 0
@@ -34,17 +58,17 @@ class PrefixCache:
         token at least is left to compute: the logits after it are needed."""
         found: list[bytes] = []
         chunk, most = self._chunk, min(state.first_logit, state.num_prompt)
-        while (start := state.num_computed) % chunk == 0 and start + chunk <= most:
-            key = self._key(state, start // chunk)
-            if key not in self._blocks:
+        while (start := state.num_computed) % chunk == 0 and start < most:
+            key, count = self._longest(state, start, min(start + chunk, most))
+            if key is None:
                 break
             try:
-                self._backend.write_cache(state.slot, start, self._blocks[key])
+                self._backend.write_cache(state.slot, start, self._blocks[key].block, count)
             except COPY_ERRORS:
                 break
-            state.num_computed += chunk
-            state.num_cached += chunk
-            self.hit_tokens += min(chunk, max(state.num_computed - state.num_seen, 0))
+            state.num_computed += count
+            state.num_cached += count
+            self.hit_tokens += min(count, max(state.num_computed - state.num_seen, 0))
             found.append(key)
         # A chunk is of no use without those before it, so it has to be the first to go.
         for key in reversed(found):
@@ -53,10 +77,12 @@ class PrefixCache:
     def keep(self, state: RequestState, row: Row) -> None:
         """Keep the chunk that a step has just ended, if it was one of a prompt."""
         stop = row.start + len(row.tokens)
-        start = stop - self._chunk
-        if stop % self._chunk or stop > state.num_prompt:
+        start = (stop - 1) // self._chunk * self._chunk
+        is_end = self._cuts_freely and stop == state.num_prompt and stop - start >= _LEAST
+        if stop > state.num_prompt or (stop % self._chunk and not is_end):
             return
-        key = self._key(state, start // self._chunk)
+        tokens = state.tokens[start:stop]
+        key = self._key(state, start // self._chunk, tokens)
         if key in self._blocks:
             return
         try:
@@ -67,30 +93,76 @@ class PrefixCache:
         is_broken = block.dtype.kind == "f" and not np.isfinite(block).all()
         if is_broken or block.nbytes > self._budget:
             return
-        self._blocks[key] = block
-        self.num_bytes += block.nbytes
+        self._add(key, _Kept(block, tokens, self._family(state, start, tokens)))
         for earlier in reversed(state.prefix_keys[: start // self._chunk]):
             if earlier in self._blocks:
                 self._blocks.move_to_end(earlier)
         while self.num_bytes > self._budget:
-            _, block = self._blocks.popitem(last=False)
-            self.num_bytes -= block.nbytes
+            self._remove(next(iter(self._blocks)))
 
     def clear(self) -> None:
         """Forget all."""
         self._blocks.clear()
+        self._families.clear()
         self.num_bytes = 0
 
-    def _key(self, state: RequestState, number: int) -> bytes:
-        """Of a chunk of a request's text: of its tokens and all before them, and of all else that the
-        cache depends on."""
+    def _longest(self, state: RequestState, start: int, stop: int) -> tuple[bytes | None, int]:
+        """The block that has most of a request's tokens from the beginning of a chunk up to `stop`, and how many."""
+        tokens = state.tokens[start:stop]
+        if len(tokens) == self._chunk:
+            key = self._key(state, start // self._chunk, tokens)
+            if key in self._blocks:
+                return key, self._chunk
+        family = self._family(state, start, tokens)
+        if family is None:
+            return None, 0
+        alike = self._families.get(family, [])[-_MOST_TRIED:]
+        counts = {key: _common(self._blocks[key].tokens, tokens) for key in alike}
+        best = max(counts, key=counts.__getitem__, default=None)
+        return (best, counts[best]) if best is not None and counts[best] >= _LEAST else (None, 0)
+
+    def _add(self, key: bytes, kept: _Kept) -> None:
+        self._blocks[key] = kept
+        self.num_bytes += kept.block.nbytes
+        if kept.family is None:
+            return
+        alike = self._families.setdefault(kept.family, [])
+        for other in list(alike):
+            # A conversation that has gone on: all that it was is in what it is now.
+            if _common(self._blocks[other].tokens, kept.tokens) == len(self._blocks[other].tokens):
+                self._remove(other)
+        self._families.setdefault(kept.family, alike).append(key)
+
+    def _remove(self, key: bytes) -> None:
+        kept = self._blocks.pop(key)
+        self.num_bytes -= kept.block.nbytes
+        if kept.family is not None:
+            alike = self._families[kept.family]
+            alike.remove(key)
+            if not alike:
+                del self._families[kept.family]
+
+    def _family(self, state: RequestState, start: int, tokens: Sequence[int]) -> bytes | None:
+        """What blocks have in common of which one may have a part of `tokens`; None if none may."""
+        if not self._cuts_freely or len(tokens) < _LEAST:
+            return None
+        return _digest(self._before(state, start // self._chunk), tokens[:_LEAST])
+
+    def _key(self, state: RequestState, number: int, tokens: Sequence[int]) -> bytes:
+        """Of a chunk of a request's text, or of its first tokens: of those and all before them, and of all else that
+        the cache depends on."""
+        if len(tokens) < self._chunk:
+            return _digest(self._before(state, number), tokens)
+        return self._before(state, number + 1)
+
+    def _before(self, state: RequestState, number: int) -> bytes:
+        """The key of all before a chunk."""
         keys = state.prefix_keys
-        while len(keys) <= number:
-            before = keys[-1] if keys else _root(state)
+        while len(keys) < number:
             start = len(keys) * self._chunk
-            tokens = np.array(state.tokens[start : start + self._chunk], np.int64)
-            keys.append(blake2b(before + tokens.tobytes(), digest_size=16).digest())
-        return keys[number]
+            before = keys[-1] if keys else _root(state)
+            keys.append(_digest(before, state.tokens[start : start + self._chunk]))
+        return keys[number - 1] if number else _root(state)
 
 
 def _root(state: RequestState) -> bytes:
@@ -99,3 +171,17 @@ def _root(state: RequestState) -> bytes:
     salt = state.request.cache_salt.encode(errors="surrogatepass")
     head = f"{state.adapter} {state.is_long} {len(salt)} ".encode()
     return blake2b(head + salt, digest_size=16).digest()
+
+
+def _digest(before: bytes, tokens: Sequence[int]) -> bytes:
+    return blake2b(before + np.array(tokens, np.int64).tobytes(), digest_size=16).digest()
+
+
+def _common(left: Sequence[int], right: Sequence[int]) -> int:
+    """How many tokens two texts begin with alike."""
+    count = 0
+    for a, b in zip(left, right, strict=False):
+        if a != b:
+            break
+        count += 1
+    return count

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lifecycle.engines.base import EngineOptions, Request, SamplingParams
+from lifecycle.engines.base import EngineOptions, Event, Request, SamplingParams
+from lifecycle.engines.decoder import DecoderInfo
 from lifecycle.engines.ort import OnnxEngine
 from lifecycle.errors import EngineError
+from lifecycle.graph.blockwise import Blockwise
+from lifecycle.graph.cache import calibrate_cache
+from lifecycle.graph.calibration import Calibration
+from lifecycle.graph.int8 import Int8Rowwise
+from lifecycle.graph.quantize import Scheme, quantize_graph
 from tests.engines.conftest import Model
 from tests.engines.toy import ToyEngine, continuation
 
@@ -164,35 +174,127 @@ def test_what_is_generated_is_not_kept() -> None:
     assert engine.prefix_cache is not None and engine.prefix_cache.num_bytes == 3 * 8
 
 
+def free_toy(budget: int = 1000 * BLOCK) -> ToyEngine:
+    """One whose prompts may be cut anywhere."""
+    return ToyEngine.make(3, 200, 32, cuts_freely=True, prefix_cache_bytes=budget)
+
+
+def test_what_prompts_have_in_common_is_computed_once() -> None:
+    engine = free_toy()
+    text = [1 + n * n % 7 for n in range(120)]
+    assert run(engine, text[:84])[1] == 84
+    other = [9] * 30
+    for prompt, left in (
+        (text[:84], 1),  # the last token gives the logits
+        (text[:82], 1),  # the beginning of its end
+        (text[:70], 6),  # too little to copy
+        ([*text[:80], *other], 30),  # in common with what is no whole chunk
+        ([*text[:60], *other], 30),  # in common within a whole chunk
+        ([*text[:79], *other], 45),
+        (text[:116], 32),
+    ):
+        output, computed = run(engine, prompt)
+        assert computed == left
+        assert output == run(free_toy(0), prompt)[0]
+    assert run(engine, text[:84], "salt")[1] == 84
+
+
+def test_a_conversation_that_goes_on_is_kept_once() -> None:
+    engine = free_toy()
+    text = [1 + n * n % 7 for n in range(40)]
+    for end in (16, 24, 31, 32):
+        run(engine, text[:end])
+        assert engine.prefix_cache is not None and engine.prefix_cache.num_bytes == 8 * end
+    # Shorter than what is there, and too short by itself.
+    run(engine, text[:20])
+    run(engine, text[:15])
+    assert engine.prefix_cache.num_bytes == 8 * (32 + 20)
+
+
+def test_the_budget_holds_for_ends_of_prompts() -> None:
+    engine = free_toy(budget=8 * 100)
+    cache = engine.prefix_cache
+    assert cache is not None
+    for n in range(1, 9):
+        run(engine, [n] * 50)
+        assert cache.num_bytes <= 8 * 100
+        assert run(engine, [n] * 50)[1] == 1
+    assert run(engine, [1] * 50)[1] == 50
+    cache.clear()
+    assert cache.num_bytes == 0 and run(engine, [8] * 50)[1] == 50
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    prompts=st.lists(
+        st.lists(st.integers(0, 40), max_size=3).map(lambda ends: sorted({1, *ends})),
+        min_size=1,
+        max_size=12,
+    ),
+    budget=st.integers(1, 200),
+)
+def test_parts_of_chunks_change_no_output(prompts: list[list[int]], budget: int) -> None:
+    """Prompts are made of pieces that begin alike, so that they part and meet anywhere in a chunk."""
+    engine = ToyEngine.make(2, 200, 20, cuts_freely=True, prefix_cache_bytes=budget * 8)
+    texts = [
+        [1 + (n * k) % 3 for k, end in enumerate(ends, 1) for n in range(end)] for ends in prompts
+    ]
+    found = engine.generate(texts, SamplingParams(max_tokens=6))
+    assert [list(each.token_ids) for each in found] == [continuation(t, 6) for t in texts]
+
+
 def test_a_negative_budget_is_refused(stories: Model) -> None:
     with pytest.raises(EngineError, match="prefix_cache_bytes is -1"):
         OnnxEngine.open(stories.graph, EngineOptions(prefix_cache_bytes=-1))
 
 
-def test_a_real_model_gives_the_same_bits(stories: Model) -> None:
-    """Logits of every step, with and without the cache, through slots that others have used."""
+def outputs(graph: Path, options: EngineOptions) -> tuple[list[Event], int]:
+    """What requests that share 70 tokens get, logits of every step with it, and how many tokens were found."""
     rng = np.random.default_rng(0)
     shared = rng.integers(3, 512, 70).tolist()
     prompts = [[*shared, *rng.integers(3, 512, n).tolist()] for n in (1, 9, 40, 26, 3)]
     params = SamplingParams(max_tokens=12, ignore_eos=True, logprobs=5)
-    found: list[list[object]] = []
-    for budget in (0, 1 << 24):
-        engine = OnnxEngine.open(
-            stories.graph, EngineOptions(2, 256, 1, 32, prefix_cache_bytes=budget)
-        )
-        for n, prompt in enumerate(prompts):
-            engine.submit(Request(str(n), prompt, params))
-        events: list[object] = []
-        while engine.num_running or engine.num_waiting:
-            events += [
-                e._replace(cached_tokens=0, queue_seconds=None)
-                for e in engine.step()
-                if e.token_id is not None
-            ]
-        found.append(sorted(events, key=lambda e: e.request_id))  # type: ignore[attr-defined]
-        if budget:
-            assert engine.prefix_cache is not None
-            # 64 of the 70 shared tokens for all but the first, and 96 of none.
-            assert engine.prefix_cache.hit_tokens == 4 * 64
-        engine.close()
-    assert found[0] == found[1]
+    engine = OnnxEngine.open(graph, options)
+    for n, prompt in enumerate(prompts):
+        engine.submit(Request(str(n), prompt, params))
+    events: list[Event] = []
+    while engine.num_running or engine.num_waiting:
+        events += [
+            e._replace(cached_tokens=0, queue_seconds=None)
+            for e in engine.step()
+            if e.token_id is not None
+        ]
+    hit_tokens = engine.stats.prefix_hit_tokens
+    engine.close()
+    return sorted(events, key=lambda e: e.request_id), hit_tokens
+
+
+def test_a_real_model_gives_the_same_bits(stories: Model) -> None:
+    """Through slots that others have used."""
+    expected, _ = outputs(stories.graph, EngineOptions(2, 256, 1, 32))
+    found, hit_tokens = outputs(
+        stories.graph, EngineOptions(2, 256, 1, 32, prefix_cache_bytes=1 << 24)
+    )
+    # 64 of the 70 shared tokens for all but the first, and 96 of none.
+    assert hit_tokens == 4 * 64
+    assert found == expected
+
+
+@pytest.mark.parametrize("cache_type", [None, "int8"])
+@pytest.mark.parametrize("scheme", [Int8Rowwise(8), Blockwise(32), Blockwise(64, bits=8)])
+def test_with_our_kernels_parts_of_chunks_give_the_same_bits(
+    stories: Model, tmp_path: Path, scheme: Scheme, cache_type: Literal["int8"] | None
+) -> None:
+    cache = None
+    if cache_type is not None:
+        texts = np.random.default_rng(1).integers(259, 512, (2, 64)).tolist()
+        calibration = Calibration(stories.graph, texts)
+        cache = calibrate_cache(calibration, DecoderInfo.load(stories.graph), cache_type)
+    quantize_graph(stories.graph, tmp_path, "test", scheme, cache=cache)
+    for chunk in (32, 128):
+        plain = EngineOptions(2, 256, 2, chunk, kernels="native")
+        expected, _ = outputs(tmp_path, plain)
+        found, hit_tokens = outputs(tmp_path, replace(plain, prefix_cache_bytes=1 << 24))
+        # All of them, but for those that began before the first prompt had ended.
+        assert hit_tokens >= 3 * 70
+        assert found == expected

@@ -89,10 +89,12 @@ class ToyBackend:
         assert len(text) == stop - start
         return np.array(text)
 
-    def write_cache(self, slot: int, start: int, block: NDArray[np.int64]) -> None:
+    def write_cache(
+        self, slot: int, start: int, block: NDArray[np.int64], count: int | None = None
+    ) -> None:
         text = self.texts.get(slot, [])[:start]
         assert len(text) == start
-        self.texts[slot] = text + block.tolist()
+        self.texts[slot] = text + block[:count].tolist()
 
     bytes_per_token = 8
 
@@ -136,6 +138,7 @@ class ToyEngine(BatchedEngine):
         backend: ToyBackend | None = None,
         draft: Draft | None = None,
         sliding_window: int | None = None,
+        cuts_freely: bool = False,
         **options: Any,
     ):
         """`options` are those of `EngineOptions`."""
@@ -148,6 +151,7 @@ class ToyEngine(BatchedEngine):
             eos_token_ids=frozenset({EOS}),
             long_context=long_context,
             sliding_window=sliding_window,
+            cuts_freely=cuts_freely,
             draft=draft,
         )
         engine.backend = backend

@@ -38,6 +38,22 @@ _ATTENTION_ATTRIBUTES = {
 _PRODUCT_ATTRIBUTES = {"K", "N", "bits", "block_size", "accuracy_level"}
 _STEP, _ZERO = "int8.step", "int8.zero"
 """What quantisation calls the scale and the zero of rounded rows."""
+_BY_TOKEN = {
+    "Add",
+    "Cast",
+    "Concat",
+    "Gather",
+    "GatherBlockQuantized",
+    "Mul",
+    "RMSNormalization",
+    "RotaryEmbedding",
+    "SimplifiedLayerNormalization",
+    "SkipSimplifiedLayerNormalization",
+    "Split",
+    "Squeeze",
+    "Unsqueeze",
+}
+"""Operators of ONNX Runtime that are known to compute each token by itself."""
 _LAST_AXIS = (-1, 2**64 - 1)
 """As it is, and as protobuf writes it."""
 _OWN_INPUTS = {ROWWISE: 4, BLOCKS: 6}
@@ -71,6 +87,16 @@ def swap(model: bytes) -> bytes:
         if node.is_a("Mul") and len(node.inputs) == 2:
             _swap_gate(graph, node)
     return graph.write(DOMAIN)
+
+
+def computes_by_token(model: bytes) -> bool:
+    """Whether, with our operators, a model gives a token the same bits whatever tokens are computed with it.
+
+    Raises:
+        ValueError, IndexError: it is no ONNX model.
+    """
+    nodes = Graph(swap(model)).nodes
+    return all(node.domain == DOMAIN or node.operator in _BY_TOKEN for node in nodes)
 
 
 def _swap_rowwise(graph: Graph, product: Node) -> None:
