@@ -25,7 +25,7 @@ Floats = NDArray[np.float32]
 _GREEDY_BELOW = 1e-5
 """A temperature below this divides a float32 into infinities; the limit it tends to is greedy."""
 
-_BLOCK, _FEW = 256, 1024
+_BLOCK, _COLUMN, _FEW = 256, 64, 1024
 
 
 class Choice(NamedTuple):
@@ -66,7 +66,8 @@ class Sampler:
             logits = self._adjust.apply(logits)
         if self._constraint is not None:
             logits = np.where(self._constraint.mask(), logits, np.float32(-np.inf))
-        if not (self.is_plain or isfinite(logits.max())):
+        is_changed = self._adjust is not None or self._constraint is not None
+        if is_changed and not isfinite(logits.max()):
             return None
         if self.is_greedy:
             token = int(logits.argmax())
@@ -188,14 +189,15 @@ def candidates(logits: Floats, params: SamplingParams) -> Candidates:
     What is filtered out is left behind as early as possible: every pass over a vocabulary costs a
     good part of what all else does.
     """
-    top, tokens = logits.max(), None
+    tokens = None
     if 0 < params.top_k < len(logits):
         tokens = _largest_tokens(logits, params.top_k)
     elif params.min_p > 0.0 and params.top_p == 1.0:
         # A little below, for the exact comparison is that of weights.
-        least = top + np.float32(params.temperature * (log(params.min_p) - 0.01))
+        least = logits.max() + np.float32(params.temperature * (log(params.min_p) - 0.01))
         tokens = np.flatnonzero(logits >= least)
-    weights = (logits if tokens is None else logits[tokens]) - top
+    left = logits if tokens is None else logits[tokens]
+    weights = left - left.max()
     weights /= np.float32(params.temperature)
     np.exp(weights, out=weights)
     if params.top_p < 1.0:
@@ -210,16 +212,34 @@ def candidates(logits: Floats, params: SamplingParams) -> Candidates:
 
 def _largest_tokens(logits: Floats, count: int) -> NDArray[np.int64]:
     """The `count` tokens of the largest logits; the lower of equals."""
-    tokens = np.arange(len(logits))
-    if count <= len(logits) // _BLOCK:
-        # As many blocks have a logit at least as large as this, so the largest are among those.
-        tops = np.maximum.reduceat(logits, np.arange(0, len(logits), _BLOCK))
-        tokens = np.flatnonzero(logits >= np.partition(tops, -count)[-count])
+    if count <= len(logits) // _COLUMN:
+        tokens = _largest_columns(logits, count)
+    else:
+        tokens = np.arange(len(logits))
     left = logits[tokens]
     least = np.partition(left, -count)[-count]
     is_kept: NDArray[np.bool_] = left > least
     is_kept[np.flatnonzero(left == least)[: count - np.count_nonzero(is_kept)]] = True
     return tokens[is_kept]
+
+
+def _largest_columns(logits: Floats, count: int) -> NDArray[np.int64]:
+    """A few more tokens than the `count` of the largest logits, in order, and all of these.
+
+    The logits are laid out in columns, which processors compare many of at once. As many columns have a logit at least
+    as large as a bound, so the largest are among theirs; what is left over belongs to none.
+    """
+    width = len(logits) // _COLUMN
+    whole = width * _COLUMN
+    table = logits[:whole].reshape(_COLUMN, width)
+    tops = table.max(axis=0)
+    bound = np.partition(tops, -count)[-count]
+    columns = np.flatnonzero(tops >= bound)
+    rows, places = np.divmod(np.flatnonzero(table[:, columns] >= bound), len(columns))
+    tokens = rows * width + columns[places]
+    if whole < len(logits):
+        tokens = np.concatenate([tokens, whole + np.flatnonzero(logits[whole:] >= bound)])
+    return tokens
 
 
 def _keep_largest(weights: Floats, count: int, least: np.float32) -> None:
@@ -234,10 +254,11 @@ def _keep_largest(weights: Floats, count: int, least: np.float32) -> None:
 def _keep_nucleus(weights: Floats, top_p: float) -> None:
     """Zero all but the fewest largest whose share is at least `top_p`."""
     total = float(weights.sum(dtype=np.float64))
-    # All weights below (1 - p) / n of the total have less than 1 - p of it together, so the
-    # nucleus lies among the others: often a few hundred to sort instead of a vocabulary.
-    likely = weights[weights >= np.float32((1.0 - top_p) * total / len(weights))]
-    count, left = 0, top_p * total
+    likely, count, left = weights, 0, top_p * total
+    if len(weights) > _FEW:
+        # All weights below (1 - p) / n of the total have less than 1 - p of it together, so the
+        # nucleus lies among the others: often a few hundred to sort instead of a vocabulary.
+        likely = weights[weights >= np.float32((1.0 - top_p) * total / len(weights))]
     # Where many are likely, halve them without sorting until few are left to sort.
     while len(likely) > _FEW:
         middle = len(likely) // 2
@@ -277,6 +298,9 @@ def _draw(weights: Floats, uniform: float) -> int:
     First the block, then the token in it: a running sum over a whole vocabulary takes longer
     than everything else that sampling does.
     """
+    if len(weights) <= _BLOCK:
+        shares = np.cumsum(weights, dtype=np.float64)
+        return _first_above(shares, uniform * float(shares[-1]))
     blocks = np.add.reduceat(weights, np.arange(0, len(weights), _BLOCK), dtype=np.float64)
     ends = np.cumsum(blocks)
     target = uniform * float(ends[-1])

@@ -141,6 +141,20 @@ def test_tokens_come_as_often_as_they_should(params: SamplingParams) -> None:
     assert chi_square < freedom + 5 * np.sqrt(2 * freedom)
 
 
+@pytest.mark.parametrize("vocab", [100, 129, 1000, 49_152, 50_257])
+def test_top_k_of_a_large_vocabulary(vocab: int) -> None:
+    """Ways that look at less than all tokens keep what a sort keeps, the lower ids among equals."""
+    rng = np.random.default_rng(vocab)
+    spread = rng.standard_normal(vocab).astype(np.float32)
+    masked = np.where(rng.random(vocab) < 0.7, np.float32(-np.inf), spread)
+    for logits in (spread, np.round(spread), masked):
+        for count in (1, 2, 40, 90):
+            weights = token_weights(logits, SamplingParams(temperature=1.0, top_k=count))
+            expected = np.lexsort((np.arange(vocab), -logits))[:count]
+            possible = expected[np.isfinite(logits[expected])]
+            assert np.array_equal(np.flatnonzero(weights), np.sort(possible))
+
+
 def test_a_seed_gives_the_same_tokens_beside_any_neighbours() -> None:
     logits = random_logits(1, rows=30)
     params = SamplingParams(temperature=1.0, seed=42)
