@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from lifecycle.engines import offline
 from lifecycle.engines.adapter_table import AdapterTable
-from lifecycle.engines.backend import COPY_ERRORS, Backend, CacheBackend, Row
+from lifecycle.engines.backend import Backend, CacheBackend, Row
 from lifecycle.engines.base import (
     AdapterWeights,
     Engine,
@@ -32,7 +32,7 @@ from lifecycle.engines.beams import Beam, BeamParams, start_searches
 from lifecycle.engines.deadlines import Deadlines
 from lifecycle.engines.draft_model import Draft, DraftModel
 from lifecycle.engines.embeddings import Pooling, check_texts, embed_texts
-from lifecycle.engines.limits import check_request, check_tokens
+from lifecycle.engines.limits import cache_limit, check_request, check_tokens
 from lifecycle.engines.pace import Pace
 from lifecycle.engines.prefix_cache import PrefixCache
 from lifecycle.engines.progress import Progress, failed
@@ -92,7 +92,8 @@ class BatchedEngine(Engine):
         if options.prefix_cache_bytes and self._cache is not None:
             budget, chunk = options.prefix_cache_bytes, options.prefill_chunk
             self._prefixes = PrefixCache(budget, chunk, self._cache, cuts_freely=cuts_freely)
-        self._max_cache_tokens = self._cache_limit()
+        per_token = self._cache.bytes_per_token if self._cache is not None else None
+        self._max_cache_tokens = cache_limit(options, max_model_len, per_token)
         self._scheduler = self._make_scheduler()
         self._deadlines = Deadlines(self._scheduler)
         self._adapters = AdapterTable(backend, lambda: self._scheduler.states())
@@ -132,7 +133,7 @@ class BatchedEngine(Engine):
         for state, row in batch:
             end = start + row.num_logits
             if end > start:
-                twins = self._share(state)
+                twins = self._scheduler.share(state)
                 events += self._tell(state, logits[start:end], best[start:end], tops[start:end])
                 for twin in twins:
                     events += self._tell(
@@ -338,26 +339,6 @@ class BatchedEngine(Engine):
             on_release=self._speculation.release,
         )
 
-    def _cache_limit(self) -> int:
-        """Tokens that the cache may hold for all requests together.
-
-        Raises:
-            EngineError: one context does not fit, or the backend cannot tell.
-        """
-        most = self.max_num_seqs * self.max_model_len
-        budget = self._options.kv_cache_bytes
-        if budget is None:
-            return most
-        if self._cache is None:
-            raise EngineError("this engine cannot bound its cache: leave kv_cache_bytes out")
-        per_token = self._cache.bytes_per_token
-        if budget < per_token * self.max_model_len:
-            raise EngineError(
-                f"kv_cache_bytes is {budget}; one context of {self.max_model_len} tokens takes "
-                f"{per_token * self.max_model_len}: allow more, or lower max_model_len"
-            )
-        return min(most, budget // per_token)
-
     def _schedule(self) -> Batch:
         running = self._scheduler.running.values()
         self._speculation.draft(running, self._pace)
@@ -390,21 +371,6 @@ class BatchedEngine(Engine):
         if before - state.num_forgotten >= _FORGET_EVERY:
             self._cache.forget(state.slot, before)
             state.num_forgotten = before
-
-    def _share(self, state: RequestState) -> list[RequestState]:
-        """Take those that have the prompt which `state` has just finished to where it is."""
-        if self._cache is None or len(state.tokens) > state.num_prompt:
-            return []
-        twins: list[RequestState] = []
-        for twin in self._scheduler.twins(state):
-            try:
-                self._cache.copy_cache(state.slot, twin.slot, state.num_computed)
-            except COPY_ERRORS:
-                twin.recompute()
-                continue
-            twin.num_computed = twin.num_cached = state.num_computed
-            twins.append(twin)
-        return twins
 
     def _tell(
         self, state: RequestState, logits: Floats, best: list[int], tops: list[float]

@@ -55,6 +55,25 @@ def available_memory() -> int | None:
     return int(found[1]) * 1024 if found else None
 
 
+def cache_limit(options: EngineOptions, max_model_len: int, bytes_per_token: int | None) -> int:
+    """Tokens that the cache may hold for all requests together; `bytes_per_token` None cannot be told.
+
+    Raises:
+        EngineError: one context does not fit, or nobody can tell.
+    """
+    most, budget = options.max_num_seqs * max_model_len, options.kv_cache_bytes
+    if budget is None:
+        return most
+    if bytes_per_token is None:
+        raise EngineError("this engine cannot bound its cache: leave kv_cache_bytes out")
+    if budget < bytes_per_token * max_model_len:
+        raise EngineError(
+            f"kv_cache_bytes is {budget}; one context of {max_model_len} tokens takes "
+            f"{bytes_per_token * max_model_len}: allow more, or lower max_model_len"
+        )
+    return min(most, budget // bytes_per_token)
+
+
 def context_length(options: EngineOptions, model_limit: int) -> int:
     """Tokens per slot, for a model that knows `model_limit` positions.
 

@@ -113,10 +113,24 @@ class Scheduler:
         self._fit(batch)
         return batch
 
-    def twins(self, leader: RequestState) -> list[RequestState]:
-        """The requests in slots that have the prompt that `leader` has just finished, and can go on
-        from what was computed for it."""
-        if self._cache is None or leader.num_prefill != leader.num_prompt:
+    def share(self, leader: RequestState) -> list[RequestState]:
+        """Take the requests in slots that have the prompt which `leader` has just finished to where it is."""
+        if self._cache is None or len(leader.tokens) > leader.num_prompt:
+            return []
+        taken: list[RequestState] = []
+        for twin in self._twins(leader):
+            try:
+                self._cache.copy_cache(leader.slot, twin.slot, leader.num_computed)
+            except COPY_ERRORS:
+                twin.recompute()
+                continue
+            twin.num_computed = twin.num_cached = leader.num_computed
+            taken.append(twin)
+        return taken
+
+    def _twins(self, leader: RequestState) -> list[RequestState]:
+        """Those that can go on from what was computed for `leader`, as many as the cache has room for."""
+        if leader.num_prefill != leader.num_prompt:
             return []
         # A prompt that is scored has logits before it is finished.
         if leader.is_prefilling:
