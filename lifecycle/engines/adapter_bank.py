@@ -16,6 +16,8 @@ from lifecycle.errors import EngineError
 
 MIN_WIDTH = 2
 """Rows of a product of the graph with slots (see `lifecycle.engines.adapters`)."""
+_MOST_HALF = float(np.uint32(0x7F7F8000).view(np.float32))
+"""From here on numbers round to infinity."""
 _PATIENCE = 8
 """Weights of adapters without a token that are read in vain before the used ones are put side
 by side; that costs about as much as reading so many."""
@@ -81,7 +83,16 @@ class AdapterBank:
         self._wasted = 0
 
     def entry_of(self, weights: Mapping[str, NDArray[np.float32]]) -> AdapterWeights:
-        """Weights as an entry holds them."""
+        """Weights as an entry holds them.
+
+        Raises:
+            EngineError: one is too large for it.
+        """
+        for name in self._halved:
+            if np.abs(weights[name]).max(initial=0.0) >= _MOST_HALF:
+                raise EngineError(
+                    f"the adapter has a weight for '{name}' beyond what bfloat16 holds: it is damaged"
+                )
         return {
             name: as_pairs(matrix) if name in self._halved else matrix
             for name, matrix in weights.items()

@@ -66,7 +66,7 @@ class Asking:
         self._counted = 0.0
         """Seconds of the engine that have been added to it."""
         self._asked: _Asked | None = None
-        self._since_plain = 0
+        self._since_plain = self._plain_left = 0
         self._saved = 0.0
         """Share of a step that guesses were last expected to save."""
         self._rest = self._resting = 0
@@ -85,11 +85,10 @@ class Asking:
             self._since_plain += 1
         self._balance = min(self._balance, _MOST)
         self._asked = None
-        every = _CLOSE_EVERY if self._saved < _CLOSE else _PLAIN_EVERY
-        if self._since_plain >= every:
-            self._since_plain += 1
-            if self._since_plain >= every + _PLAIN:
-                self._since_plain = 0
+        if self._since_plain >= (_CLOSE_EVERY if self._saved < _CLOSE else _PLAIN_EVERY):
+            self._since_plain, self._plain_left = 0, _PLAIN
+        if self._plain_left:
+            self._plain_left -= 1
             return False
         if self._resting:
             self._resting -= 1
@@ -101,11 +100,13 @@ class Asking:
     def note(self, num_decode: int, num_prompt: int, seconds: float) -> bool:
         """Take note of a step; whether it is one of those that the model has made longer, by which no other should be
         measured."""
-        if self._asked is not None:
+        # Nothing is weighed before a step in which nobody chooses: it is no step behind the model.
+        is_behind, self._is_behind = self._is_behind and not num_prompt, False
+        if is_behind and self._asked is not None:
             self._asked = self._asked._replace(step_seconds=seconds)
-            if self._asked.num_guessed and not num_prompt:
+            if self._asked.num_guessed:
                 self.costs.pace.note(num_decode, 0, seconds)
-        return self._is_behind and not num_prompt
+        return is_behind
 
     def charge(self, seconds: float) -> None:
         """Count what it took to decide whom to ask."""
@@ -184,8 +185,7 @@ class Asking:
         state = min(able, key=self.model.behind)
         late = self.model.behind(state) * self.model.pace.prompt_token_seconds
         plain = pace.decode_seconds(num_decode) or 0.0
-        behind = self.costs.pace.decode_seconds(num_decode + 1)
-        longer = (behind or pace.decode_seconds(num_decode + 1) or 0.0) - plain
+        longer = self.costs.step_seconds(num_decode + 1, pace) - plain
         if late + self.model.ask_seconds(1) + max(longer, 0.0) > self._balance:
             return []
         at_best = [Offer(1.0, self.offer(state, NEAR).most, is_asked=True)]

@@ -114,6 +114,17 @@ class AskCosts(NamedTuple):
     pace: Pace
     """Of steps behind the draft model, which has been in the processor's caches."""
 
+    def step_seconds(self, num_tokens: int, pace: Pace) -> float:
+        """Of a step behind the draft model with so many tokens; `pace` is that of the others."""
+        seconds = pace.decode_seconds(num_tokens) or 0.0
+        nearest = self.pace.nearest(num_tokens)
+        if nearest is None:
+            return seconds
+        measured = self.pace.decode_seconds(nearest) or 0.0
+        other = pace.decode_seconds(nearest) or 0.0
+        # Beyond what was measured they differ as much as where it was.
+        return measured if nearest == num_tokens or not other else seconds * measured / other
+
 
 def choose_lengths(
     offers: Sequence[Offer], num_decode: int, pace: Pace, costs: AskCosts | None = None
@@ -150,8 +161,10 @@ def choose_lengths(
             heapreplace(left, (chance * offers[i].acceptance, i))
         else:
             heappop(left)
-        seconds = costs.pace.decode_seconds(tokens) if costs is not None and asking else None
-        seconds = seconds or pace.decode_seconds(tokens) or 0.0
+        if costs is not None and asking:
+            seconds = costs.step_seconds(tokens, pace)
+        else:
+            seconds = pace.decode_seconds(tokens) or 0.0
         if (seconds + asked) / given < least:
             least, best = (seconds + asked) / given, lengths.copy()
     return Lengths(best, plain - least)

@@ -95,6 +95,13 @@ class Pace:
         part = (num_tokens - left) / (right - left)
         return self._decode[left] + part * (self._decode[right] - self._decode[left])
 
+    def nearest(self, num_tokens: int) -> int | None:
+        """The nearest number of decoding tokens that was measured, or lies between two that were; None before the
+        first."""
+        if not self._known:
+            return None
+        return min(max(num_tokens, self._known[0]), self._known[-1])
+
     @property
     def prompt_token_seconds(self) -> float:
         """What a token of a prompt adds to a step; 0 before it is known."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from hashlib import blake2b
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -44,8 +45,8 @@ class PrefixCache:
         self._budget, self._chunk, self._backend = budget, chunk, backend
         self._cuts_freely = cuts_freely
         self._blocks: OrderedDict[bytes, _Kept] = OrderedDict()
-        self._families: dict[bytes, list[bytes]] = {}
-        """Keys of blocks with the same text before them and the same first tokens; the latest last."""
+        self._families: dict[bytes, dict[bytes, None]] = {}
+        """Keys of blocks with the same text before them and the same first tokens; what was used last is last."""
         self.num_bytes = 0
         """Held now."""
         self.hit_tokens = 0
@@ -72,7 +73,7 @@ class PrefixCache:
             found.append(key)
         # A chunk is of no use without those before it, so it has to be the first to go.
         for key in reversed(found):
-            self._blocks.move_to_end(key)
+            self._touch(key)
 
     def keep(self, state: RequestState, row: Row) -> None:
         """Keep the chunk that a step has just ended, if it was one of a prompt."""
@@ -83,8 +84,16 @@ class PrefixCache:
             return
         tokens = state.tokens[start:stop]
         key = self._key(state, start // self._chunk, tokens)
-        if key in self._blocks:
+        family = self._family(state, start, tokens)
+        # Memory behind a window may have been given back: whole, such a chunk is right for those behind it.
+        if state.num_forgotten > start:
+            family = None
+        if key in self._blocks or (family is None and len(tokens) < self._chunk):
             return
+        for other in self._alike(family):
+            if _begins(self._blocks[other].tokens, tokens):
+                self._touch(other)
+                return
         try:
             block = self._backend.read_cache(row.slot, start, stop)
         except COPY_ERRORS:
@@ -93,7 +102,7 @@ class PrefixCache:
         is_broken = block.dtype.kind == "f" and not np.isfinite(block).all()
         if is_broken or block.nbytes > self._budget:
             return
-        self._add(key, _Kept(block, tokens, self._family(state, start, tokens)))
+        self._add(key, _Kept(block, tokens, family))
         for earlier in reversed(state.prefix_keys[: start // self._chunk]):
             if earlier in self._blocks:
                 self._blocks.move_to_end(earlier)
@@ -114,10 +123,7 @@ class PrefixCache:
             if key in self._blocks:
                 return key, self._chunk
         family = self._family(state, start, tokens)
-        if family is None:
-            return None, 0
-        alike = self._families.get(family, [])[-_MOST_TRIED:]
-        counts = {key: _common(self._blocks[key].tokens, tokens) for key in alike}
+        counts = {key: _common(self._blocks[key].tokens, tokens) for key in self._alike(family)}
         best = max(counts, key=counts.__getitem__, default=None)
         return (best, counts[best]) if best is not None and counts[best] >= _LEAST else (None, 0)
 
@@ -126,19 +132,32 @@ class PrefixCache:
         self.num_bytes += kept.block.nbytes
         if kept.family is None:
             return
-        alike = self._families.setdefault(kept.family, [])
-        for other in list(alike):
+        for other in self._alike(kept.family):
             # A conversation that has gone on: all that it was is in what it is now.
-            if _common(self._blocks[other].tokens, kept.tokens) == len(self._blocks[other].tokens):
+            if _begins(kept.tokens, self._blocks[other].tokens):
                 self._remove(other)
-        self._families.setdefault(kept.family, alike).append(key)
+        self._families.setdefault(kept.family, {})[key] = None
+
+    def _alike(self, family: bytes | None) -> list[bytes]:
+        """The last few of a family."""
+        if family is None:
+            return []
+        return list(islice(reversed(self._families.get(family, {})), _MOST_TRIED))
+
+    def _touch(self, key: bytes) -> None:
+        """Take note that a block was used."""
+        self._blocks.move_to_end(key)
+        if (family := self._blocks[key].family) is not None:
+            alike = self._families[family]
+            del alike[key]
+            alike[key] = None
 
     def _remove(self, key: bytes) -> None:
         kept = self._blocks.pop(key)
         self.num_bytes -= kept.block.nbytes
         if kept.family is not None:
             alike = self._families[kept.family]
-            alike.remove(key)
+            del alike[key]
             if not alike:
                 del self._families[kept.family]
 
@@ -175,6 +194,10 @@ def _root(state: RequestState) -> bytes:
 
 def _digest(before: bytes, tokens: Sequence[int]) -> bytes:
     return blake2b(before + np.array(tokens, np.int64).tobytes(), digest_size=16).digest()
+
+
+def _begins(tokens: Sequence[int], beginning: Sequence[int]) -> bool:
+    return tokens[: len(beginning)] == beginning
 
 
 def _common(left: Sequence[int], right: Sequence[int]) -> int:

@@ -45,11 +45,12 @@ class Speculation:
         decoding = [state for state in states if not (state.is_prefilling or state.is_behind)]
         if not self._most or not decoding:
             return
-        asking, begun = self._asking, time.perf_counter()
+        asking = self._asking
         if asking is not None and not asking.begin(pace, is_alone=len(decoding) == len(states)):
             asking = None
         offers = [self._offer(state, asking) for state in decoding]
         num_decode = sum(len(state.tokens) - state.num_computed for state in decoding)
+        begun, before = time.perf_counter(), asking.model.pace.seconds if asking else 0.0
         lengths, saved = choose_lengths(offers, num_decode, pace, asking and asking.costs)
         wanted: list[tuple[RequestState, int]] = []
         for state, offer, length in zip(decoding, offers, lengths, strict=True):
@@ -60,10 +61,10 @@ class Speculation:
                 state.draft, state.guesser = state.draft[:length], state.lookup
             if state.lookup is not None and offer.most and not state.draft:
                 state.lookup.rest()
-        if asking is not None and wanted:
-            before = asking.model.pace.seconds
+        if asking is not None:
             num_other = sum(len(state.draft) for state in decoding)
-            asking.ask(wanted, saved, num_decode, num_other, pace)
+            if wanted:
+                asking.ask(wanted, saved, num_decode, num_other, pace)
             computed = asking.model.pace.seconds - before
             asking.charge(time.perf_counter() - begun - computed)
 

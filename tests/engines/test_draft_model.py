@@ -104,6 +104,22 @@ def test_a_model_that_begins_to_agree_is_asked_again(monkeypatch: pytest.MonkeyP
     assert after.generated_tokens - before.generated_tokens > 2 * (after.steps - before.steps)
 
 
+def test_prompts_are_no_loss_of_the_draft_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short answers to long prompts: the steps of the next prompt are none of its own."""
+    clock = StepClock(monkeypatch)
+    guesser = timed(clock, 0.004, 0.00001)
+    engine = ToyEngine.make(
+        1, 1024, 128, backend=timed(clock, 0.02, 0.002), draft=Draft(guesser, 1024), draft_tokens=6
+    )
+    params = SamplingParams(max_tokens=5, ignore_eos=True)
+    guessed: list[int] = []
+    for _ in range(4):
+        before = engine.stats.draft_tokens
+        engine.generate([[1 + n % 9] * 300 for n in range(150)], params)
+        guessed.append(engine.stats.draft_tokens - before)
+    assert min(guessed) > 60
+
+
 def test_a_failing_draft_model_ends_no_request(
     always: None, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -20,6 +20,7 @@ from lifecycle.graph.cache import calibrate_cache
 from lifecycle.graph.calibration import Calibration
 from lifecycle.graph.int8 import Int8Rowwise
 from lifecycle.graph.quantize import Scheme, quantize_graph
+from tests.engines.clock import StepClock
 from tests.engines.conftest import Model
 from tests.engines.toy import ToyEngine, continuation
 
@@ -205,10 +206,51 @@ def test_a_conversation_that_goes_on_is_kept_once() -> None:
     for end in (16, 24, 31, 32):
         run(engine, text[:end])
         assert engine.prefix_cache is not None and engine.prefix_cache.num_bytes == 8 * end
-    # Shorter than what is there, and too short by itself.
+    # Less than what is there, and too short by itself.
     run(engine, text[:20])
     run(engine, text[:15])
-    assert engine.prefix_cache.num_bytes == 8 * (32 + 20)
+    assert engine.prefix_cache.num_bytes == 8 * 32
+
+
+def test_what_is_there_already_is_not_kept_again() -> None:
+    engine = free_toy()
+    text = [1 + n * n % 7 for n in range(32)]
+    for end in range(32, 15, -1):
+        run(engine, text[:end])
+    assert engine.prefix_cache is not None and engine.prefix_cache.num_bytes == 8 * 32
+
+
+def test_of_what_a_window_has_left_behind_no_part_is_taken(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A long chunk is computed in pieces beside one that decodes, and its beginning given back before its end."""
+    engine = ToyEngine.make(
+        2, 2048, 1024, cuts_freely=True, sliding_window=64, prefix_cache_bytes=1 << 24,
+        max_stall=2.0,
+    )  # fmt: skip
+    StepClock(monkeypatch).times(engine.backend, 0.02, 0.0002)
+    forgotten: list[int] = []
+
+    def forget(slot: int, before: int | None = None) -> None:
+        if before is not None:
+            forgotten.append(before)
+            text = engine.backend.texts[slot]
+            engine.backend.texts[slot] = [0] * before + text[before:]
+
+    engine.backend.forget = forget
+    long = [1 + n * n % 7 for n in range(1000)]
+    engine.submit(Request("decodes", [1, 2, 3], SamplingParams(max_tokens=400, ignore_eos=True)))
+    for _ in range(4):
+        engine.step()
+    engine.submit(Request("long", long, FREE))
+    while engine.num_running or engine.num_waiting:
+        engine.step()
+    assert forgotten
+    cache = engine.prefix_cache
+    assert cache is not None
+    before = cache.hit_tokens
+    run(engine, [*long[:200], 9, 9])
+    assert cache.hit_tokens == before
 
 
 def test_the_budget_holds_for_ends_of_prompts() -> None:

@@ -10,8 +10,9 @@ from lifecycle.engines.onnx_file import field_of, spans
 
 _GRAPH, _OPSET = 7, 8
 """Fields of a model."""
-_NODE, _INPUT, _OUTPUT = 1, 11, 12
+_NODE, _INITIALIZER, _INPUT, _OUTPUT = 1, 5, 11, 12
 """Fields of a graph."""
+_TENSOR_NAME = 8
 _INTEGER = 2
 """The type of an attribute that is one."""
 
@@ -102,6 +103,8 @@ class Graph:
         self.outputs: set[str] = set()
         self.inputs: dict[str, tuple[int, list[int]]] = {}
         """Of each input the type of its elements and its dimensions, 0 where one has no number."""
+        self.initializers: dict[str, list[int]] = {}
+        """The dimensions of each."""
         self._input_places: dict[str, int] = {}
         """Where in the rest each is described."""
         whole = memoryview(model)
@@ -126,6 +129,9 @@ class Graph:
             if number == _INPUT and value is not None:
                 self.inputs[_name(value)] = _tensor(value)
                 self._input_places[_name(value)] = len(self._rest) - 1
+            elif number == _INITIALIZER and value is not None:
+                name = next((bytes(text).decode() for text in _below(value, _TENSOR_NAME)), "")
+                self.initializers[name] = [n for field, n in _numbers(value) if field == 1]
             elif number == _OUTPUT and value is not None:
                 self.outputs.add(_name(value))
 

@@ -135,8 +135,9 @@ def _swap_rowwise(graph: Graph, product: Node) -> None:
         if len(graph.readers(weight)) == 1:
             old.append(transposed)
     bias = _only_reader(graph, scaled, "Add")
-    given = [name for name in bias.inputs if not graph.is_computed(name)] if bias else []
-    if bias is not None and len(given) == 1:
+    shape = graph.initializers.get(scale, [])
+    given = [name for name in bias.inputs if graph.initializers.get(name) == shape] if bias else []
+    if bias is not None and len(given) == 1 and len(shape) == 1 and not graph.is_computed(given[0]):
         new.inputs.append(given[0])
         new.outputs = bias.outputs
         old.append(scaled)
@@ -262,7 +263,8 @@ def _join(graph: Graph, update: Node) -> None:
         or graph.readers(base) != [update]
         or any(graph.readers(bank) != [update] for bank in banks)
         # Values of the depth and of the rank are taken two by two, columns 16 by 16.
-        or any(kind != _FLOAT or len(dims) != 3 or dims[1] % 2 for kind, dims in kinds)
+        or any(kind != _FLOAT or len(dims) != 3 or 0 in dims[1:] for kind, dims in kinds)
+        or any(dims[1] % 2 for _, dims in kinds)
         or any(dims[2] % 16 for _, dims in kinds[1:])
     ):
         return

@@ -73,6 +73,18 @@ def test_a_rowwise_product_has_the_bits_of_the_nodes_it_replaces(
     assert np.array_equal(found, expected)
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (1, 40), (5, 1)])
+def test_what_is_added_in_another_shape_is_no_bias(kernels: Path, shape: tuple[int, ...]) -> None:
+    rng = np.random.default_rng(0)
+    added = rng.standard_normal(shape).astype(np.float32)
+    scale = rng.uniform(1e-3, 1, 40).astype(np.float32)
+    weight = rng.integers(-127, 128, (64, 40)).astype(np.int8)
+    model = rowwise_model(weight, scale, False, added)
+    x = rng.standard_normal((5, 64)).astype(np.float32)
+    (expected,), (found,) = run(model, None, {"x": x}), run(swap(model), kernels, {"x": x})
+    assert np.array_equal(found, expected)
+
+
 def test_what_is_no_number_stays_in_its_row(kernels: Path) -> None:
     rng = np.random.default_rng(0)
     x = rng.standard_normal((5, 64)).astype(np.float32)

@@ -145,7 +145,7 @@ void Adapters<T>::group(size_t adapters, size_t block) {
 }
 
 template <typename T>
-void Adapters<T>::multiply(const Few& few) {
+void Adapters<T>::multiply(const Few& few) noexcept {
   const size_t depth = depth_ / kWide;
   Rows<T> rows{few.count, {}, {}, {}};
   for (size_t i = 0; i < few.count; ++i) {

@@ -32,7 +32,7 @@ class Adapters {
   void multiply_block(size_t block);
   // Or of whatever nobody else has begun.
   void multiply_rest();
-  // Waits until all of x · A is there; for who has no part left to do.
+  // Waits until all of x · A is there; for who has no part left to do. What others have begun cannot fail.
   void wait() const {
     while (done_.load() < all_.size()) std::this_thread::yield();
   }
@@ -67,7 +67,7 @@ class Adapters {
 
  private:
   void group(size_t adapters, size_t block);
-  void multiply(const Few& few);
+  void multiply(const Few& few) noexcept;
 
   size_t tokens_, depth_, columns_, inner_width_, rank_ = 0;
   const T* x_ = nullptr;

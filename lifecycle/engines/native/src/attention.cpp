@@ -300,7 +300,7 @@ void Attention<T>::run(const Run& run) {
   step.counts = counts.as<int32_t>();
   step.places = places.as<int64_t>();
   if (rotates_) {
-    require(cos && sin && (size_t)cos.dims.back() == step.depth / 2 && sin.dims == cos.dims,
+    require(cos && sin && cos.dims.size() == 2 && (size_t)cos.dims[1] == step.depth / 2 && sin.dims == cos.dims,
             "rotary tables of another width");
     step.cos = cos.as<float>();
     step.sin = sin.as<float>();

@@ -146,11 +146,6 @@ class Run {
     check(api_, api_.input(context_, index, &value));
     return read(api_, value);
   }
-  bool has(size_t index) const {
-    const ort::Value* value = nullptr;
-    check(api_, api_.input(context_, index, &value));
-    return value != nullptr;
-  }
   void* output(size_t index, const Dims& dims) const {
     ort::Value* value = nullptr;
     check(api_, api_.output(context_, index, dims.begin(), dims.size(), &value));
