@@ -29,6 +29,9 @@ _PLAIN = 3
 in the processor's caches."""
 _LONGEST_REST = 15
 """Steps without weighing guesses, once they have not been worth it for some time."""
+_FORGET = 16
+"""How often guesses may turn out not to be worth it until what steps behind the model took is forgotten: it may have
+been measured on a busy machine, and is not measured while nobody is asked."""
 _LEAST = 0.1
 """Share of a step that guesses have to save. Less may be an error of the measurement."""
 _LONG = 64
@@ -52,7 +55,7 @@ class _Asked(NamedTuple):
     num_right: int
     """Right guesses of all steps before."""
     step_seconds: float | None = None
-    """Of that step, once it is over."""
+    """Of that step, once it is over; None where it had prompts too."""
 
 
 class Asking:
@@ -69,9 +72,9 @@ class Asking:
         self._since_plain = self._plain_left = 0
         self._saved = 0.0
         """Share of a step that guesses were last expected to save."""
-        self._rest = self._resting = 0
+        self._rest = self._resting = self._num_idle = 0
         self._is_behind = False
-        """Whether the model has run before this step or the last one."""
+        """Whether the model has run since the last step without it."""
 
     def begin(self, pace: Pace, *, is_alone: bool) -> bool:
         """Before each step: count what the last one has gained; whether the model may be asked now.
@@ -140,8 +143,11 @@ class Asking:
         plain = pace.decode_seconds(num_decode) or 0.0
         self._saved = saved * num_decode / plain if plain else 0.0
         chosen = self._worth_it(wanted, saved) if self._saved >= _LEAST else ()
+        self._num_idle = 0 if chosen else self._num_idle + 1
         chosen = chosen or self._trial(wanted, num_decode, pace)
         guesses: list[list[int]] = []
+        if self._num_idle >= _FORGET:
+            self._num_idle, self.costs = 0, AskCosts(self.model.ask_seconds, Pace())
         self._rest = 0 if chosen else min(2 * self._rest + 1, _LONGEST_REST)
         self._resting = self._rest
         if chosen:

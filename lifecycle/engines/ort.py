@@ -87,7 +87,7 @@ class OnnxEngine(BatchedEngine):
             long_context=info.long_context,
             sliding_window=info.sliding_window,
             has_prompt_graph=info.prefill_scheme is not None,
-            cuts_freely=_cuts_freely(path, options, kernels),
+            cuts_freely=_cuts_freely(path, info, options, kernels),
             draft=_draft(path, info, options, max_model_len, providers),
         )
         engine.kernels = "onnxruntime" if kernels is None else "native"
@@ -281,12 +281,22 @@ def _backend(
     return OrtBackend(open_graph, info, options, max_model_len, layout)
 
 
-def _cuts_freely(path: Path, options: EngineOptions, kernels: Path | None) -> bool:
+def _cuts_freely(
+    path: Path, info: DecoderInfo, options: EngineOptions, kernels: Path | None
+) -> bool:
     """Whether our kernels compute all of a model that depends on how a text is cut; only the prefix cache asks."""
     if kernels is None or not options.prefix_cache_bytes:
         return False
-    graphs = [path / graph for graph in (GRAPH, PREFILL_GRAPH, ADAPTED)]
-    return all(computes_by_token(graph.read_bytes()) for graph in graphs if graph.is_file())
+    graphs = [GRAPH]
+    if info.prefill_scheme is not None:
+        graphs.append(PREFILL_GRAPH)
+    if AdapterLayout.load(path) is not None:
+        graphs.append(ADAPTED)
+    try:
+        return all(computes_by_token((path / graph).read_bytes()) for graph in graphs)
+    except (ValueError, IndexError, KeyError, OSError):
+        # Whoever opens the graph says what is wrong with it.
+        return False
 
 
 def _kernels(options: EngineOptions, providers: Sequence[str]) -> Path | None:

@@ -8,6 +8,8 @@ _WEIGHT, _PROMPT_WEIGHT = 0.2, 0.4
 """Of a new measurement in the running mean; a prompt's tokens cost more the further it is."""
 _OUTLIER = 2.0
 """A measurement counts as at most so many times the mean: a machine may be busy for a moment."""
+_OLD, _LOOK_EVERY = 512, 64
+"""Decoding steps after which what no step has confirmed is forgotten, and between two looks for such."""
 _LARGE, _LEAST = 32, 16
 """Tokens of prompts: of a step by which their own time is told, twice as many beside others that decode; and the least
 of a step where they have a graph of their own."""
@@ -28,6 +30,9 @@ class Pace:
         self._has_prompt_graph = has_prompt_graph
         self._decode: dict[int, float] = {}
         self._known: list[int] = []
+        self._num_noted = 0
+        self._last: dict[int, int] = {}
+        """When each was measured last, in steps that were noted."""
         self._prompt_token: float | None = None
         self._is_told = False
         """Whether that is from large steps: in small ones a token's own time cannot be told from the first's."""
@@ -49,9 +54,20 @@ class Pace:
         if num_decode not in self._decode:
             insort(self._known, num_decode)
         self._decode[num_decode] = _mean(self._decode.get(num_decode), seconds)
+        self._last[num_decode] = self._num_noted
+        self._num_noted += 1
+        if self._num_noted % _LOOK_EVERY == 0:
+            self._forget_old()
         if self._first is not None:
             first, self._first = self._first, None
             self._note_prompt(0, *first)
+
+    def _forget_old(self) -> None:
+        """What was measured on a busy machine would never be tried again."""
+        kept = [n for n in self._known if self._num_noted - self._last[n] <= _OLD]
+        self._known = kept
+        self._decode = {n: self._decode[n] for n in kept}
+        self._last = {n: self._last[n] for n in kept}
 
     def _note_prompt(self, num_decode: int, num_prompt: int, seconds: float) -> None:
         base, tokens = 0.0, num_prompt

@@ -3,8 +3,8 @@ requests share, or a conversation that goes on.
 
 A prompt is kept in chunks, as the engine computes it anyway, each under a hash of all tokens up to its end. So what
 a request finds is to the last bit what it would have computed. Where a token gets the same bits however its text is
-cut, what a prompt has beyond its last whole chunk is kept too, and of a chunk whatever two prompts have in common is
-taken.
+cut, what a prompt has beyond its last whole chunk is kept too, and of a chunk what two prompts have in common is
+taken, if it is not behind a window.
 """
 
 from __future__ import annotations
@@ -88,11 +88,12 @@ class PrefixCache:
         # Memory behind a window may have been given back: whole, such a chunk is right for those behind it.
         if state.num_forgotten > start:
             family = None
-        if key in self._blocks or (family is None and len(tokens) < self._chunk):
+        if family is None and (len(tokens) < self._chunk or key in self._blocks):
             return
         for other in self._alike(family):
             if _begins(self._blocks[other].tokens, tokens):
                 self._touch(other)
+                self._touch_before(state, start)
                 return
         try:
             block = self._backend.read_cache(row.slot, start, stop)
@@ -103,9 +104,7 @@ class PrefixCache:
         if is_broken or block.nbytes > self._budget:
             return
         self._add(key, _Kept(block, tokens, family))
-        for earlier in reversed(state.prefix_keys[: start // self._chunk]):
-            if earlier in self._blocks:
-                self._blocks.move_to_end(earlier)
+        self._touch_before(state, start)
         while self.num_bytes > self._budget:
             self._remove(next(iter(self._blocks)))
 
@@ -127,7 +126,16 @@ class PrefixCache:
         best = max(counts, key=counts.__getitem__, default=None)
         return (best, counts[best]) if best is not None and counts[best] >= _LEAST else (None, 0)
 
+    def _touch_before(self, state: RequestState, start: int) -> None:
+        """The same for the chunks before `start`: none is of use without those before it."""
+        for earlier in reversed(state.prefix_keys[: start // self._chunk]):
+            if earlier in self._blocks:
+                self._touch(earlier)
+
     def _add(self, key: bytes, kept: _Kept) -> None:
+        if key in self._blocks:
+            # The same, but behind a window.
+            self._remove(key)
         self._blocks[key] = kept
         self.num_bytes += kept.block.nbytes
         if kept.family is None:

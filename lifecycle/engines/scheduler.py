@@ -125,6 +125,7 @@ class Scheduler:
                 twin.recompute()
                 continue
             twin.num_computed = twin.num_cached = leader.num_computed
+            twin.num_forgotten = leader.num_forgotten
             taken.append(twin)
         return taken
 
@@ -178,7 +179,9 @@ class Scheduler:
             try:
                 self._cache.write_cache(state.slot, 0, state.parked)
                 state.parked = None
-                state.num_forgotten = 0
+                if state.num_forgotten:
+                    # What was put aside has zeros there.
+                    self._cache.forget(state.slot, state.num_forgotten)
             except COPY_ERRORS:
                 state.recompute()
 

@@ -61,10 +61,9 @@ class Speculation:
                 state.draft, state.guesser = state.draft[:length], state.lookup
             if state.lookup is not None and offer.most and not state.draft:
                 state.lookup.rest()
-        if asking is not None:
+        if asking is not None and wanted:
             num_other = sum(len(state.draft) for state in decoding)
-            if wanted:
-                asking.ask(wanted, saved, num_decode, num_other, pace)
+            asking.ask(wanted, saved, num_decode, num_other, pace)
             computed = asking.model.pace.seconds - before
             asking.charge(time.perf_counter() - begun - computed)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -11,9 +12,11 @@ from typing import Any, Literal
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lifecycle.engines import asking, speculation
+from lifecycle.engines.backend import Row
 from lifecycle.engines.base import EngineOptions, Generation, Request, SamplingParams
 from lifecycle.engines.batched import BatchedEngine
 from lifecycle.engines.decoder import DecoderInfo
@@ -118,6 +121,33 @@ def test_prompts_are_no_loss_of_the_draft_model(monkeypatch: pytest.MonkeyPatch)
         engine.generate([[1 + n % 9] * 300 for n in range(150)], params)
         guessed.append(engine.stats.draft_tokens - before)
     assert min(guessed) > 60
+
+
+def test_a_moment_of_a_busy_machine_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first steps with guesses take ten times as long; later guesses are worth it all the same."""
+    clock = StepClock(monkeypatch)
+    guesser = timed(clock, 0.002, 0.0002)
+    backend = timed(clock, 0.02, 0.0005)
+    engine = ToyEngine.make(
+        4, 1024, 128, backend=backend, draft=Draft(guesser, 1024), draft_tokens=6
+    )
+    forward, slow = backend.forward, [2]
+
+    def busy(rows: Sequence[Row]) -> NDArray[np.float32]:
+        if slow[0] and sum(len(row.tokens) for row in rows) > 4 and rows[0].start > 3:
+            slow[0] -= 1
+            clock.now += 0.2
+        return forward(rows)
+
+    backend.forward = busy
+    params = SamplingParams(max_tokens=400, ignore_eos=True)
+    for _ in range(2):
+        engine.generate([[n] * 4 for n in range(1, 9)], params)
+    assert slow[0] == 0
+    before = engine.stats
+    engine.generate([[n] * 4 for n in range(9, 17)], params)
+    after = engine.stats
+    assert after.generated_tokens - before.generated_tokens > 8 * (after.steps - before.steps)
 
 
 def test_a_failing_draft_model_ends_no_request(

@@ -220,8 +220,9 @@ def test_what_is_there_already_is_not_kept_again() -> None:
     assert engine.prefix_cache is not None and engine.prefix_cache.num_bytes == 8 * 32
 
 
+@pytest.mark.parametrize("is_parked", [False, True])
 def test_of_what_a_window_has_left_behind_no_part_is_taken(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, is_parked: bool
 ) -> None:
     """A long chunk is computed in pieces beside one that decodes, and its beginning given back before its end."""
     engine = ToyEngine.make(
@@ -242,7 +243,17 @@ def test_of_what_a_window_has_left_behind_no_part_is_taken(
     engine.submit(Request("decodes", [1, 2, 3], SamplingParams(max_tokens=400, ignore_eos=True)))
     for _ in range(4):
         engine.step()
-    engine.submit(Request("long", long, FREE))
+    engine.submit(Request("long", long, FREE, priority=2))
+    if is_parked:
+        while not forgotten:
+            engine.step()
+        engine.submit(Request("first", [5, 4, 3], SamplingParams(400, ignore_eos=True), priority=1))
+        for _ in range(5):
+            engine.step()
+        assert engine.stats.preemptions == 1
+        # It comes back alone, and the rest of its chunk is one step.
+        engine.cancel("decodes")
+        engine.cancel("first")
     while engine.num_running or engine.num_waiting:
         engine.step()
     assert forgotten

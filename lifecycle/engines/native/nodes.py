@@ -235,8 +235,8 @@ def _below(message: memoryview, *path: int) -> list[memoryview]:
 def _numbers(message: memoryview) -> Iterator[tuple[int, int]]:
     """The fields of a message that are plain numbers, each written seven bits at a time behind its tag."""
     for number, value, span in spans(message):
-        encoded = bytes(message[span])
-        if value is not None or encoded[0] & 7:
+        if value is not None or message[span][0] & 7:
             continue
+        encoded = bytes(message[span])
         begin = next(i for i, byte in enumerate(encoded) if byte < 0x80) + 1
         yield number, sum((byte & 0x7F) << 7 * i for i, byte in enumerate(encoded[begin:]))
