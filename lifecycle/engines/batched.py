@@ -92,8 +92,7 @@ class BatchedEngine(Engine):
         if options.prefix_cache_bytes and self._cache is not None:
             budget, chunk = options.prefix_cache_bytes, options.prefill_chunk
             self._prefixes = PrefixCache(budget, chunk, self._cache, cuts_freely=cuts_freely)
-        per_token = self._cache.bytes_per_token if self._cache is not None else None
-        self._max_cache_tokens = cache_limit(options, max_model_len, per_token)
+        self._max_cache_tokens = cache_limit(options, max_model_len, self._cache)
         self._scheduler = self._make_scheduler()
         self._deadlines = Deadlines(self._scheduler)
         self._adapters = AdapterTable(backend, lambda: self._scheduler.states())

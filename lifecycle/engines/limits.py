@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import numpy as np
 
+from lifecycle.engines.backend import CacheBackend
 from lifecycle.engines.base import LONGEST_REPEAT, EngineOptions, Request, SamplingParams
 from lifecycle.engines.native import KERNELS
 from lifecycle.errors import EngineError, RequestError
@@ -55,23 +56,24 @@ def available_memory() -> int | None:
     return int(found[1]) * 1024 if found else None
 
 
-def cache_limit(options: EngineOptions, max_model_len: int, bytes_per_token: int | None) -> int:
-    """Tokens that the cache may hold for all requests together; `bytes_per_token` None cannot be told.
+def cache_limit(options: EngineOptions, max_model_len: int, cache: CacheBackend | None) -> int:
+    """Tokens that the cache may hold for all requests together.
 
     Raises:
-        EngineError: one context does not fit, or nobody can tell.
+        EngineError: one context does not fit, or the backend cannot tell.
     """
     most, budget = options.max_num_seqs * max_model_len, options.kv_cache_bytes
     if budget is None:
         return most
-    if bytes_per_token is None:
+    if cache is None:
         raise EngineError("this engine cannot bound its cache: leave kv_cache_bytes out")
-    if budget < bytes_per_token * max_model_len:
+    per_token = cache.bytes_per_token
+    if budget < per_token * max_model_len:
         raise EngineError(
             f"kv_cache_bytes is {budget}; one context of {max_model_len} tokens takes "
-            f"{bytes_per_token * max_model_len}: allow more, or lower max_model_len"
+            f"{per_token * max_model_len}: allow more, or lower max_model_len"
         )
-    return min(most, budget // bytes_per_token)
+    return min(most, budget // per_token)
 
 
 def context_length(options: EngineOptions, model_limit: int) -> int:

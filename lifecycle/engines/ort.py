@@ -76,10 +76,9 @@ class OnnxEngine(BatchedEngine):
         info = DecoderInfo.load(path)
         max_model_len = context_length(options, info.max_position_embeddings)
         kernels = _kernels(options, providers or info.providers)
+        layout = AdapterLayout.load(path)
         engine = cls(
-            _backend(
-                path, info, options, max_model_len, providers, kernels, AdapterLayout.load(path)
-            ),
+            _backend(path, info, options, max_model_len, providers, kernels, layout),
             options=options,
             vocab_size=info.vocab_size,
             max_model_len=max_model_len,
@@ -87,7 +86,7 @@ class OnnxEngine(BatchedEngine):
             long_context=info.long_context,
             sliding_window=info.sliding_window,
             has_prompt_graph=info.prefill_scheme is not None,
-            cuts_freely=_cuts_freely(path, info, options, kernels),
+            cuts_freely=_cuts_freely(path, info, options, kernels, layout),
             draft=_draft(path, info, options, max_model_len, providers),
         )
         engine.kernels = "onnxruntime" if kernels is None else "native"
@@ -282,7 +281,11 @@ def _backend(
 
 
 def _cuts_freely(
-    path: Path, info: DecoderInfo, options: EngineOptions, kernels: Path | None
+    path: Path,
+    info: DecoderInfo,
+    options: EngineOptions,
+    kernels: Path | None,
+    layout: AdapterLayout | None,
 ) -> bool:
     """Whether our kernels compute all of a model that depends on how a text is cut; only the prefix cache asks."""
     if kernels is None or not options.prefix_cache_bytes:
@@ -290,7 +293,7 @@ def _cuts_freely(
     graphs = [GRAPH]
     if info.prefill_scheme is not None:
         graphs.append(PREFILL_GRAPH)
-    if AdapterLayout.load(path) is not None:
+    if layout is not None:
         graphs.append(ADAPTED)
     try:
         return all(computes_by_token((path / graph).read_bytes()) for graph in graphs)
