@@ -8,7 +8,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from lifecycle.engines.base import Engine, Request, SamplingParams
+from lifecycle.engines.base import Engine
+from lifecycle.engines.requests import Request, SamplingParams
 
 
 @contextmanager

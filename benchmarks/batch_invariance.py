@@ -16,9 +16,10 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.arguments import parser_of
-from lifecycle.engines.base import Engine, EngineOptions, Request, SamplingParams
+from lifecycle.engines.base import Engine, EngineOptions
 from lifecycle.engines.decoder import DecoderInfo
 from lifecycle.engines.ort import OnnxEngine
+from lifecycle.engines.requests import Request, SamplingParams
 
 
 @dataclass(frozen=True)

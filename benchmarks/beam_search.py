@@ -22,9 +22,10 @@ from benchmarks.arguments import parser_of
 from benchmarks.models import in_int8
 from benchmarks.random_llama import SMOLLM2_135M, kept_llama
 from lifecycle.engines.backend import Backend, Row
-from lifecycle.engines.base import EngineOptions, SamplingParams
+from lifecycle.engines.base import EngineOptions
 from lifecycle.engines.beams import BeamParams
 from lifecycle.engines.ort import OnnxEngine
+from lifecycle.engines.requests import SamplingParams
 
 OUTPUT = 64
 

@@ -22,11 +22,12 @@ from benchmarks.arguments import parser_of
 from benchmarks.models import in_int8
 from benchmarks.peers import cache_dir
 from benchmarks.random_llama import SMOLLM2_135M, kept_llama
-from lifecycle.engines.base import EngineOptions, Request, SamplingParams
+from lifecycle.engines.base import EngineOptions
 from lifecycle.engines.grammar.compiler import Grammar, GrammarCompiler
 from lifecycle.engines.grammar.constraint import GrammarConstraint
 from lifecycle.engines.grammar.spec import GrammarSpec
 from lifecycle.engines.ort import OnnxEngine
+from lifecycle.engines.requests import Request, SamplingParams
 
 PROMPT, END = 128, 2
 ITEM = {

@@ -26,9 +26,10 @@ from safetensors.numpy import load_file, save_file
 from benchmarks.arguments import parser_of
 from benchmarks.prompt_lookup import describe
 from benchmarks.random_llama import SMOLLM2_135M, write_llama
-from lifecycle.engines.base import EngineOptions, Request, SamplingParams
+from lifecycle.engines.base import EngineOptions
 from lifecycle.engines.decoder import DecoderInfo
 from lifecycle.engines.ort import OnnxEngine
+from lifecycle.engines.requests import Request, SamplingParams
 from lifecycle.graph.blockwise import Blockwise
 from lifecycle.graph.cache import calibrate_cache
 from lifecycle.graph.calibration import Calibration

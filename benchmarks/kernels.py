@@ -29,10 +29,11 @@ from benchmarks.arguments import parser_of
 from benchmarks.batch import decoding
 from benchmarks.random_llama import SMOLLM2_135M, kept_llama
 from lifecycle.engines.backend import Row
-from lifecycle.engines.base import EngineOptions, SamplingParams
+from lifecycle.engines.base import EngineOptions
 from lifecycle.engines.decoder import DecoderInfo
 from lifecycle.engines.native import Kernels
 from lifecycle.engines.ort import OnnxEngine
+from lifecycle.engines.requests import SamplingParams
 from lifecycle.graph.blockwise import Blockwise
 from lifecycle.graph.cache import calibrate_cache
 from lifecycle.graph.calibration import Calibration

@@ -24,10 +24,11 @@ from benchmarks.arguments import add_threads, parser_of
 from benchmarks.peers import cache_dir
 from benchmarks.random_llama import SMOLLM2_135M, kept_llama
 from lifecycle.engines.backend import Row
-from lifecycle.engines.base import EngineOptions, SamplingParams
+from lifecycle.engines.base import EngineOptions
 from lifecycle.engines.decoder import DecoderInfo
 from lifecycle.engines.ort import OnnxEngine
 from lifecycle.engines.ort_session import CACHE_TYPES
+from lifecycle.engines.requests import SamplingParams
 from lifecycle.evaluation.scoring import Scorer
 from lifecycle.graph.cache import KvType, calibrate_cache
 from lifecycle.graph.calibration import Calibration

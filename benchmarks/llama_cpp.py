@@ -24,8 +24,9 @@ import numpy as np
 from benchmarks.arguments import add_threads, parser_of
 from benchmarks.peers import HERE, Worker, cache_dir, environment
 from benchmarks.random_llama import SMOLLM2_135M, kept_llama
-from lifecycle.engines.base import Engine, EngineOptions, Request, SamplingParams
+from lifecycle.engines.base import Engine, EngineOptions
 from lifecycle.engines.ort import OnnxEngine
+from lifecycle.engines.requests import Request, SamplingParams
 from lifecycle.graph.blockwise import Blockwise
 from lifecycle.graph.export import export_decoder
 from lifecycle.graph.int8 import Int8Rowwise

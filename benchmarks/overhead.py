@@ -23,8 +23,9 @@ from benchmarks.batch import decoding
 from benchmarks.llama_cpp import our_models
 from benchmarks.peers import cache_dir
 from benchmarks.random_llama import SMOLLM2_135M, kept_llama
-from lifecycle.engines.base import EngineOptions, SamplingParams
+from lifecycle.engines.base import EngineOptions
 from lifecycle.engines.ort import OnnxEngine
+from lifecycle.engines.requests import SamplingParams
 
 PROMPT = 64
 SAMPLING = {

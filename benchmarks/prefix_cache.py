@@ -20,8 +20,9 @@ import numpy as np
 from benchmarks.arguments import parser_of
 from benchmarks.models import in_int8
 from benchmarks.random_llama import SMOLLM2_135M, kept_llama
-from lifecycle.engines.base import EngineOptions, Request, SamplingParams
+from lifecycle.engines.base import EngineOptions
 from lifecycle.engines.ort import OnnxEngine
+from lifecycle.engines.requests import Request, SamplingParams
 
 REQUESTS, SHARED, OWN, OUTPUT = 32, 400, 30, 16
 

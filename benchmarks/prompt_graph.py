@@ -20,9 +20,10 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.random_llama import SMOLLM2_135M, write_llama
-from lifecycle.engines.base import EngineOptions, Request, SamplingParams
+from lifecycle.engines.base import EngineOptions
 from lifecycle.engines.decoder import GRAPH, PREFILL_WEIGHTS, WEIGHTS, DecoderInfo
 from lifecycle.engines.ort import OnnxEngine
+from lifecycle.engines.requests import Request, SamplingParams
 from lifecycle.graph.blockwise import Blockwise
 from lifecycle.graph.export import export_decoder
 from lifecycle.graph.int8 import Int8Rowwise

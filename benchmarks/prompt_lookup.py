@@ -25,8 +25,9 @@ from tokenizers import Tokenizer
 
 from benchmarks.arguments import parser_of
 from benchmarks.stall import SCHEMES, make_model
-from lifecycle.engines.base import EngineOptions, Request, SamplingParams
+from lifecycle.engines.base import EngineOptions
 from lifecycle.engines.ort import OnnxEngine
+from lifecycle.engines.requests import Request, SamplingParams
 
 VOCAB = 49_152
 Task = tuple[list[int], list[int]]

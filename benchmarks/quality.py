@@ -23,9 +23,10 @@ from numpy.typing import NDArray
 
 from benchmarks.arguments import parser_of
 from benchmarks.ways import Ways
-from lifecycle.engines.base import EngineOptions, Request, SamplingParams
+from lifecycle.engines.base import EngineOptions
 from lifecycle.engines.decoder import DecoderInfo
 from lifecycle.engines.ort import OnnxEngine
+from lifecycle.engines.requests import Request, SamplingParams
 from lifecycle.evaluation.scoring import Scorer
 from lifecycle.graph.export import export_decoder
 from lifecycle.graph.targets import Cpu

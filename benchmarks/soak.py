@@ -25,8 +25,9 @@ from numpy.typing import NDArray
 
 from benchmarks.arguments import parser_of
 from benchmarks.watched import SoakError, WatchedEngine, expect
-from lifecycle.engines.base import EngineOptions, FinishReason, Request, SamplingParams
+from lifecycle.engines.base import EngineOptions
 from lifecycle.engines.ort import OnnxEngine
+from lifecycle.engines.requests import FinishReason, Request, SamplingParams
 from lifecycle.graph.export import export_decoder
 from lifecycle.graph.targets import Cpu
 

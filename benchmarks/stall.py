@@ -20,8 +20,9 @@ import numpy as np
 
 from benchmarks.arguments import parser_of
 from benchmarks.random_llama import SMOLLM2_135M, kept_llama
-from lifecycle.engines.base import EngineOptions, Request, SamplingParams
+from lifecycle.engines.base import EngineOptions
 from lifecycle.engines.ort import OnnxEngine
+from lifecycle.engines.requests import Request, SamplingParams
 from lifecycle.graph.blockwise import Blockwise
 from lifecycle.graph.export import export_decoder
 from lifecycle.graph.int8 import Int8Rowwise

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from lifecycle.engines.base import Engine, Event, FinishReason, Request
+from lifecycle.engines.base import Engine
+from lifecycle.engines.requests import Event, FinishReason, Request
 from lifecycle.engines.stats import EngineStats
 from lifecycle.errors import EngineError, RequestError
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import inf
 
-from lifecycle.engines.base import Event, FinishReason, PromptLogprob, Request
+from lifecycle.engines.requests import Event, FinishReason, PromptLogprob, Request
 from serving.text import AnswerText
 from serving.worker import Call
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import inf
 
-from lifecycle.engines.base import Event, FinishReason, Request
+from lifecycle.engines.requests import Event, FinishReason, Request
 from lifecycle.engines.stats import EngineStats
 from serving.metrics import Family, Histogram, Sample, Type, write
 

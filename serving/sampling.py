@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from lifecycle.engines.base import SamplingParams
 from lifecycle.engines.limits import check_params
+from lifecycle.engines.requests import SamplingParams
 from lifecycle.errors import CheckpointError, RequestError
 from lifecycle.json_file import read_object
 

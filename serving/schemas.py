@@ -21,7 +21,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from lifecycle.engines.base import LONGEST_REPEAT
+from lifecycle.engines.requests import LONGEST_REPEAT
 from lifecycle.pipeline.suggest import did_you_mean
 from serving.fields import (
     MAX_ITEMS,

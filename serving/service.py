@@ -11,8 +11,9 @@ from typing import Any
 from lifecycle.bundle.manifest import MANIFEST
 from lifecycle.data.chat import ChatTokenizer
 from lifecycle.engines import decoder
-from lifecycle.engines.base import Engine, EngineOptions, Request, SamplingParams
+from lifecycle.engines.base import Engine, EngineOptions
 from lifecycle.engines.grammar.compiler import Grammar
+from lifecycle.engines.requests import Request, SamplingParams
 from lifecycle.errors import DataError, EngineError
 from lifecycle.pipeline import registry
 from serving import errors

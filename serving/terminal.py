@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from itertools import count
 
-from lifecycle.engines.base import SamplingParams
+from lifecycle.engines.requests import SamplingParams
 from serving.errors import ApiError
 from serving.service import Service
 

@@ -7,7 +7,8 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from lifecycle.engines.base import Engine, Event, FinishReason, Request
+from lifecycle.engines.base import Engine
+from lifecycle.engines.requests import Event, FinishReason, Request
 from lifecycle.engines.stats import EngineStats
 from lifecycle.errors import EngineError, RequestError
 from serving import errors

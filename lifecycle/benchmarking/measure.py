@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 
 from lifecycle.benchmarking.clock import Clock, SystemClock
 from lifecycle.benchmarking.workload import PlannedRequest
-from lifecycle.engines.base import Engine, Event, FinishReason, Request, SamplingParams
+from lifecycle.engines.base import Engine
+from lifecycle.engines.requests import Event, FinishReason, Request, SamplingParams
 from lifecycle.errors import EngineError
 
 _LONGEST_SLEEP = 0.1

@@ -15,18 +15,7 @@ from numpy.typing import NDArray
 from lifecycle.engines import offline
 from lifecycle.engines.adapter_table import AdapterTable
 from lifecycle.engines.backend import Backend, CacheBackend, Row
-from lifecycle.engines.base import (
-    AdapterWeights,
-    Engine,
-    EngineOptions,
-    Event,
-    FinishReason,
-    Generation,
-    Request,
-    SamplingParams,
-    Score,
-    StrPath,
-)
+from lifecycle.engines.base import AdapterWeights, Engine, EngineOptions, StrPath
 from lifecycle.engines.beam_slots import run_searches
 from lifecycle.engines.beams import Beam, BeamParams, start_searches
 from lifecycle.engines.deadlines import Deadlines
@@ -36,6 +25,14 @@ from lifecycle.engines.limits import cache_limit, check_request, check_tokens
 from lifecycle.engines.pace import Pace
 from lifecycle.engines.prefix_cache import PrefixCache
 from lifecycle.engines.progress import Progress, failed
+from lifecycle.engines.requests import (
+    Event,
+    FinishReason,
+    Generation,
+    Request,
+    SamplingParams,
+    Score,
+)
 from lifecycle.engines.sampling import Floats, Sampler, largest
 from lifecycle.engines.scheduler import Batch, Scheduler
 from lifecycle.engines.slot_room import SlotRoom

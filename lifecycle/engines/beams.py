@@ -16,9 +16,10 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from lifecycle.engines.base import Engine, FinishReason, Request, SamplingParams
+from lifecycle.engines.base import Engine
 from lifecycle.engines.limits import check_request
 from lifecycle.engines.penalties import Adjustments
+from lifecycle.engines.requests import FinishReason, Request, SamplingParams
 from lifecycle.engines.sampling import Floats, log_softmax
 from lifecycle.errors import EngineError, RequestError
 

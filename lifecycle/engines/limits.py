@@ -13,8 +13,9 @@ from typing import Any, cast
 import numpy as np
 
 from lifecycle.engines.backend import CacheBackend
-from lifecycle.engines.base import LONGEST_REPEAT, EngineOptions, Request, SamplingParams
+from lifecycle.engines.base import EngineOptions
 from lifecycle.engines.native import KERNELS
+from lifecycle.engines.requests import LONGEST_REPEAT, Request, SamplingParams
 from lifecycle.errors import EngineError, RequestError
 
 DEFAULT_MODEL_LEN = 2048

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from lifecycle.engines.base import (
-    Engine,
+from lifecycle.engines.base import Engine
+from lifecycle.engines.requests import (
     Event,
     FinishReason,
     Generation,

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from lifecycle.engines.base import LONGEST_REPEAT, SamplingParams
+from lifecycle.engines.requests import LONGEST_REPEAT, SamplingParams
 
 Floats = NDArray[np.float32]
 Ids = NDArray[np.int64]

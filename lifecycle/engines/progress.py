@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from lifecycle.engines.base import Event, FinishReason, PromptLogprob
+from lifecycle.engines.requests import Event, FinishReason, PromptLogprob
 from lifecycle.engines.sampling import Choice, Floats, choose, log_softmax, ranked
 from lifecycle.engines.state import RequestState
 from lifecycle.errors import RequestError

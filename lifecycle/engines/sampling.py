@@ -16,8 +16,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from lifecycle.engines.base import Constraint, SamplingParams
 from lifecycle.engines.penalties import Adjustments
+from lifecycle.engines.requests import Constraint, SamplingParams
 from lifecycle.errors import RequestError
 
 Floats = NDArray[np.float32]

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from math import inf
 
 from lifecycle.engines.backend import Block, Row
-from lifecycle.engines.base import PromptLogprob, Request
 from lifecycle.engines.drafts import Lookup, Record
+from lifecycle.engines.requests import PromptLogprob, Request
 from lifecycle.engines.sampling import Sampler
 
 GRAIN = 2

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from lifecycle.engines.base import FinishReason, SamplingParams
+from lifecycle.engines.requests import FinishReason, SamplingParams
 from lifecycle.errors import EngineError, StageError
 from lifecycle.evaluation.findings import Answer, Findings
 from lifecycle.evaluation.samples import OTHER_TOKENS, Question, Sample, Selection

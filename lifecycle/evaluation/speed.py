@@ -12,8 +12,9 @@ from statistics import median
 import numpy as np
 from numpy.typing import NDArray
 
-from lifecycle.engines.base import Engine, Request, SamplingParams
+from lifecycle.engines.base import Engine
 from lifecycle.engines.limits import available_memory
+from lifecycle.engines.requests import Request, SamplingParams
 from lifecycle.errors import EngineError, StageError
 from lifecycle.evaluation.subject import opened, weight_bytes
 from lifecycle.kinds import OnnxModel

@@ -9,7 +9,7 @@ from dataclasses import replace
 from fastapi import Request
 from starlette.responses import Response
 
-from lifecycle.engines.base import SamplingParams
+from lifecycle.engines.requests import SamplingParams
 from serving.cards import ModelCard
 from serving.errors import bad_request, model_not_found
 from serving.formats import Format

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from lifecycle.engines.base import Constraint
 from lifecycle.engines.grammar.compiler import Grammar, GrammarCompiler, GrammarLimits
+from lifecycle.engines.requests import Constraint
 
 PERSON: dict[str, Any] = {
     "type": "object",

@@ -15,14 +15,9 @@ from numpy.typing import NDArray
 
 from lifecycle.engines.adapters import AdapterLayout
 from lifecycle.engines.backend import Row
-from lifecycle.engines.base import (
-    AdapterWeights,
-    EngineOptions,
-    FinishReason,
-    Request,
-    SamplingParams,
-)
+from lifecycle.engines.base import AdapterWeights, EngineOptions
 from lifecycle.engines.ort import OnnxEngine
+from lifecycle.engines.requests import FinishReason, Request, SamplingParams
 from lifecycle.errors import EngineError, RequestError
 from lifecycle.evaluation.random_adapter import write_random_adapter
 from lifecycle.graph.export import export_decoder

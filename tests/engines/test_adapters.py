@@ -15,9 +15,10 @@ from safetensors.numpy import load_file, save_file
 from lifecycle.engines.adapter_bank import AdapterBank, read_weights
 from lifecycle.engines.adapters import AdapterLayout
 from lifecycle.engines.backend import Row
-from lifecycle.engines.base import EngineOptions, Request, SamplingParams
+from lifecycle.engines.base import EngineOptions
 from lifecycle.engines.ort import OnnxEngine
 from lifecycle.engines.pytorch import TorchEngine
+from lifecycle.engines.requests import Request, SamplingParams
 from lifecycle.errors import EngineError, RequestError
 from lifecycle.evaluation.random_adapter import write_random_adapter
 from lifecycle.graph.export import export_decoder

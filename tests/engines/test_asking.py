@@ -9,8 +9,8 @@ import pytest
 from numpy.typing import NDArray
 
 from lifecycle.engines.backend import Row
-from lifecycle.engines.base import SamplingParams
 from lifecycle.engines.draft_model import Draft
+from lifecycle.engines.requests import SamplingParams
 from tests.engines.clock import StepClock
 from tests.engines.toy import ToyBackend, ToyEngine
 

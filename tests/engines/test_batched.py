@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from lifecycle.engines.base import Event, FinishReason, Request, SamplingParams
+from lifecycle.engines.requests import Event, FinishReason, Request, SamplingParams
 from lifecycle.errors import EngineError, RequestError
 from tests.engines.toy import EOS, VOCAB, ToyEngine, continuation, next_token
 

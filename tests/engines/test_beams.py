@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lifecycle.engines.adapters import AdapterLayout
-from lifecycle.engines.base import EngineOptions, FinishReason, Request, SamplingParams
+from lifecycle.engines.base import EngineOptions
 from lifecycle.engines.batched import BatchedEngine
 from lifecycle.engines.beams import Beam, BeamParams, largest
 from lifecycle.engines.ort import OnnxEngine
 from lifecycle.engines.pytorch import TorchEngine
+from lifecycle.engines.requests import FinishReason, Request, SamplingParams
 from lifecycle.errors import EngineError, RequestError
 from lifecycle.evaluation.random_adapter import write_random_adapter
 from lifecycle.graph.export import export_decoder

@@ -13,17 +13,11 @@ import pytest
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from lifecycle.engines.base import (
-    Engine,
-    EngineOptions,
-    Event,
-    FinishReason,
-    Request,
-    SamplingParams,
-)
+from lifecycle.engines.base import Engine, EngineOptions
 from lifecycle.engines.grammar.compiler import Grammar, GrammarCompiler
 from lifecycle.engines.grammar.spec import GrammarSpec
 from lifecycle.engines.ort import OnnxEngine
+from lifecycle.engines.requests import Event, FinishReason, Request, SamplingParams
 from lifecycle.engines.state import LONGEST_RUN
 from lifecycle.errors import RequestError
 from tests.engines.clock import StepClock

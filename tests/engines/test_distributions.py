@@ -25,9 +25,9 @@ from transformers import (
 )
 
 from lifecycle.engines import asking
-from lifecycle.engines.base import SamplingParams
 from lifecycle.engines.draft_model import Draft, DraftModel
 from lifecycle.engines.pace import Pace
+from lifecycle.engines.requests import SamplingParams
 from lifecycle.engines.sampling import Sampler, choose, largest
 from tests.engines.toy import VOCAB, ToyBackend, ToyEngine, next_token
 

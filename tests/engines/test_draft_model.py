@@ -14,7 +14,7 @@ import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lifecycle.engines import asking, speculation
-from lifecycle.engines.base import EngineOptions, Generation, Request, SamplingParams
+from lifecycle.engines.base import EngineOptions
 from lifecycle.engines.batched import BatchedEngine
 from lifecycle.engines.decoder import DecoderInfo
 from lifecycle.engines.draft_model import Draft, DraftModel
@@ -23,6 +23,7 @@ from lifecycle.engines.native import Kernels
 from lifecycle.engines.ort import OnnxEngine
 from lifecycle.engines.pace import Pace
 from lifecycle.engines.pytorch import TorchEngine
+from lifecycle.engines.requests import Generation, Request, SamplingParams
 from lifecycle.errors import EngineError
 from lifecycle.graph.blockwise import Blockwise
 from lifecycle.graph.cache import calibrate_cache

@@ -12,10 +12,11 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM
 
-from lifecycle.engines.base import EngineOptions, Request, SamplingParams
+from lifecycle.engines.base import EngineOptions
 from lifecycle.engines.batched import BatchedEngine
 from lifecycle.engines.ort import OnnxEngine
 from lifecycle.engines.pytorch import TorchEngine
+from lifecycle.engines.requests import Request, SamplingParams
 from lifecycle.errors import EngineError, RequestError
 from lifecycle.graph.blockwise import Blockwise
 from lifecycle.graph.export import export_decoder

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from benchmarks.watched import Watched, WatchedEngine
 from lifecycle.engines.backend import CacheBackend, Row
-from lifecycle.engines.base import EngineOptions, Event, FinishReason, Request, SamplingParams
+from lifecycle.engines.base import EngineOptions
+from lifecycle.engines.requests import Event, FinishReason, Request, SamplingParams
 from lifecycle.errors import EngineError
 from tests.engines.conftest import Model
 

@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lifecycle.engines.base import EngineOptions, Request, SamplingParams
+from lifecycle.engines.base import EngineOptions
 from lifecycle.engines.limits import check_request, context_length
+from lifecycle.engines.requests import Request, SamplingParams
 from lifecycle.errors import EngineError, RequestError
 
 

@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lifecycle.engines.base import Engine, EngineOptions, SamplingParams
+from lifecycle.engines.base import Engine, EngineOptions
 from lifecycle.engines.ort import OnnxEngine
 from lifecycle.engines.pytorch import TorchEngine
+from lifecycle.engines.requests import SamplingParams
 from lifecycle.graph.export import export_decoder
 from lifecycle.graph.targets import Cpu
 from tests.graph.models import VOCAB, save_model, torch_logits

@@ -24,9 +24,10 @@ from transformers import PreTrainedModel
 from lifecycle.data.chat import ChatTokenizer
 from lifecycle.engines import batched
 from lifecycle.engines.adapters import AdapterLayout
-from lifecycle.engines.base import EngineOptions, Request, SamplingParams
+from lifecycle.engines.base import EngineOptions
 from lifecycle.engines.ort import OnnxEngine
 from lifecycle.engines.pytorch import TorchBackend, TorchEngine
+from lifecycle.engines.requests import Request, SamplingParams
 from lifecycle.evaluation.random_adapter import write_random_adapter
 from lifecycle.graph.export import export_decoder
 from lifecycle.graph.targets import Cpu

@@ -12,9 +12,10 @@ import onnx
 import pytest
 
 from lifecycle.engines.backend import Row
-from lifecycle.engines.base import Engine, EngineOptions, FinishReason, Request, SamplingParams
+from lifecycle.engines.base import Engine, EngineOptions
 from lifecycle.engines.ort import OnnxEngine
 from lifecycle.engines.pytorch import TorchEngine
+from lifecycle.engines.requests import FinishReason, Request, SamplingParams
 from lifecycle.engines.state import LONGEST_RUN
 from lifecycle.errors import EngineError, RequestError
 from tests.engines.conftest import Model

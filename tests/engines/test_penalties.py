@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lifecycle.engines.base import FinishReason, SamplingParams
 from lifecycle.engines.penalties import Adjustments, Floats, continuations
+from lifecycle.engines.requests import FinishReason, SamplingParams
 from lifecycle.engines.sampling import Sampler
 from tests.engines.toy import EOS, VOCAB, ToyEngine, continuation
 

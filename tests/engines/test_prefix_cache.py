@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lifecycle.engines.base import EngineOptions, Event, Request, SamplingParams
+from lifecycle.engines.base import EngineOptions
 from lifecycle.engines.decoder import DecoderInfo
 from lifecycle.engines.ort import OnnxEngine
+from lifecycle.engines.requests import Event, Request, SamplingParams
 from lifecycle.errors import EngineError
 from lifecycle.graph.blockwise import Blockwise
 from lifecycle.graph.cache import calibrate_cache

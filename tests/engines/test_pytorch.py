@@ -7,8 +7,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from lifecycle.engines.base import EngineOptions, SamplingParams
+from lifecycle.engines.base import EngineOptions
 from lifecycle.engines.pytorch import TorchEngine
+from lifecycle.engines.requests import SamplingParams
 from lifecycle.errors import EngineError
 from tests.engines.conftest import Model
 

@@ -12,9 +12,10 @@ import pytest
 import torch
 from transformers import MistralConfig, MistralForCausalLM
 
-from lifecycle.engines.base import EngineOptions, Request, SamplingParams
+from lifecycle.engines.base import EngineOptions
 from lifecycle.engines.ort import OnnxEngine
 from lifecycle.engines.pytorch import TorchEngine
+from lifecycle.engines.requests import Request, SamplingParams
 from lifecycle.engines.slot_cache import SlotCache
 from lifecycle.graph.export import export_decoder
 from lifecycle.graph.int8 import Int8Rowwise

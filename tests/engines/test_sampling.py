@@ -7,7 +7,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from lifecycle.engines.base import SamplingParams
+from lifecycle.engines.requests import SamplingParams
 from lifecycle.engines.sampling import Choice, Sampler, choose, largest, token_weights
 
 VOCAB = 40

@@ -12,9 +12,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from lifecycle.engines.base import Event, FinishReason, Request, SamplingParams
 from lifecycle.engines.draft_model import Draft
 from lifecycle.engines.line import WaitingLine
+from lifecycle.engines.requests import Event, FinishReason, Request, SamplingParams
 from lifecycle.engines.sampling import Sampler
 from lifecycle.engines.state import GRAIN, RequestState
 from lifecycle.errors import EngineError

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from lifecycle.engines.base import EngineOptions, PromptLogprob, Request, SamplingParams
+from lifecycle.engines.base import EngineOptions
 from lifecycle.engines.batched import BatchedEngine
 from lifecycle.engines.ort import OnnxEngine
 from lifecycle.engines.pytorch import TorchEngine
+from lifecycle.engines.requests import PromptLogprob, Request, SamplingParams
 from lifecycle.training.models import load_model
 from tests.engines.conftest import Model
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from lifecycle.engines.base import Engine, EngineOptions, Event
+from lifecycle.engines.base import Engine, EngineOptions
 from lifecycle.engines.ort import OnnxEngine
+from lifecycle.engines.requests import Event
 from lifecycle.errors import EngineError, StageError
 from lifecycle.evaluation import speed
 from lifecycle.evaluation.speed import ROUNDS, Speed, decode_speeds, speeds_beside

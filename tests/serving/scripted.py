@@ -12,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lifecycle.engines.backend import Row
-from lifecycle.engines.base import EngineOptions, Event, Request
+from lifecycle.engines.base import EngineOptions
 from lifecycle.engines.batched import BatchedEngine
+from lifecycle.engines.requests import Event, Request
 
 
 class ScriptedBackend:

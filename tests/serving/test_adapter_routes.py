@@ -6,20 +6,17 @@ import json
 import shutil
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx2 as httpx
-import numpy as np
 import pytest
-from numpy.typing import NDArray
 
 from lifecycle.bundle.manifest import write_manifest
 from lifecycle.data.chat import ChatTokenizer
-from lifecycle.engines.backend import Row
 from lifecycle.engines.base import EngineOptions
 from lifecycle.engines.ort import OnnxEngine
 from lifecycle.engines.peft import WEIGHTS
@@ -32,6 +29,7 @@ from serving.service import Service, open_service
 from serving.settings import ServerSettings
 from tests.serving.conftest import COMPANIONS
 from tests.serving.running import client, running, wait_until
+from tests.serving.steps import Steps
 from tests.serving.test_cli import serving, url_of
 from tests.serving.test_errors import error_of
 from tests.serving.test_metrics import scrape, value
@@ -95,37 +93,6 @@ def served(
     )
     with running(service, settings) as url, client(url, "admin") as http:
         yield http, service
-
-
-class Steps:
-    """The steps of a server's engine: each waits until it is let go, or until the engine is asked for
-    something, which it does between steps. All go at the end of the block."""
-
-    def __init__(self, service: Service) -> None:
-        thread: Any = service.worker._thread
-        self._inbox, self._backend = thread._inbox, thread._engine._backend
-        self._forward, self._permits = self._backend.forward, threading.Semaphore(0)
-        self.rows: list[int] = []
-        """How many requests each step that has begun computes."""
-
-    def __enter__(self) -> Steps:
-        self._backend.forward = self._hold
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._permits.release(1000)
-
-    def go(self) -> None:
-        """Let a step go, and wait for the next one."""
-        count = len(self.rows)
-        self._permits.release()
-        wait_until(lambda: len(self.rows) > count)
-
-    def _hold(self, rows: Sequence[Row]) -> NDArray[np.float32]:
-        self.rows.append(len(rows))
-        while self._inbox.empty() and not self._permits.acquire(timeout=0.005):
-            pass
-        return self._forward(rows)
 
 
 def ask(http: httpx.Client, model: str) -> str:

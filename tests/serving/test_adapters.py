@@ -11,8 +11,8 @@ import pytest
 
 from lifecycle.data.chat import ChatTokenizer
 from lifecycle.engines.adapters import AdapterLayout
-from lifecycle.engines.base import Request, SamplingParams
 from lifecycle.engines.ort import OnnxEngine
+from lifecycle.engines.requests import Request, SamplingParams
 from lifecycle.evaluation.random_adapter import write_random_adapter
 from lifecycle.graph.export import export_decoder
 from lifecycle.graph.targets import Cpu

@@ -10,8 +10,8 @@ import openai
 import pytest
 
 from lifecycle.data.chat import ChatTokenizer
-from lifecycle.engines.base import SamplingParams
 from lifecycle.engines.ort import OnnxEngine
+from lifecycle.engines.requests import SamplingParams
 from serving.schemas import ChatBody
 from tests.serving.running import client
 

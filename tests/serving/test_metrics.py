@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import httpx2 as httpx
 import pytest
 
-from lifecycle.engines.base import Event, FinishReason, Request
+from lifecycle.engines.requests import Event, FinishReason, Request
 from lifecycle.errors import EngineError
 from serving.metrics import Family, Histogram, Sample, write
 from serving.monitor import MAX_MODELS, REASONS, Monitor

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from lifecycle.data.chat import ChatTokenizer
-from lifecycle.engines.base import SamplingParams
 from lifecycle.engines.ort import OnnxEngine
+from lifecycle.engines.requests import SamplingParams
 from serving.cli import chat
 
 Output = pytest.CaptureFixture[str]

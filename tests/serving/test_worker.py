@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
-from lifecycle.engines.base import FinishReason, Request, SamplingParams
+from lifecycle.engines.requests import FinishReason, Request, SamplingParams
 from lifecycle.errors import EngineError
 from serving.errors import ApiError
 from serving.worker import Call, EngineWorker

@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from lifecycle.engines.backend import Row
-from lifecycle.engines.base import EngineOptions, Request, SamplingParams
+from lifecycle.engines.base import EngineOptions
 from lifecycle.engines.beams import BeamParams
 from lifecycle.engines.decoder import DecoderInfo
 from lifecycle.engines.ort import OnnxEngine
 from lifecycle.engines.pace import Pace
 from lifecycle.engines.prompt_graph import run_parts
+from lifecycle.engines.requests import Request, SamplingParams
 from lifecycle.errors import StageError
 from lifecycle.kinds import Conversations, OnnxModel
 from lifecycle.pipeline.artifact import Artifact

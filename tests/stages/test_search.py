@@ -15,8 +15,9 @@ from pydantic import ValidationError
 
 from lifecycle.cli import main
 from lifecycle.data.chat import ChatTokenizer
-from lifecycle.engines.base import EngineOptions, SamplingParams
+from lifecycle.engines.base import EngineOptions
 from lifecycle.engines.ort import OnnxEngine
+from lifecycle.engines.requests import SamplingParams
 from lifecycle.errors import GateError, InterruptedRun, StageError
 from lifecycle.graph.export import export_decoder
 from lifecycle.graph.targets import Cpu

@@ -1,5 +1,7 @@
 #pragma once
 
+#include <vector>
+
 #include "kernel.h"
 
 namespace lifecycle {
@@ -27,6 +29,10 @@ class Attention {
 
  private:
   struct Step;
+  struct Piece;
+  Step read(const Run& run) const;
+  void check_places(Step& step, std::vector<size_t>& firsts) const;
+  std::vector<Piece> pieces_of(const Step& step) const;
   void rotate(const Step& step, size_t token) const;
   void attend(const Step& step, size_t row, size_t kv_head, size_t first, size_t last) const;
 
