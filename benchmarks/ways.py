@@ -50,7 +50,9 @@ class Ways:
             for symmetric in (True, False):
                 kind = "" if symmetric else "/zeros"
                 for method in ("rtn", "gptq"):
-                    for bits in (bits for bits in budgets if bits > 4 + 20 / size):
+                    for bits in (
+                        bits for bits in budgets if bits > 4 + 10 / size + (not symmetric) / 4
+                    ):
                         name = f"mixed/{bits:g}/{size}/{method}{kind}"
                         yield name, self._mixed(bits, size, method, symmetric)
 

@@ -46,7 +46,7 @@ class Blockwise:
 
     def rounded(self, rewrite: GraphRewrite, weight: ir.Value) -> Blocks:
         """Weights by themselves, whatever reads them."""
-        grid, fit = self.grid, self.fit
+        grid, fit = rewrite.fitted(self.grid, weight), self.fit
         return Blocks.joined(rewrite.map_blocks(weight, lambda rows: quantize(rows, grid, fit)))
 
     def experts(self, rewrite: GraphRewrite, mixture: Mixture) -> None:
@@ -84,7 +84,7 @@ class Blockwise:
 
     def _store(self, rewrite: GraphRewrite, name: str, weight: ir.Value) -> Stored:
         """Blocks are packed as they are made: unpacked, a head of 4 bits would take twice its size."""
-        grid, fit = self.grid, self.fit
+        grid, fit = rewrite.fitted(self.grid, weight), self.fit
         parts = rewrite.map_blocks(weight, lambda rows: quantize(rows, grid, fit).pack())
         return self._add(rewrite, name, Packed.joined(parts), matrix_shape(weight))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from lifecycle.graph.rounding import Blocks, Floats, storable
+from lifecycle.graph.rounding import Blocks, Floats
 
 _PASSES = 4
 _COLUMNS = 128
@@ -68,7 +68,7 @@ class _State:
             step = np.divide(slope, curve, out=np.zeros_like(slope), where=curve > 0)
             # A scale of zero would make of a block what no later step can change.
             old = self._scales[:, block]
-            new = storable(old + step)
+            new = self._grid.storable(old + step)
             new = np.where(new == 0, old, new)
             step = new - old
             self._scales[:, block] = new

@@ -62,10 +62,11 @@ def _store(
     rewrite: GraphRewrite, name: str, weight: ir.Value, grid: Grid, fit: Fit
 ) -> list[ir.Value | None]:
     """Integers [experts, out, bytes], scales [experts, out, blocks], packed zeros if there are any."""
-    shape = _shape(weight)
+    shape, grid = _shape(weight), rewrite.fitted(grid, weight)
     parts = rewrite.map_blocks(weight, lambda rows: quantize(rows, grid, fit).pack())
     packed = Packed.joined(parts)
-    integers, scales = (a.reshape(*shape[:2], -1) for a in (packed.values, packed.scales))
+    integers, codes = (a.reshape(*shape[:2], -1) for a in (packed.values, packed.scales.values))
+    scales = replace(packed.scales, values=codes)
     zeros = packed.zeros
     return [
         rewrite.add(f"{name}.int{grid.bits}", integers, prod(shape)),

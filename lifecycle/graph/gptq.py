@@ -13,7 +13,7 @@ from lifecycle.graph.blockwise import Blockwise
 from lifecycle.graph.calibration import Calibration, Inputs
 from lifecycle.graph.descent import refine
 from lifecycle.graph.rewrite import GraphRewrite, Linear
-from lifecycle.graph.rounding import Blocks, Fit, Floats, Grid, storable
+from lifecycle.graph.rounding import Blocks, Fit, Floats, Grid
 
 _DAMPING = 0.01
 """Part of the mean of the diagonal that is added to it, so that it can be inverted."""
@@ -44,7 +44,8 @@ class Gptq(Blockwise):
             moments = self.calibration.second_moments(linear.name)
         else:
             weights, moments = compensating(weights, inputs), inputs.moments
-        return quantize(weights, moments, self.grid, self.fit)
+        grid = self.grid.fitting([self.grid.largest(weights)])
+        return quantize(weights, moments, grid, self.fit)
 
 
 def compensating(weights: Floats, inputs: Inputs) -> Floats:
@@ -67,7 +68,7 @@ def quantize(weights: Floats, moments: Floats, grid: Grid, fit: Fit) -> Blocks:
     importance = np.tile(grid.split(np.diag(moments)[None]), (rows, 1))
     found = (a.reshape(rows, -1) for a in fit(grid.split(weights), grid, importance))
     scales, zeros = found
-    scales = storable(scales)
+    scales = grid.storable(scales)
     order = np.argsort(-np.diag(moments), kind="stable")
     left = weights[:, order].copy()
     damped = _damped(moments)

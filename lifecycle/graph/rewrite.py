@@ -19,6 +19,8 @@ from lifecycle.engines.limits import usable_cores
 from lifecycle.graph.adapters import graph_file
 from lifecycle.graph.hidden import read_hidden
 from lifecycle.graph.nodes import MICROSOFT, GraphNodes
+from lifecycle.graph.rounding import Grid
+from lifecycle.graph.scales import Scales
 from lifecycle.graph.weights import WeightFile, move_weights
 
 T = TypeVar("T")
@@ -210,6 +212,10 @@ class GraphRewrite:
             while pending:
                 yield pending.popleft().result()
 
+    def fitted(self, grid: Grid, weight: ir.Value) -> Grid:
+        """A grid whose scales fit these weights, which are read once for it."""
+        return grid.fitting(self.map_blocks(weight, grid.largest))
+
     def scale(
         self,
         constant: ir.Value,
@@ -233,14 +239,19 @@ class GraphRewrite:
         self.graph.initializers[name] = value
         return value
 
-    def add_scales(self, name: str, scales: NDArray[Any]) -> ir.Value:
-        """Store scales, and give them in float32: from 16 bits by a `Cast`, which ONNX Runtime does once,
-        when it loads the graph, before it packs the weights."""
-        stored = self.add(name, scales)
-        if scales.dtype == np.float32:
+    def add_scales(self, name: str, scales: Scales) -> ir.Value:
+        """Store scales, and give them in float32 by nodes that ONNX Runtime computes once, when it loads
+        the graph, before it packs the weights."""
+        stored = self.add(name, scales.values)
+        if scales.values.dtype == np.float32:
             return stored
         g = self.before(self.graph[0])
-        return g.node("Cast", f"{name}.float", stored, to=ir.DataType.FLOAT)
+        floats = g.node("Cast", f"{name}.float", stored, to=ir.DataType.FLOAT)
+        if scales.unit is None:
+            return floats
+        unit = self.add(f"{name}.unit", np.array(scales.unit))
+        squares = g.node("Mul", f"{name}.squared", floats, g.node("Abs", f"{name}.size", floats))
+        return g.node("Mul", f"{name}.scaled", squares, unit)
 
     def stream(
         self, name: str, dtype: ir.DataType, shape: tuple[int, ...], blocks: Iterable[NDArray[Any]]

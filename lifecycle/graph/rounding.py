@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Self, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lifecycle.graph import scales as stored
+from lifecycle.graph.scales import Scales
+
 _SHRINK = np.array([1.05, 1.0, 0.95, 0.9, 0.85], np.float32)
 """Scales tried per block, as parts of the one that just reaches the largest weight. On normal
 weights in blocks of 32 the error falls from 9.7 % (largest / 7) over 8.6 % (largest / -8) to
 8.15 %; nineteen trials give 8.09 %."""
-
-_LOST = np.float32(0.01)
-"""Part of a scale that storing it in 16 bits may change. Integers are chosen for what is stored, and
-scales that are tried lie further apart."""
 
 Integers = NDArray[np.uint8]
 Floats = NDArray[np.float32]
@@ -33,6 +32,20 @@ class Grid:
     bits: Literal[4, 8] = 4
     symmetric: bool = True
     """Whether the zero is the middle integer of every block, instead of a point of its own."""
+    unit: np.float32 | None = None
+    """Where scales are stored in 8 bits, what they are multiples of (see `scales`); None stores them in 16."""
+
+    def fitting(self, largest: Iterable[Floats]) -> Self:
+        """This grid for a matrix, whose largest weight of each block comes in parts. Scales of weights in 8
+        bits, where a scale that is 1 % too small clips more than rounding loses, stay in 16."""
+        if self.bits == 8:
+            return self
+        steps = np.concatenate(list(largest)) / np.float32(self.middle)
+        return replace(self, unit=stored.unit_of(steps))
+
+    def largest(self, rows: Floats) -> Floats:
+        """The largest weight of each block of rows [rows, in], without its sign."""
+        return np.abs(self.split(rows)).max(axis=1)
 
     @property
     def levels(self) -> int:
@@ -45,11 +58,16 @@ class Grid:
         return 2 ** (self.bits - 1)
 
     def bytes(self, shape: tuple[int, int]) -> int:
-        """What a matrix [rows, in] takes: integers, scales of 16 bits, and zeros if there are any."""
+        """What a matrix [rows, in] takes: integers, scales, and zeros if there are any."""
         rows, width = shape
         blocks = -(-width // self.block_size)
         zeros = 0 if self.symmetric else -(-blocks * self.bits // 8)
-        return rows * (blocks * (self.block_size * self.bits // 8 + 2) + zeros)
+        scale, unit = (1, 4) if self.bits == 4 else (2, 0)
+        return rows * (blocks * (self.block_size * self.bits // 8 + scale) + zeros) + unit
+
+    def storable(self, scales: Floats) -> Floats:
+        """Scales as they will be stored."""
+        return stored.storable(scales, self.unit)
 
     def split(self, rows: Floats) -> Floats:
         """[rows, in] as [rows * blocks, block_size], the last block of a row filled with zeros."""
@@ -73,8 +91,8 @@ class Packed:
 
     values: Integers
     """[rows, blocks, block_size * bits / 8]."""
-    scales: NDArray[np.float16 | np.float32]
-    """[rows, blocks]; float32 only if 16 bits would change one."""
+    scales: Scales
+    """[rows, blocks]."""
     zeros: Integers | None
     """[rows, blocks * bits / 8 rounded up]; None if symmetric."""
 
@@ -91,7 +109,7 @@ class Packed:
         zeros = [part.zeros for part in parts if part.zeros is not None]
         return cls(
             np.concatenate([part.values for part in parts]),
-            np.concatenate([part.scales for part in parts]),
+            Scales.joined([part.scales for part in parts]),
             np.concatenate(zeros) if zeros else None,
         )
 
@@ -137,8 +155,7 @@ class Blocks:
 
     def pack(self) -> Packed:
         """As they are stored."""
-        halves = _halved(self.scales)
-        scales = halves if np.array_equal(halves, self.scales) else self.scales
+        scales = Scales.of(self.scales, self.grid.unit)
         return Packed(self.packed(), scales, self.packed_zeros())
 
     def floats(self, width: int) -> Floats:
@@ -155,18 +172,6 @@ def _pack(integers: Integers, bits: int) -> Integers:
     return integers[..., 0::2] | (integers[..., 1::2] << np.uint8(4))
 
 
-def storable(scales: Floats) -> Floats:
-    """Scales as they will be stored: in 16 bits, unless one is too large or too small for that."""
-    halves = _halved(scales).astype(np.float32)
-    is_close = np.abs(halves - scales) <= _LOST * np.abs(scales)
-    return halves if is_close.all() else scales
-
-
-def _halved(scales: Floats) -> NDArray[np.float16]:
-    with np.errstate(over="ignore", under="ignore"):
-        return scales.astype(np.float16)
-
-
 Fit: TypeAlias = Callable[[Floats, Grid, Floats | None], tuple[Floats, Floats]]
 """A way to find the scale and the zero of each block, [blocks] each, for blocks [blocks, size] and
 how much the error of each weight counts, of the same shape."""
@@ -176,7 +181,7 @@ def quantize(weights: Floats, grid: Grid, fit: Fit) -> Blocks:
     """Rows of weights [rows, in], each block by itself."""
     blocks = grid.split(weights)
     scales, zeros = fit(blocks, grid, None)
-    scales = storable(scales)
+    scales = grid.storable(scales)
     zero = np.float32(grid.middle) if grid.symmetric else zeros[:, None]
     integers = grid.centred(blocks, scales[:, None], zero)
     integers += zero

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -208,9 +209,16 @@ def export_quantized(checkpoint: Path, scheme: Scheme) -> Path:
 def replace_matrices(
     model: PreTrainedModel, change: Callable[[NDArray[np.float32]], NDArray[np.float32]]
 ) -> None:
-    """Put `change(matrix)` in the place of every matrix of the model but the routers."""
+    """Put `change(matrix)` in the place of every matrix of the model but the routers; those that a graph
+    computes in one product are one matrix."""
+    together: dict[str, list[NDArray[np.float32]]] = {}
     for name, parameter in model.named_parameters():
         if parameter.ndim >= 2 and not name.endswith(".mlp.gate.weight"):
             matrices = parameter.detach().numpy()
-            rows = matrices.reshape(-1, matrices.shape[-1])
-            rows[:] = change(rows)
+            group = re.sub(r"\b[qkv]_proj|\b(gate|up)_proj", "joined", name)
+            together.setdefault(group, []).append(matrices.reshape(-1, matrices.shape[-1]))
+    for parts in together.values():
+        changed = change(np.concatenate(parts))
+        ends = np.cumsum([len(part) for part in parts])[:-1]
+        for part, new in zip(parts, np.split(changed, ends), strict=True):
+            part[:] = new

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import onnx
@@ -16,6 +17,7 @@ from lifecycle.graph import hqq
 from lifecycle.graph.blockwise import Blockwise
 from lifecycle.graph.quantize import quantize_graph
 from lifecycle.graph.rounding import Fit, Grid, Packed, least_squares, quantize
+from lifecycle.graph.scales import storable, unit_of
 from tests.graph.models import (
     VOCAB,
     export_quantized,
@@ -45,6 +47,11 @@ def dequantized(
         points = unpack(zeros, grid.bits)[:, : found.scales.shape[1], None]
     whole = (unpack(found.packed(), grid.bits) - points) * found.scales[..., None]
     return whole.reshape(len(weights), -1)[:, : weights.shape[1]]
+
+
+def fitted(weights: NDArray[np.float32], grid: Grid) -> NDArray[np.float32]:
+    """The same with scales stored to fit a whole matrix."""
+    return dequantized(weights, grid.fitting([grid.largest(weights)]))
 
 
 @given(
@@ -103,11 +110,37 @@ def test_scales_of_any_size_keep_what_they_are_worth(
     error = np.linalg.norm(found.floats(64) / factor - weights)
     assert error < 0.12 * np.linalg.norm(weights)
     stored = found.pack().scales
-    np.testing.assert_array_equal(stored.astype(np.float32), found.scales)
+    np.testing.assert_array_equal(stored.floats(), found.scales)
     if -10 <= power <= 15:
-        assert stored.dtype == np.float16
+        assert stored.values.dtype == np.float16
     if not -18 <= power <= 20:
-        assert stored.dtype == np.float32
+        assert stored.values.dtype == np.float32
+    fitting = grid.fitting([grid.largest(weights * factor)])
+    coded = quantize(weights * factor, fitting, least_squares)
+    assert np.linalg.norm(coded.floats(64) / factor - weights) < 0.12 * np.linalg.norm(weights)
+    np.testing.assert_array_equal(coded.pack().scales.floats(), coded.scales)
+    assert coded.pack().scales.values.dtype == np.int8
+
+
+def test_scales_that_are_small_beside_a_few_stay_in_16_bits() -> None:
+    weights = np.random.default_rng(0).standard_normal((4, 64)).astype(np.float32)
+    grid = Grid(32)
+    weights[0, 0] = 40
+    assert grid.fitting([grid.largest(weights)]).unit is not None
+    weights[0, 0] = 600
+    assert grid.fitting([grid.largest(weights)]).unit is None
+
+
+def test_scales_in_8_bits_are_exact_to_a_few_percent() -> None:
+    found = np.geomspace(1e-4, 1, 1000, dtype=np.float32) * np.float32([1, -1])[:, None]
+    unit = unit_of(np.ones(1, np.float32))
+    kept = storable(found, unit)
+    assert (np.sign(kept) == np.sign(found)).all()
+    sizes = np.abs(found)
+    # Codes are roots: the nearest one is half a step off at most, and steps grow with the root.
+    assert (np.abs(kept - found) <= np.sqrt(sizes * unit) + unit).all()
+    np.testing.assert_array_equal(storable(kept, unit), kept)
+    assert np.abs(kept / found - 1)[sizes > 0.05].max() < 0.04
 
 
 def test_one_block_beyond_16_bits_keeps_the_matrix_in_float32() -> None:
@@ -115,10 +148,20 @@ def test_one_block_beyond_16_bits_keeps_the_matrix_in_float32() -> None:
     grid = Grid(32)
     small, large = (quantize(w, grid, least_squares).pack() for w in (weights, weights * 1e7))
     joined = Packed.joined([small, large])
-    assert (small.scales.dtype, large.scales.dtype) == (np.float16, np.float32)
-    np.testing.assert_array_equal(joined.scales, np.concatenate([small.scales, large.scales]))
-    assert joined.bytes == small.bytes + large.bytes + 2 * small.scales.size
-    assert small.bytes == grid.bytes(weights.shape)
+    kinds = [part.scales.values.dtype for part in (small, large)]
+    assert kinds == [np.float16, np.float32]
+    whole = np.concatenate([small.scales.floats(), large.scales.floats()])
+    np.testing.assert_array_equal(joined.scales.floats(), whole)
+    assert joined.bytes == small.bytes + large.bytes + 2 * small.scales.values.size
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_what_a_matrix_takes_is_known_before(bits: Literal[4, 8], symmetric: bool) -> None:
+    weights = np.random.default_rng(0).standard_normal((4, 80)).astype(np.float32)
+    grid = Grid(32, bits, symmetric)
+    packed = quantize(weights, grid.fitting([grid.largest(weights)]), least_squares).pack()
+    assert packed.bytes == grid.bytes(weights.shape)
 
 
 @pytest.mark.parametrize("name", ["llama-tied", "mixtral"])
@@ -134,11 +177,12 @@ def test_onnx_runtime_widens_scales_when_it_loads_the_graph(name: str, tmp_path:
         for path in (out / "model.onnx", options.optimized_model_filepath)
     )
     scales = {tensor.name: tensor.data_type for tensor in written.initializer}
-    halves = {n for n, kind in scales.items() if kind == onnx.TensorProto.FLOAT16}
+    codes = {n for n, kind in scales.items() if kind == onnx.TensorProto.INT8}
     casts = [node for node in written.node if node.op_type == "Cast"]
-    assert {node.input[0] for node in casts} == halves != set()
-    left = {node.input[0] for node in loaded.node if node.op_type == "Cast"}
-    assert not left & halves
+    assert {node.input[0] for node in casts} == codes != set()
+    left = {name for node in loaded.node for name in node.input}
+    assert not left & {node.output[0] for node in written.node if node.op_type == "Cast"} - codes
+    assert not left & codes
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -149,7 +193,7 @@ def test_logits_follow_the_dequantized_weights(
 ) -> None:
     model = save_model(name, tmp_path)
     out = export_quantized(tmp_path, Blockwise(block_size, symmetric=symmetric))
-    replace_matrices(model, lambda w: dequantized(w, Grid(block_size, symmetric=symmetric)))
+    replace_matrices(model, lambda w: fitted(w, Grid(block_size, symmetric=symmetric)))
     ids = np.random.default_rng(0).integers(3, VOCAB, 30).tolist()
     wanted = torch_logits(model, ids)
     # What remains is the activations' rounding to int8.
@@ -166,12 +210,15 @@ def test_experts_follow_the_dequantized_weights(
     model = save_model(name, tmp_path)
     size = block_size if name == "mixtral" else 16
     out = export_quantized(tmp_path, Blockwise(size, symmetric=symmetric))
-    replace_matrices(model, lambda w: dequantized(w, Grid(size, symmetric=symmetric)))
-    ids = np.random.default_rng(0).integers(3, VOCAB, 30).tolist()
-    wanted = torch_logits(model, ids)
-    found = GraphRunner(out).prefill(ids)
-    # Where two experts are nearly as good, the activations' rounding may pick the other.
-    errors = np.linalg.norm(found - wanted, axis=1) / np.linalg.norm(wanted, axis=1)
+    replace_matrices(model, lambda w: fitted(w, Grid(size, symmetric=symmetric)))
+    rng = np.random.default_rng(0)
+    errors: list[NDArray[np.float32]] = []
+    for _ in range(5):
+        ids = rng.integers(3, VOCAB, 30).tolist()
+        wanted, found = torch_logits(model, ids), GraphRunner(out).prefill(ids)
+        errors.append(np.linalg.norm(found - wanted, axis=1) / np.linalg.norm(wanted, axis=1))
+    # Where two experts are nearly as good, the activations' rounding may pick the other, and the tokens behind
+    # read what that one gives.
     assert np.median(errors) < 0.03
 
 
@@ -185,5 +232,5 @@ def test_a_tied_head_and_embedding_share_their_bytes(tiny: Path, tmp_path: Path)
         if entry.key == "offset"
     }
     assert offsets["embed_tokens.weight.int4"] == offsets["embed_tokens.weight.int4_rows"]
-    readers = [n for n in graph.node if "embed_tokens.weight.scales.float" in n.input]
+    readers = [n for n in graph.node if "embed_tokens.weight.scales.scaled" in n.input]
     assert {node.op_type for node in readers} == {"GatherBlockQuantized", "MatMulNBits"}

@@ -67,7 +67,9 @@ def test_costs_are_those_of_pytorch(
 
     before = predictions()
     weight = model.get_parameter(f"{parameter}.weight")
-    rounded = quantize(weight.detach().numpy(), Grid(16), least_squares).floats(weight.shape[1])
+    rows = weight.detach().numpy()
+    grid = Grid(16).fitting([Grid(16).largest(rows)])
+    rounded = quantize(rows, grid, least_squares).floats(weight.shape[1])
     with torch.no_grad():
         weight.copy_(torch.from_numpy(rounded))
     wanted = (before.exp() * (before - predictions())).sum(-1).mean()

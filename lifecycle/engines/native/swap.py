@@ -39,6 +39,7 @@ _PRODUCT_ATTRIBUTES = {"K", "N", "bits", "block_size", "accuracy_level"}
 _STEP, _ZERO = "int8.step", "int8.zero"
 """What quantisation calls the scale and the zero of rounded rows."""
 _BY_TOKEN = {
+    "Abs",
     "Add",
     "Cast",
     "Concat",

@@ -126,7 +126,7 @@ def blocks_model(
     columns, depth = weight.shape
     blocks = quantize(weight, grid, least_squares)
     packed = blocks.pack()
-    weights: dict[str, Any] = {"values": packed.values, "scales": packed.scales.astype(np.float32)}
+    weights: dict[str, Any] = {"values": packed.values, "scales": packed.scales.floats()}
     inputs = ["x", "values", "scales", "", "", ""]
     if packed.zeros is not None:
         weights["zeros"], inputs[3] = packed.zeros, "zeros"
