@@ -83,7 +83,7 @@ class Ways:
     def _smooth(self, strength: float) -> Way:
         def way(_: Path, out: Path) -> Quantized:
             smoothing = Smoothing(self._calibration(), strength)
-            return quantize_graph(self.source, out, "measured", FINE, smoothing=smoothing)
+            return quantize_graph(self.source, out, "measured", FINE, changes=smoothing)
 
         return way
 

@@ -44,6 +44,10 @@ class Blockwise:
         """The weights of a product as they will be stored."""
         return self.rounded(rewrite, linear.weight)
 
+    def settled(self, rewrite: GraphRewrite, linear: Linear) -> Blocks:
+        """The same, after which those behind it are rounded."""
+        return self.rounded_product(rewrite, linear)
+
     def rounded(self, rewrite: GraphRewrite, weight: ir.Value) -> Blocks:
         """Weights by themselves, whatever reads them."""
         grid, fit = rewrite.fitted(self.grid, weight), self.fit

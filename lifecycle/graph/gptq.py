@@ -32,9 +32,14 @@ class Gptq(Blockwise):
 
     def linear(self, rewrite: GraphRewrite, linear: Linear) -> None:
         """Replace one product."""
+        blocks = self.settled(rewrite, linear)
+        self.product(rewrite, linear, self._add(rewrite, linear.name, blocks.pack(), linear.shape))
+
+    def settled(self, rewrite: GraphRewrite, linear: Linear) -> Blocks:
+        """The weights of a product as they will be stored, made up for by those behind it."""
         blocks = self.rounded_product(rewrite, linear)
         self.calibration.replace(linear.name, blocks.floats(linear.shape[1]))
-        self.product(rewrite, linear, self._add(rewrite, linear.name, blocks.pack(), linear.shape))
+        return blocks
 
     def rounded_product(self, rewrite: GraphRewrite, linear: Linear) -> Blocks:
         """The weights of a product as they will be stored; in the order of the graph."""

@@ -21,7 +21,6 @@ from lifecycle.pipeline.suggest import did_you_mean
 if TYPE_CHECKING:
     # They import onnx and ONNX Runtime, which storing weights does without.
     from lifecycle.graph.cache import QuantizedCache
-    from lifecycle.graph.fold import Smoothing
 
 EMBEDDING = "embed_tokens"
 _ROUTERS = "*.router"
@@ -51,6 +50,14 @@ class Scheme(Protocol):
 
     def embedding(self, rewrite: GraphRewrite, node: ir.Node, head: Linear | None) -> None:
         """Replace a Gather from a table, and the output head if it is the same matrix."""
+        ...
+
+
+class Changes(Protocol):
+    """What is done to the weights of a graph before they are stored."""
+
+    def apply(self, rewrite: GraphRewrite) -> None:
+        """Do it."""
         ...
 
 
@@ -86,11 +93,11 @@ def quantize_graph(
     on_done: Callable[[int, int], None] | None = None,
     *,
     cache: QuantizedCache | None = None,
-    smoothing: Smoothing | None = None,
+    changes: Changes | None = None,
 ) -> Quantized:
     """Write the graph of `source`, a decoder's or any other, to `out`, its matrices stored by
-    `scheme`, or as they are for None, and a decoder's keys and values as `cache` says; `smoothing`
-    changes weights before.
+    `scheme`, or as they are for None, and a decoder's keys and values as `cache` says; `changes` are
+    made before.
 
     `exceptions` maps patterns of the names of matrices (`lm_head`, `embed_tokens`,
     `layers.0.mlp.down_proj`, `*.o_proj`, `*.experts`) to other schemes, or to None for float32; the first
@@ -106,8 +113,8 @@ def quantize_graph(
         _require_float(source, info, rewrite.graph)
         if cache is not None:
             cache.apply(rewrite)
-        if smoothing is not None:
-            smoothing.apply(rewrite)
+        if changes is not None:
+            changes.apply(rewrite)
         _replace_all(
             rewrite, _lookups(rewrite, info), scheme, exceptions or {}, on_done or (lambda *_: None)
         )

@@ -14,7 +14,7 @@ from lifecycle.evaluation.gates import spelled_gates
 from lifecycle.kinds import Arrays, Conversations, OnnxGraph, OnnxModel, Text
 from lifecycle.pipeline.artifact import Metrics
 from lifecycle.pipeline.registry import SETTINGS
-from lifecycle.pipeline.stage import Context, Ref, Stage
+from lifecycle.pipeline.stage import RUNTIME, Context, Ref, Stage
 from lifecycle.pipeline.suggest import did_you_mean
 from lifecycle.stages.candidates import CANDIDATES, check_search
 from lifecycle.stages.export import COMPANIONS
@@ -53,6 +53,23 @@ class Budget(BaseModel):
         if (self.bits_per_weight is None) == (self.kl is None):
             raise ValueError("give either bits_per_weight or kl")
         return self
+
+
+class Distill(BaseModel):
+    """How a rounded model is trained to say what the model in float32 says."""
+
+    model_config = SETTINGS
+
+    steps: int = Field(2000, ge=1)
+    """Optimiser steps."""
+    batch_size: int = Field(8, ge=1)
+    """Texts of `calibration` per step, each of `sample_length` tokens at most."""
+    learning_rate: float = Field(1e-4, gt=0)
+    """The highest one, of a cosine with a short warm-up: by so much, at most, a weight moves in a step."""
+    samples: int | None = Field(None, ge=2)
+    """Of `calibration`: how many texts are read; null reads all. Some are held out, to see what was gained."""
+    seed: int = Field(0, ge=0)
+    """Of the order of the texts."""
 
 
 class Quantize(Stage):
@@ -100,6 +117,12 @@ class Quantize(Stage):
     with the channels that carry much on `calibration` scaled up before. `gptq`: each product by what
     it reads on `calibration`, to the least change of its output, the errors of those before it made up
     for; the best."""
+    distill: Distill | None = None
+    """For `int4` and `mixed`: train the rounded weights, with norms and biases, against the divergence of the
+    predictions from float32 on `calibration`, such as `{steps: 2000}`. The best that few bits can be; takes a training's
+    time, and its memory: some 40 bytes per weight. `distillation.json` beside the model says what was gained."""
+    device: Annotated[str, RUNTIME] = "auto"
+    """For `distill`: `cpu`, `cuda:1`, …; `auto` is the accelerator of the host if there is one."""
     symmetric: bool = True
     """For `int4`, `int8` and `mixed`: whether zero is the middle of every block, or a point of each block's
     own, which is finer and takes half a byte to a byte more per block. `hqq` needs `false`."""
@@ -167,6 +190,8 @@ class Quantize(Stage):
             raise ValueError("method: hqq looks for zero points; set symmetric: false")
         if (self.scheme == "mixed") != (self.budget is not None):
             raise ValueError("scheme: mixed and budget go together; give both or neither")
+        if self.distill is not None and self.scheme not in ("int4", "mixed"):
+            raise ValueError(f"distill is for the schemes int4 and mixed, not for {self.scheme}")
         if self.scheme == "fp32" and self.kv_cache is None:
             raise ValueError("scheme: 'fp32' changes no weights; set kv_cache, or take a scheme")
         if self.smooth is not None and self.scheme != "int8-rowwise":
@@ -180,6 +205,7 @@ class Quantize(Stage):
             "scheme: mixed": self.scheme == "mixed",
             "method: awq": self.method == "awq",
             "method: gptq": self.method == "gptq",
+            "distill": self.distill is not None,
             "kv_cache": self.kv_cache is not None,
             "smooth": self.smooth is not None,
         }
@@ -207,7 +233,8 @@ class Quantize(Stage):
         model = ctx.input(self.model)
         self._require_possible(model)
         started = time.perf_counter()
-        made = Quantizing(self, ctx, model.path).run()
+        quantizing = Quantizing(self, ctx, model.path)
+        made = quantizing.run()
         check_graph(ctx.out)
         for name in COMPANIONS:
             if (model.path / name).is_file():
@@ -217,6 +244,7 @@ class Quantize(Stage):
             "bits_per_weight": made.bits_per_weight,
             "ratio": round(made.bytes / (model.path / WEIGHTS).stat().st_size, 4),
             "seconds": round(time.perf_counter() - started, 3),
+            **quantizing.metrics,
         }
 
     def _require_possible(self, model: OnnxGraph) -> None:
@@ -239,7 +267,13 @@ class Quantize(Stage):
                 f"of '{self.model}' (it runs {', '.join(info.kv_dtypes)})"
             )
         scaling = "method: awq" if self.method == "awq" else "smooth" if self.smooth else None
-        if scaling and AdapterLayout.load(model.path) is not None:
+        has_slots = AdapterLayout.load(model.path) is not None
+        if self.distill and has_slots:
+            raise StageError(
+                f"distill trains what the adapters of '{self.model}' read in their slots; leave it out, "
+                "or export without adapters"
+            )
+        if scaling and has_slots:
             raise StageError(
                 f"{scaling} scales what products read, and with it what the adapters of "
                 f"'{self.model}' read in their slots; leave it out, or export without adapters"
@@ -249,6 +283,7 @@ class Quantize(Stage):
         """What is for decoders only must not be asked of other graphs."""
         walks = {"scheme: mixed": self.scheme == "mixed"}
         walks |= {f"method: {self.method}": self.method in ("awq", "gptq")}
+        walks |= {"distill": self.distill is not None}
         walks |= {"kv_cache": self.kv_cache is not None, "smooth": self.smooth is not None}
         if asked := next((name for name, is_set in walks.items() if is_set), None):
             raise StageError(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from lifecycle.errors import StageError
 from lifecycle.kinds import Arrays, OnnxModel
+from lifecycle.pipeline.artifact import Metrics
 
 if TYPE_CHECKING:
     from lifecycle.graph.blockwise import Blockwise
@@ -15,11 +17,13 @@ if TYPE_CHECKING:
     from lifecycle.graph.calibration import Calibration
     from lifecycle.graph.fold import Smoothing
     from lifecycle.graph.int8 import Int8Rowwise
-    from lifecycle.graph.quantize import Quantized, Scheme
+    from lifecycle.graph.quantize import Changes, Quantized, Scheme
+    from lifecycle.graph.settled import Constants, Settled
     from lifecycle.pipeline.stage import Context
     from lifecycle.stages.quantize import Quantize
 
 SENSITIVITY = "sensitivity.json"
+DISTILLATION = "distillation.json"
 
 
 class Quantizing:
@@ -28,6 +32,8 @@ class Quantizing:
     def __init__(self, stage: Quantize, ctx: Context, source: Path) -> None:
         self._stage, self._ctx, self._source = stage, ctx, source
         self._texts: list[tuple[int, ...]] | None = None
+        self.metrics: Metrics = {}
+        """What else than sizes there is to say of it."""
 
     def run(self) -> Quantized:
         """Write the graph, its weights and `decoder.json`."""
@@ -45,6 +51,7 @@ class Quantizing:
         with TemporaryDirectory(dir=ctx.scratch) as folder:
             scratch = Path(folder)
             scheme: Scheme | None = None
+            changes: Changes | None = self._smoothing()
             match stage.scheme:
                 case "int8-rowwise":
                     scheme = int8
@@ -58,11 +65,13 @@ class Quantizing:
                         self._scale_channels(scratch, blockwise, exceptions)
                         # Also what the cache is measured on: values are scaled too.
                         source = scratch
+                    if stage.distill is not None:
+                        scheme, changes = self._distilled(scratch, source, blockwise, exceptions)
                 case "fp16" | "bf16":
                     scheme = Half(stage.scheme)
                 case "fp32":
                     pass
-            cache, smoothing = self._cache(source), self._smoothing()
+            cache = self._cache(source)
             ctx.progress.phase("matrices")
             return quantize_graph(
                 source,
@@ -72,7 +81,7 @@ class Quantizing:
                 exceptions,
                 ctx.progress.update,
                 cache=cache,
-                smoothing=smoothing,
+                changes=changes,
             )
 
     def _cache(self, source: Path) -> QuantizedCache | None:
@@ -131,6 +140,41 @@ class Quantizing:
         save(measured, chosen, ctx.out / SENSITIVITY)
         return dict.fromkeys((cost.name for cost in chosen), fine)
 
+    def _distilled(
+        self,
+        scratch: Path,
+        source: Path,
+        scheme: Blockwise,
+        exceptions: dict[str, Scheme | None],
+    ) -> tuple[Settled, Constants]:
+        """The matrices in blocks, and what else was trained; `distillation.json` says what it has gained."""
+        from lifecycle.graph.settled import Constants, Settled, round_matrices
+        from lifecycle.training.distill import distill
+
+        stage, ctx = self._stage, self._ctx
+        settings = stage.distill
+        assert settings is not None
+        ctx.progress.phase("rounding")
+        rounded = round_matrices(source, scratch, scheme, exceptions)
+        snapshots = ctx.scratch / "distillation"
+        snapshots.mkdir(exist_ok=True)
+        texts = self._read(settings.samples)
+        found = distill(
+            source,
+            rounded.blocks,
+            rounded.rows,
+            texts,
+            settings,
+            snapshots,
+            ctx.progress,
+            device=stage.device,
+        )
+        report = {"kl_before": found.before, "kl_after": found.after, "steps": settings.steps}
+        self.metrics |= {name: report[name] for name in ("kl_before", "kl_after")}
+        (ctx.out / DISTILLATION).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        grid = (stage.block_size, scheme.bits, stage.symmetric)
+        return Settled(*grid, blocks=found.blocks), Constants(found.floats)
+
     def _scale_channels(
         self, out: Path, scheme: Blockwise, exceptions: dict[str, Scheme | None]
     ) -> None:
@@ -166,22 +210,20 @@ class Quantizing:
         return Calibration(source, self._read_texts())
 
     def _read_texts(self) -> list[tuple[int, ...]]:
+        if self._texts is None:
+            self._texts = self._read(self._stage.samples)
+        return self._texts
+
+    def _read(self, count: int | None) -> list[tuple[int, ...]]:
         from lifecycle.evaluation.inputs import read_texts
 
-        if self._texts is None:
-            stage = self._stage
-            assert stage.calibration is not None
-            data = self._ctx.input(stage.calibration)
-            if isinstance(data, Arrays):
-                raise StageError(
-                    f"calibration: '{stage.calibration}' is of arrays, but a decoder's layers are "
-                    "walked with texts"
-                )
-            self._texts = read_texts(
-                self._source,
-                data,
-                stage.calibration,
-                count=stage.samples,
-                length=stage.sample_length,
+        stage = self._stage
+        assert stage.calibration is not None
+        data = self._ctx.input(stage.calibration)
+        if isinstance(data, Arrays):
+            raise StageError(
+                f"calibration: '{stage.calibration}' is of arrays, but a decoder's layers are "
+                "walked with texts"
             )
-        return self._texts
+        length = stage.sample_length
+        return read_texts(self._source, data, stage.calibration, count=count, length=length)

@@ -45,7 +45,7 @@ def test_without_rounding_nothing_changes(name: str, smoothed: int, tmp_path: Pa
     out.mkdir()
     export_decoder(tmp_path, export, Cpu())
     smoothing = Smoothing(Calibration(export, TEXTS), 0.5)
-    quantize_graph(export, out, "fp32", None, smoothing=smoothing)
+    quantize_graph(export, out, "fp32", None, changes=smoothing)
     before, after = (_norm_weights(folder) for folder in (export, out))
     assert sum(not np.array_equal(before[name], after[name]) for name in before) >= smoothed
     wanted = torch_logits(model, IDS)
@@ -90,7 +90,7 @@ def test_a_model_with_loud_channels_keeps_its_logits(tmp_path: Path) -> None:
         out = tmp_path / str(strength)
         out.mkdir()
         smoothing = strength and Smoothing(Calibration(export, TEXTS), strength)
-        quantize_graph(export, out, "int8-rowwise", Int8Rowwise(8), smoothing=smoothing or None)
+        quantize_graph(export, out, "int8-rowwise", Int8Rowwise(8), changes=smoothing or None)
         found = GraphRunner(out).prefill(IDS)
         errors.append(float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted)))
     assert errors[1] < 0.05 < 4 * errors[1] < errors[0]

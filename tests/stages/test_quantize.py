@@ -95,6 +95,12 @@ def test_a_target_may_not_run_a_scheme(exported: Artifact, run_stage: RunStage) 
         ({"scheme": "int4", "budget": {"kl": 0.1}}, "mixed and budget go together"),
         ({"scheme": "mixed", "budget": {"kl": 0.1}}, "mixed needs calibration"),
         ({"scheme": "mixed", "calibration": "c", "budget": {}}, "either bits_per_weight or kl"),
+        ({"scheme": "int4", "distill": {}}, "distill needs calibration"),
+        ({"scheme": "int4", "distill": {"steps": 0}, "calibration": "c"}, "distill.steps"),
+        (
+            {"scheme": "int8-rowwise", "distill": {}, "calibration": "c"},
+            "distill is for the schemes int4 and mixed, not for int8-rowwise",
+        ),
         ({"scheme": "int4", "kv_cache": "int8"}, "kv_cache needs calibration"),
         ({"scheme": "int4", "smooth": 0.5, "calibration": "c"}, "for the scheme int8-rowwise"),
         ({"scheme": "int8-rowwise", "smooth": 0.5}, "smooth needs calibration"),
@@ -134,6 +140,37 @@ def test_methods_read_the_calibration(
     plain = run_stage(stage(scheme="int4", symmetric=symmetric), onnx=learnt_onnx)
     assert made.metrics["bytes"] == plain.metrics["bytes"]
     assert made.digest != plain.digest
+
+
+def test_distillation_says_what_it_gained(
+    learnt_onnx: OnnxModel, calibration: Artifact, run_stage: RunStage
+) -> None:
+    settings: dict[str, Any] = {"scheme": "int4", "calibration": "c", "block_size": 32}
+    settings |= {"method": "gptq", "samples": 4, "sample_length": 48}
+    distill = {"steps": 20, "batch_size": 4, "learning_rate": 3e-4}
+    plain = run_stage(stage(**settings), onnx=learnt_onnx, c=calibration)
+    trained = run_stage(stage(**settings, distill=distill), onnx=learnt_onnx, c=calibration)
+    assert trained.metrics["bits_per_weight"] == plain.metrics["bits_per_weight"]
+    assert trained.metrics["kl_after"] < trained.metrics["kl_before"]
+    report = json.loads((trained.path / "distillation.json").read_text())
+    assert report == {
+        "kl_before": trained.metrics["kl_before"],
+        "kl_after": trained.metrics["kl_after"],
+        "steps": 20,
+    }
+    again = run_stage(stage(**settings, distill=distill), onnx=learnt_onnx, c=calibration)
+    assert again.digest == trained.digest != plain.digest
+
+
+def test_adapters_would_read_what_distillation_changes(
+    tmp_path: Path, calibration: Artifact, run_stage: RunStage
+) -> None:
+    save_model("llama", tmp_path / "hf")
+    (tmp_path / "hf" / "tokenizer.json").write_text("{}")
+    export = Export.model_validate({"model": "base", "adapters": {"slots": 2, "rank": 4}})
+    made = run_stage(export, base=as_artifact(HfModel, tmp_path / "hf"))
+    with pytest.raises(StageError, match="distill trains what the adapters of 'onnx' read"):
+        run_stage(stage(scheme="int4", distill={}, calibration="c"), onnx=made, c=calibration)
 
 
 def test_smoothing_reads_the_calibration(

@@ -1,0 +1,92 @@
+"""Matrices that are rounded before they are stored, so that something can be done with all of them in between."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from lifecycle.errors import StageError
+from lifecycle.graph.blockwise import Blockwise, Stored
+from lifecycle.graph.int8 import Int8Rowwise
+from lifecycle.graph.quantize import EMBEDDING, Scheme, choose, decoder_names
+from lifecycle.graph.rewrite import GraphRewrite, matrix_shape
+from lifecycle.graph.rounding import Blocks
+from lifecycle.graph.weights import WeightFile
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settled(Blockwise):
+    """`Blockwise` with what it would come to given."""
+
+    blocks: Mapping[str, Blocks]
+    """By the names of the constants."""
+
+    def _store(self, rewrite: GraphRewrite, name: str, weight: ir.Value) -> Stored:
+        packed = self.blocks[str(weight.name)].pack()
+        return self._add(rewrite, name, packed, matrix_shape(weight))
+
+
+@dataclass(frozen=True, slots=True)
+class Constants:
+    """Other values for constants of a graph, by name."""
+
+    values: Mapping[str, NDArray[np.float32]]
+
+    def apply(self, rewrite: GraphRewrite) -> None:
+        """Put them in their places."""
+        for name, value in self.values.items():
+            rewrite.graph.initializers[name].const_value = ir.tensor(value, name=name)
+
+
+@dataclass(frozen=True, slots=True)
+class Rounded:
+    """How the matrices of a decoder are to be stored; by the names of the constants."""
+
+    blocks: Mapping[str, Blocks]
+    rows: tuple[str, ...]
+    """Those in row-wise int8."""
+
+
+def round_matrices(
+    source: Path, scratch: Path, scheme: Blockwise, exceptions: Mapping[str, Scheme | None]
+) -> Rounded:
+    """Round all matrices of the float32 decoder in `source` as `quantize_graph` would, one after the other, so that those
+    behind make up for those before. A walk through the layers that `scheme` has must be fresh, and is used up.
+
+    Raises:
+        StageError: a pattern matches nothing, or the decoder is a mixture of experts.
+    """
+    blocks: dict[str, Blocks] = {}
+    rows: list[str] = []
+    with WeightFile(scratch / "rounded") as weights:
+        rewrite = GraphRewrite(source, weights)
+        if rewrite.mixtures():
+            raise StageError("distill: mixtures of experts cannot be trained; leave it out")
+        chosen = choose(decoder_names(rewrite), scheme, exceptions)
+        table = next(node for node in rewrite.lookups() if node.name == EMBEDDING).inputs[0]
+        assert table is not None
+        is_tied = False
+        for linear in rewrite.linears():
+            picked, name = chosen[linear.name], str(linear.weight.name)
+            if linear.weight is table:
+                is_tied = True
+                picked = picked if chosen[EMBEDDING] is scheme else chosen[EMBEDDING]
+            if isinstance(picked, Blockwise):
+                is_table = linear.weight is table
+                blocks[name] = (
+                    scheme.rounded(rewrite, table) if is_table else scheme.settled(rewrite, linear)
+                )
+            elif isinstance(picked, Int8Rowwise):
+                rows.append(name)
+        if not is_tied:
+            name, picked = str(table.name), chosen[EMBEDDING]
+            if isinstance(picked, Blockwise):
+                blocks[name] = scheme.rounded(rewrite, table)
+            elif isinstance(picked, Int8Rowwise):
+                rows.append(name)
+    return Rounded(blocks, tuple(rows))
