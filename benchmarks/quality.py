@@ -4,7 +4,7 @@
 
 CORPUS is a folder of the stage `corpus`: its train split calibrates, its test split is measured. Without
 one the model itself tells the texts (seeded sampling at temperature 1); half of them calibrate, half
-are held out. int4 has its head in row-wise int8; `mixed` measures the head as every matrix.
+are held out, and with `--distill STEPS` some thousands more train what `mixed` with `gptq` has rounded. int4 has its head in row-wise int8; `mixed` measures the head as every matrix.
 CHECKPOINT is a Hugging Face folder of a decoder that writes text by itself.
 """
 
@@ -30,6 +30,7 @@ from lifecycle.engines.requests import Request, SamplingParams
 from lifecycle.evaluation.scoring import Scorer
 from lifecycle.graph.export import export_decoder
 from lifecycle.graph.targets import Cpu
+from lifecycle.stages.quantize import Distill
 
 Texts = list[list[int]]
 Logits = NDArray[np.float32]
@@ -91,11 +92,17 @@ def compare(wanted: Sequence[Logits], folder: Path, texts: Texts) -> dict[str, f
 
 
 def measure(
-    source: Path, root: Path, calibration: Texts, held_out: Texts, args: argparse.Namespace
+    source: Path,
+    root: Path,
+    calibration: Texts,
+    held_out: Texts,
+    told: Texts,
+    args: argparse.Namespace,
 ) -> Iterator[dict[str, Any]]:
     """One row per way."""
     wanted = list(all_logits(source, held_out))
-    ways = Ways(source, calibration).all(tuple(args.block_size), tuple(args.budget))
+    distill = Distill.model_validate({"steps": args.distill or 1, "batch_size": args.batch})
+    ways = Ways(source, calibration, told, distill).all(tuple(args.block_size), tuple(args.budget))
     for name, way in ways:
         if not any(fnmatchcase(name, pattern) for pattern in args.only):
             continue
@@ -125,6 +132,9 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=["*"], help="patterns of ways")
     parser.add_argument("--texts", type=int, default=32, help="held out; as many calibrate")
     parser.add_argument("--calibration", type=int, help="texts that calibrate, if others")
+    parser.add_argument("--distill", type=int, help="steps of training what was rounded")
+    parser.add_argument("--told", type=int, default=4096, help="texts that are trained on")
+    parser.add_argument("--batch", type=int, default=5, help="of them in a step")
     parser.add_argument("--length", type=int, default=400, help="tokens of a text")
     args = parser.parse_args()
     with TemporaryDirectory() as root:
@@ -136,17 +146,21 @@ def main() -> None:
         length = min(args.length, info.max_position_embeddings)
         if args.text is None:
             config = json.loads((args.checkpoint / "config.json").read_text())
-            texts = tell(source, count + other, length, config["bos_token_id"])
-            held_out, calibration = texts[:count], texts[count:]
+            more = args.told if args.distill else 0
+            texts = tell(source, count + other + more, length, config["bos_token_id"])
+            held_out, calibration = texts[:count], texts[count : count + other]
+            told = texts[count + other :]
         else:
             held_out = read(args.checkpoint, args.text, "test", count, length)
             calibration = read(args.checkpoint, args.text, "train", other, length)
+            told = read(args.checkpoint, args.text, "train", args.told, length)
+            told = told if args.distill else []
         if not args.json:
             found = perplexity(all_logits(source, held_out), held_out)
             tokens = sum(map(len, held_out))
             print(f"perplexity in float32 {found:.2f} over {tokens} tokens held out")
             print(f"{'':28} bits  perplexity      KL")
-        for row in measure(source, Path(root), calibration, held_out, args):
+        for row in measure(source, Path(root), calibration, held_out, told, args):
             rise = row["perplexity_rise_percent"]
             line = f"{row['way']:28} {row['bits_per_weight']:5.2f} {rise:+9.2f} % {row['kl']:8.5f}"
             print(json.dumps(row) if args.json else line, flush=True)

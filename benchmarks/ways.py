@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -19,7 +20,10 @@ from lifecycle.graph.gptq import Gptq
 from lifecycle.graph.int8 import Int8Rowwise
 from lifecycle.graph.quantize import Quantized, Scheme, quantize_graph
 from lifecycle.graph.rounding import least_squares
+from lifecycle.graph.settled import Constants, Settled, round_matrices
 from lifecycle.graph.static import Int8Static, observed
+from lifecycle.stages.quantize import Distill
+from lifecycle.training.distill import distill
 
 FINE = Int8Rowwise(8)
 HEAD: Mapping[str, Scheme | None] = {"lm_head": FINE}
@@ -29,12 +33,33 @@ Way = Callable[[Path, Path], Quantized]
 Method = Literal["rtn", "awq", "gptq", "hqq"]
 
 
+class Said:
+    """Progress as lines on standard error."""
+
+    stopping = False
+
+    def update(self, done: float, total: float | None = None, **metrics: float) -> None:
+        """One of a hundred is said."""
+        if total and done % max(1, total // 100) == 0:
+            self.log(f"{done:g} of {total:g}: {metrics}")
+
+    def phase(self, name: str) -> None:
+        """Nothing is drawn."""
+
+    def log(self, message: str) -> None:
+        """One line."""
+        print(message, file=sys.stderr)
+
+
 @dataclass(frozen=True)
 class Ways:
     """Of the float32 graph in `source`, calibrated on `texts`, token ids."""
 
     source: Path
     texts: list[list[int]]
+    told: list[list[int]] = field(default_factory=list[list[int]])
+    """What is trained on where a way has `/distilled` behind its name."""
+    distill: Distill = field(default_factory=lambda: Distill.model_validate({}))
 
     def all(self, sizes: tuple[int, ...], budgets: tuple[float, ...]) -> Iterator[tuple[str, Way]]:
         """Every way to quantise, by group and name: `int4/64/gptq`."""
@@ -55,6 +80,8 @@ class Ways:
                     ):
                         name = f"mixed/{bits:g}/{size}/{method}{kind}"
                         yield name, self._mixed(bits, size, method, symmetric)
+                        if method == "gptq" and self.told:
+                            yield f"{name}/distilled", self._distilled(bits, size, symmetric)
 
     def _int8(self) -> Iterator[tuple[str, Way]]:
         for bits in (7, 8):
@@ -119,10 +146,27 @@ class Ways:
 
     def _mixed(self, bits: float, size: int, method: Method, symmetric: bool) -> Way:
         def way(scratch: Path, out: Path) -> Quantized:
+            fine = self._within(bits, scratch, self.scheme(size, method, symmetric))
             coarse = self.scheme(size, method, symmetric)
-            measured = mixed.measure(self.source, scratch, self.texts, coarse, FINE, {})
-            names = [cost.name for cost in mixed.within_bits(measured, bits)]
-            coarse = self.scheme(size, method, symmetric)
-            return quantize_graph(self.source, out, "measured", coarse, dict.fromkeys(names, FINE))
+            return quantize_graph(self.source, out, "measured", coarse, fine)
 
         return way
+
+    def _distilled(self, bits: float, size: int, symmetric: bool) -> Way:
+        def way(scratch: Path, out: Path) -> Quantized:
+            fine = self._within(bits, scratch, self.scheme(size, "gptq", symmetric))
+            rounded = round_matrices(
+                self.source, scratch, self.scheme(size, "gptq", symmetric), fine
+            )
+            blocks, rows = rounded.blocks, rounded.rows
+            found = distill(self.source, blocks, rows, self.told, self.distill, scratch, Said())
+            scheme = Settled(size, 4, symmetric, blocks=found.blocks)
+            changes = Constants(found.floats)
+            return quantize_graph(self.source, out, "measured", scheme, fine, changes=changes)
+
+        return way
+
+    def _within(self, bits: float, scratch: Path, coarse: Blockwise) -> dict[str, Scheme | None]:
+        """The matrices that a budget leaves in 8 bits."""
+        measured = mixed.measure(self.source, scratch, self.texts, coarse, FINE, {})
+        return {cost.name: FINE for cost in mixed.within_bits(measured, bits)}

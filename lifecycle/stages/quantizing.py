@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from lifecycle.errors import StageError
@@ -15,7 +17,6 @@ if TYPE_CHECKING:
     from lifecycle.graph.blockwise import Blockwise
     from lifecycle.graph.cache import QuantizedCache
     from lifecycle.graph.calibration import Calibration
-    from lifecycle.graph.fold import Smoothing
     from lifecycle.graph.int8 import Int8Rowwise
     from lifecycle.graph.quantize import Changes, Quantized, Scheme
     from lifecycle.graph.settled import Constants, Settled
@@ -24,6 +25,17 @@ if TYPE_CHECKING:
 
 SENSITIVITY = "sensitivity.json"
 DISTILLATION = "distillation.json"
+
+
+@contextmanager
+def emptied(folder: Path) -> Iterator[Path]:
+    """An empty folder, gone when the block ends; a run that was killed may have left things in it."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 class Quantizing:
@@ -38,35 +50,32 @@ class Quantizing:
     def run(self) -> Quantized:
         """Write the graph, its weights and `decoder.json`."""
         from lifecycle.graph.half import Half
-        from lifecycle.graph.int8 import Int8Rowwise
         from lifecycle.graph.quantize import quantize_graph
 
-        stage, ctx, source = self._stage, self._ctx, self._source
-        int8 = Int8Rowwise(stage.weight_bits)
+        stage, ctx = self._stage, self._ctx
         exceptions: dict[str, Scheme | None] = dict.fromkeys(stage.skip)
         is_decoder = isinstance(ctx.input(stage.model), OnnxModel)
         if stage.scheme == "int4" and (is_decoder or "int8" in stage.model_fields_set):
             # The default names a part that other graphs do not have.
-            exceptions |= dict.fromkeys(stage.int8, int8)
-        with TemporaryDirectory(dir=ctx.scratch) as folder:
-            scratch = Path(folder)
+            exceptions |= dict.fromkeys(stage.int8, self._int8())
+        with emptied(ctx.scratch / "work") as scratch:
             scheme: Scheme | None = None
-            changes: Changes | None = self._smoothing()
+            changes, source = self._smoothing(), self._source
             match stage.scheme:
                 case "int8-rowwise":
-                    scheme = int8
+                    scheme = self._int8()
                 case "int8-static":
                     scheme = self._static()
                 case "int4" | "int8" | "mixed":
                     if stage.scheme == "mixed":
-                        exceptions |= self._mixed(scratch, self._blockwise(), int8, exceptions)
-                    scheme = blockwise = self._blockwise()
+                        exceptions |= self._mixed(scratch, exceptions)
+                    scheme = self._blockwise()
                     if stage.method == "awq":
-                        self._scale_channels(scratch, blockwise, exceptions)
+                        self._scale_channels(scratch, scheme, exceptions)
                         # Also what the cache is measured on: values are scaled too.
                         source = scratch
                     if stage.distill is not None:
-                        scheme, changes = self._distilled(scratch, source, blockwise, exceptions)
+                        scheme, changes = self._distilled(scratch, source, scheme, exceptions)
                 case "fp16" | "bf16":
                     scheme = Half(stage.scheme)
                 case "fp32":
@@ -84,6 +93,11 @@ class Quantizing:
                 changes=changes,
             )
 
+    def _int8(self) -> Int8Rowwise:
+        from lifecycle.graph.int8 import Int8Rowwise
+
+        return Int8Rowwise(self._stage.weight_bits)
+
     def _cache(self, source: Path) -> QuantizedCache | None:
         from lifecycle.engines.decoder import DecoderInfo
         from lifecycle.graph.cache import calibrate_cache
@@ -96,7 +110,7 @@ class Quantizing:
         info = DecoderInfo.load(source)
         return calibrate_cache(calibration, info, stage.kv_cache, progress.update)
 
-    def _smoothing(self) -> Smoothing | None:
+    def _smoothing(self) -> Changes | None:
         from lifecycle.graph.fold import Smoothing
 
         if self._stage.smooth is None:
@@ -116,18 +130,14 @@ class Quantizing:
         return Blockwise(*grid, hqq.fit if stage.method == "hqq" else least_squares)
 
     def _mixed(
-        self,
-        scratch: Path,
-        coarse: Blockwise,
-        fine: Int8Rowwise,
-        exceptions: dict[str, Scheme | None],
+        self, scratch: Path, exceptions: dict[str, Scheme | None]
     ) -> dict[str, Scheme | None]:
         """The matrices that stay in 8 bits; writes what was measured."""
         from lifecycle.graph.mixed import measure, save, within_bits, within_kl
 
         ctx, budget = self._ctx, self._stage.budget
         assert budget is not None
-        texts = self._read_texts()
+        texts, coarse, fine = self._read_texts(), self._blockwise(), self._int8()
         ctx.progress.phase("sensitivity")
         bits, update = budget.bits_per_weight, ctx.progress.update
         measured = measure(

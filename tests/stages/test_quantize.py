@@ -15,6 +15,7 @@ from lifecycle.kinds import Conversations, HfModel, OnnxModel
 from lifecycle.pipeline.artifact import Artifact
 from lifecycle.stages.export import Export
 from lifecycle.stages.quantize import Quantize
+from lifecycle.stages.quantizing import emptied
 from tests import tiny
 from tests.conftest import RunStage, as_artifact
 from tests.graph.models import save_model
@@ -160,6 +161,17 @@ def test_distillation_says_what_it_gained(
     }
     again = run_stage(stage(**settings, distill=distill), onnx=learnt_onnx, c=calibration)
     assert again.digest == trained.digest != plain.digest
+
+
+def test_what_a_killed_run_left_is_no_hindrance(tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    work.mkdir()
+    (work / "rounded").write_bytes(b"half")
+    with pytest.raises(KeyError), emptied(work) as folder:
+        assert folder == work and not any(work.iterdir())
+        (work / "rounded").write_bytes(b"more")
+        raise KeyError
+    assert not work.exists()
 
 
 def test_adapters_would_read_what_distillation_changes(
