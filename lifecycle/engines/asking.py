@@ -33,7 +33,9 @@ _FORGET = 16
 """How often guesses may turn out not to be worth it until what steps behind the model took is forgotten: it may have
 been measured on a busy machine, and is not measured while nobody is asked."""
 _LEAST = 0.1
-"""Share of a step that guesses have to save. Less may be an error of the measurement."""
+"""Share of a step that guesses have to be expected to save. Less may be an error of the measurement."""
+_LEAST_SAVED, _NEWEST = 0.05, 0.1
+"""Share of a step that they have to have saved, and the weight of the newest step in it."""
 _LONG = 64
 """Tokens that a request is expected to bring yet; if it has brought more, so many."""
 _OUTLIER = 3.0
@@ -54,6 +56,8 @@ class _Asked(NamedTuple):
     seconds: float
     num_right: int
     """Right guesses of all steps before."""
+    is_trial: bool
+    """Whether nobody expected it to pay."""
     step_seconds: float | None = None
     """Of that step, once it is over; None where it had prompts too."""
 
@@ -72,6 +76,8 @@ class Asking:
         self._since_plain = self._plain_left = 0
         self._saved = 0.0
         """Share of a step that guesses were last expected to save."""
+        self._has_saved = 2 * _LEAST
+        """What they have saved on average; at first it is expected."""
         self._rest = self._resting = self._num_idle = 0
         self._is_behind = False
         """Whether the model has run since the last step without it."""
@@ -84,7 +90,13 @@ class Asking:
         self._counted = pace.seconds
         self._is_behind = self._asked is not None
         if self._asked is not None:
-            self._balance += self._gained(self._asked, pace)
+            gained = self._gained(self._asked, pace)
+            self._balance += gained
+            plain = pace.decode_seconds(self._asked.num_decode)
+            if plain and not self._asked.is_trial:
+                # A text that had to be computed first was weighed by itself.
+                share = max(gained / plain, -_LEAST)
+                self._has_saved += _NEWEST * (share - self._has_saved)
             self._since_plain += 1
         self._balance = min(self._balance, _MOST)
         self._asked = None
@@ -142,12 +154,15 @@ class Asking:
         """
         plain = pace.decode_seconds(num_decode) or 0.0
         self._saved = saved * num_decode / plain if plain else 0.0
-        chosen = self._worth_it(wanted, saved) if self._saved >= _LEAST else ()
+        is_worth = self._saved >= _LEAST and self._has_saved >= _LEAST_SAVED
+        chosen = self._worth_it(wanted, saved) if is_worth else ()
         self._num_idle = 0 if chosen else self._num_idle + 1
+        is_trial = not chosen
         chosen = chosen or self._trial(wanted, num_decode, pace)
         guesses: list[list[int]] = []
         if self._num_idle >= _FORGET:
             self._num_idle, self.costs = 0, AskCosts(self.model.ask_seconds, Pace())
+            self._has_saved = 2 * _LEAST
         self._rest = 0 if chosen else min(2 * self._rest + 1, _LONGEST_REST)
         self._resting = self._rest
         if chosen:
@@ -155,7 +170,7 @@ class Asking:
             guesses = self.model.propose(chosen, self._room(num_decode, pace))
             num_guessed = sum(map(len, guesses))
             seconds = self.model.pace.seconds - before
-            self._asked = _Asked(num_decode, num_other, num_guessed, seconds, right)
+            self._asked = _Asked(num_decode, num_other, num_guessed, seconds, right, is_trial)
             self._is_behind = True
         for (state, _), guess in zip(chosen, guesses, strict=True):
             state.draft, state.guesser = guess, state.asked

@@ -140,6 +140,7 @@ def choose_lengths(
     seconds = pace.decode_seconds(num_decode)
     if seconds is None:
         return Lengths(best, 0.0)
+    without = seconds
     plain = least = seconds / num_decode
     # The likeliest guess that is left first; each is less likely than the one before it.
     left = [(-offer.acceptance, i) for i, offer in enumerate(offers) if offer.most]
@@ -165,6 +166,8 @@ def choose_lengths(
             seconds = costs.step_seconds(tokens, pace)
         else:
             seconds = pace.decode_seconds(tokens) or 0.0
+        # More tokens take no less time: it was measured at another moment, when the machine was less busy.
+        seconds = max(seconds, without)
         if (seconds + asked) / given < least:
             least, best = (seconds + asked) / given, lengths.copy()
     return Lengths(best, plain - least)
