@@ -153,8 +153,8 @@ def main() -> None:
         else:
             held_out = read(args.checkpoint, args.text, "test", count, length)
             calibration = read(args.checkpoint, args.text, "train", other, length)
-            told = read(args.checkpoint, args.text, "train", args.told, length)
-            told = told if args.distill else []
+            more = args.told if args.distill else 0
+            told = read(args.checkpoint, args.text, "train", more, length) if more else []
         if not args.json:
             found = perplexity(all_logits(source, held_out), held_out)
             tokens = sum(map(len, held_out))

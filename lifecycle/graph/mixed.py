@@ -84,7 +84,7 @@ def measure(
 
         def rounded(name: str) -> Floats:
             blocks = _rounded(rewrite, matrices[name], coarse)
-            # Scales that 16 bits cannot hold take more than was thought.
+            # Scales for which 8 bits are too coarse take more than was thought.
             coarsely[name] = blocks.pack().bytes
             return blocks.floats(shapes[name][1])
 

@@ -188,16 +188,18 @@ def _replace_all(
             picked.experts(rewrite, mixture)
         on_done(done := done + 1, total)
     for node, head in heads.items():
-        # A matrix that is both head and embedding has one form: an exception for either is for
-        # both.
-        picked = chosen[str(node.name)]
-        if head is not None and picked is scheme:
-            picked = chosen[head.name]
+        picked = chosen[str(node.name)] if head is None else tied(chosen, scheme, head.name)
         if picked is not None:
             picked.embedding(rewrite, node, head)
         on_done(done := done + 1, total)
     if isinstance(scheme, ConvolutionScheme):
         scheme.finish(rewrite)
+
+
+def tied(chosen: Mapping[str, Scheme | None], scheme: Scheme | None, head: str) -> Scheme | None:
+    """The scheme of a matrix that is both head and embedding: an exception for either is for both."""
+    embedding = chosen[EMBEDDING]
+    return chosen[head] if embedding is scheme else embedding
 
 
 def decoder_names(rewrite: GraphRewrite) -> list[str]:

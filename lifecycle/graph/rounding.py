@@ -58,7 +58,8 @@ class Grid:
         return 2 ** (self.bits - 1)
 
     def bytes(self, shape: tuple[int, int]) -> int:
-        """What a matrix [rows, in] takes: integers, scales, and zeros if there are any."""
+        """What a matrix [rows, in] takes: integers, scales, and zeros if there are any; more where scales of 8
+        bits are too coarse for it."""
         rows, width = shape
         blocks = -(-width // self.block_size)
         zeros = 0 if self.symmetric else -(-blocks * self.bits // 8)

@@ -21,9 +21,9 @@ _MOST = 127
 _ROOM = np.float32(1.2)
 """The largest scale, as a part of the largest step: blocks with zeros of their own and fitted scales have some that are
 larger than a largest weight by the middle integer."""
-_FINE = 24
-"""The code that half of the scales have to reach: theirs are stored to 4 % then. A matrix whose scales are small
-beside a few others keeps 16 bits."""
+_FINE, _LEAST = 24, 4
+"""The codes that half of the scales, and all but a hundredth, have to reach: theirs are stored to 4 %, and to 12 %. A
+matrix whose scales are small beside a few others keeps 16 bits."""
 _LOST = np.float32(0.01)
 """Part of a scale that storing it in 16 bits may change. Integers are chosen for what is stored, and
 scales that are tried lie further apart."""
@@ -70,7 +70,10 @@ def unit_of(steps: Floats) -> np.float32 | None:
         return np.float32(1)
     unit = np.float32(_ROOM * used.max() / _MOST**2)
     is_fine = np.isfinite(unit) and unit >= np.finfo(np.float32).tiny
-    return unit if is_fine and np.sqrt(np.median(used) / unit) >= _FINE else None
+    if not is_fine:
+        return None
+    half, most = np.sqrt(np.quantile(used, (0.5, 0.01)) / unit)
+    return unit if half >= _FINE and most >= _LEAST else None
 
 
 def storable(scales: Floats, unit: np.float32 | None) -> Floats:
@@ -84,7 +87,10 @@ def storable(scales: Floats, unit: np.float32 | None) -> Floats:
 
 
 def _codes(scales: Floats, unit: np.float32) -> NDArray[np.int8]:
-    roots = np.rint(np.sqrt(np.abs(scales) / unit))
+    units = np.abs(scales) / unit
+    low = np.floor(np.sqrt(units))
+    # The nearer of two squares, not of two roots.
+    roots = low + (units > low * (low + 1) + 0.5)
     return np.copysign(np.clip(roots, 1, _MOST), scales).astype(np.int8)
 
 

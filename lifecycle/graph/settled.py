@@ -10,11 +10,10 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from lifecycle.errors import StageError
 from lifecycle.graph.blockwise import Blockwise, Stored
 from lifecycle.graph.int8 import Int8Rowwise
-from lifecycle.graph.quantize import EMBEDDING, Scheme, choose, decoder_names
-from lifecycle.graph.rewrite import GraphRewrite, matrix_shape
+from lifecycle.graph.quantize import EMBEDDING, Scheme, choose, decoder_names, tied
+from lifecycle.graph.rewrite import GraphRewrite, Linear, matrix_shape
 from lifecycle.graph.rounding import Blocks
 from lifecycle.graph.weights import WeightFile
 
@@ -33,14 +32,17 @@ class Settled(Blockwise):
 
 @dataclass(frozen=True, slots=True)
 class Constants:
-    """Other values for constants of a graph, by name."""
+    """Other values for constants of a float32 graph, by name."""
 
-    values: Mapping[str, NDArray[np.float32]]
+    values: Mapping[str, NDArray[np.float32] | Blocks]
 
     def apply(self, rewrite: GraphRewrite) -> None:
         """Put them in their places."""
         for name, value in self.values.items():
-            rewrite.graph.initializers[name].const_value = ir.tensor(value, name=name)
+            constant = rewrite.graph.initializers[name]
+            if isinstance(value, Blocks):
+                value = value.floats(matrix_shape(constant)[1])
+            constant.const_value = ir.tensor(value, name=name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,38 +57,31 @@ class Rounded:
 def round_matrices(
     source: Path, scratch: Path, scheme: Blockwise, exceptions: Mapping[str, Scheme | None]
 ) -> Rounded:
-    """Round all matrices of the float32 decoder in `source` as `quantize_graph` would, one after the other, so that those
-    behind make up for those before. A walk through the layers that `scheme` has must be fresh, and is used up.
+    """Round all matrices of the float32 decoder in `source`, mixtures left out, as `quantize_graph` would, one after the
+    other, so that those behind make up for those before. A walk through the layers that `scheme` has must be fresh, and
+    is used up.
 
     Raises:
-        StageError: a pattern matches nothing, or the decoder is a mixture of experts.
+        StageError: a pattern matches nothing.
     """
     blocks: dict[str, Blocks] = {}
     rows: list[str] = []
     with WeightFile(scratch / "rounded") as weights:
         rewrite = GraphRewrite(source, weights)
-        if rewrite.mixtures():
-            raise StageError("distill: mixtures of experts cannot be trained; leave it out")
         chosen = choose(decoder_names(rewrite), scheme, exceptions)
         table = next(node for node in rewrite.lookups() if node.name == EMBEDDING).inputs[0]
         assert table is not None
-        is_tied = False
-        for linear in rewrite.linears():
-            picked, name = chosen[linear.name], str(linear.weight.name)
-            if linear.weight is table:
-                is_tied = True
-                picked = picked if chosen[EMBEDDING] is scheme else chosen[EMBEDDING]
-            if isinstance(picked, Blockwise):
-                is_table = linear.weight is table
-                blocks[name] = (
-                    scheme.rounded(rewrite, table) if is_table else scheme.settled(rewrite, linear)
-                )
-            elif isinstance(picked, Int8Rowwise):
-                rows.append(name)
-        if not is_tied:
-            name, picked = str(table.name), chosen[EMBEDDING]
-            if isinstance(picked, Blockwise):
-                blocks[name] = scheme.rounded(rewrite, table)
-            elif isinstance(picked, Int8Rowwise):
-                rows.append(name)
+        matrices: list[tuple[ir.Value, Linear | None, Scheme | None]] = [
+            (linear.weight, linear, chosen[linear.name])
+            for linear in rewrite.linears()
+            if linear.weight is not table
+        ]
+        head = next((one.name for one in rewrite.linears() if one.weight is table), None)
+        picked = chosen[EMBEDDING] if head is None else tied(chosen, scheme, head)
+        for weight, linear, way in [*matrices, (table, None, picked)]:
+            if isinstance(way, Blockwise):
+                found = way.settled(rewrite, linear) if linear else way.rounded(rewrite, weight)
+                blocks[str(weight.name)] = found
+            elif isinstance(way, Int8Rowwise):
+                rows.append(str(weight.name))
     return Rounded(blocks, tuple(rows))

@@ -65,9 +65,10 @@ class Distill(BaseModel):
     batch_size: int = Field(8, ge=1)
     """Texts of `calibration` per step, each of `sample_length` tokens at most."""
     learning_rate: float = Field(1e-4, gt=0)
-    """The highest one, of a cosine with a short warm-up: by so much, at most, a weight moves in a step."""
+    """The highest one, of a cosine with a short warm-up: about so much a weight moves in a step."""
     samples: int | None = Field(None, ge=2)
-    """Of `calibration`: how many texts are read; null reads all. Some are held out, to see what was gained."""
+    """Of `calibration`: how many texts are trained on, whatever the stage's `samples` are; null takes all. The last ones
+    are held out, to see what was gained."""
     seed: int = Field(0, ge=0)
     """Of the order of the texts."""
 
@@ -120,7 +121,8 @@ class Quantize(Stage):
     distill: Distill | None = None
     """For `int4` and `mixed`: train the rounded weights, with norms and biases, against the divergence of the
     predictions from float32 on `calibration`, such as `{steps: 2000}`. The best that few bits can be; takes a training's
-    time, and its memory: some 40 bytes per weight. `distillation.json` beside the model says what was gained."""
+    time, and its memory: some 40 bytes per weight. `distillation.json` beside the model says what was gained, with
+    activations in float32."""
     device: Annotated[str, RUNTIME] = "auto"
     """For `distill`: `cpu`, `cuda:1`, …; `auto` is the accelerator of the host if there is one."""
     symmetric: bool = True
@@ -131,7 +133,7 @@ class Quantize(Stage):
     that read a norm, as in SmoothQuant, measured on `calibration`; 0.5 is usual, null moves none. It
     helps models in which a few channels are much larger than the others."""
     calibration: Ref[Conversations | Text | Arrays] | None = None
-    """Of `awq`, `gptq`, `mixed`, `int8-static`, `kv_cache` and `smooth`: texts like those that a decoder will see, or `arrays` for
+    """Of `awq`, `gptq`, `mixed`, `distill`, `int8-static`, `kv_cache` and `smooth`: texts like those that a decoder will see, or `arrays` for
     any other graph; their train split is read."""
     samples: int = Field(128, ge=1)
     """Of `calibration`: how many samples are read."""
@@ -170,12 +172,20 @@ class Quantize(Stage):
 
     @model_validator(mode="after")
     def _search_fits(self) -> Self:
+        if self.scheme == "auto" and self.distill is not None:
+            raise ValueError("distill is not for all candidates: give it to those that it is for")
         check_search(self)
         return self
 
     @model_validator(mode="after")
     def _settings_fit(self) -> Self:
+        if self.distill is None and self.device != "auto":
+            raise ValueError("device is for distill; leave it out")
         if self.scheme == "auto":  # Each candidate is checked by itself.
+            if self.distill is not None:
+                raise ValueError(
+                    "distill is not for all candidates: give it to those that it is for"
+                )
             return self
         for name, is_set in (
             (f"method: '{self.method}'", self.method != "rtn"),

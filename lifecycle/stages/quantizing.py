@@ -53,6 +53,10 @@ class Quantizing:
         from lifecycle.graph.quantize import quantize_graph
 
         stage, ctx = self._stage, self._ctx
+        if stage.distill is not None:
+            from lifecycle.training.torch_graph import require_trainable
+
+            require_trainable(self._source)
         exceptions: dict[str, Scheme | None] = dict.fromkeys(stage.skip)
         is_decoder = isinstance(ctx.input(stage.model), OnnxModel)
         if stage.scheme == "int4" and (is_decoder or "int8" in stage.model_fields_set):
@@ -60,7 +64,7 @@ class Quantizing:
             exceptions |= dict.fromkeys(stage.int8, self._int8())
         with emptied(ctx.scratch / "work") as scratch:
             scheme: Scheme | None = None
-            changes, source = self._smoothing(), self._source
+            changes, source, measured = self._smoothing(), self._source, None
             match stage.scheme:
                 case "int8-rowwise":
                     scheme = self._int8()
@@ -76,11 +80,13 @@ class Quantizing:
                         source = scratch
                     if stage.distill is not None:
                         scheme, changes = self._distilled(scratch, source, scheme, exceptions)
+                        if stage.kv_cache is not None:
+                            measured = self._as_trained(scratch, source, scheme, changes)
                 case "fp16" | "bf16":
                     scheme = Half(stage.scheme)
                 case "fp32":
                     pass
-            cache = self._cache(source)
+            cache = self._cache(measured or source)
             ctx.progress.phase("matrices")
             return quantize_graph(
                 source,
@@ -184,6 +190,19 @@ class Quantizing:
         (ctx.out / DISTILLATION).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         grid = (stage.block_size, scheme.bits, stage.symmetric)
         return Settled(*grid, blocks=found.blocks), Constants(found.floats)
+
+    def _as_trained(
+        self, scratch: Path, source: Path, settled: Settled, changes: Constants
+    ) -> Path:
+        """A folder of the float32 graph as it was trained, for what is measured on it."""
+        from lifecycle.graph.quantize import quantize_graph
+        from lifecycle.graph.settled import Constants
+
+        out = scratch / "trained"
+        out.mkdir()
+        values = Constants({**settled.blocks, **changes.values})
+        quantize_graph(source, out, "fp32", None, changes=values)
+        return out
 
     def _scale_channels(
         self, out: Path, scheme: Blockwise, exceptions: dict[str, Scheme | None]

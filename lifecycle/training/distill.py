@@ -3,6 +3,7 @@ divergence of its predictions, with the matrices rounded as they will be."""
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
 from collections import Counter
@@ -62,7 +63,8 @@ class Distilled:
     """Other constants that have changed."""
     before: float
     after: float
-    """Divergence of the predictions on texts held out, in nats per token, activations in float32."""
+    """Divergence of the predictions on texts held out, in nats per token, with activations, the cache and what is not in
+    blocks in float32."""
 
 
 def distill(
@@ -81,8 +83,16 @@ def distill(
 
     Raises:
         InterruptedRun: the run was asked to stop; a snapshot was written before.
-        StageError: the graph cannot be trained, or the divergence is no longer finite.
+        StageError: the graph cannot be trained, there is nothing to train or too few texts to train it on, or the
+            divergence is not finite.
     """
+    if not blocks:
+        raise StageError("distill: no matrix is stored in 4 bits, so there is nothing to train")
+    if len(texts) < 2:
+        raise StageError(f"distill: {len(texts)} texts are too few: one is held out")
+    # Rounded anew in each run; what was trained from another start is none of this one.
+    scratch = scratch / _digest(blocks, floats)
+    scratch.mkdir(parents=True, exist_ok=True)
     with isolated(None):
         graph = TorchGraph(folder, pick_device(device))
         return _Distillation(graph, blocks, floats, texts, settings, scratch, progress).run()
@@ -109,7 +119,8 @@ class _Distillation:
         trained = [*floats, *_vectors(graph)]
         self._floats = {name: constants[name].clone().requires_grad_() for name in trained}
         held_out = max(1, min(_HELD_OUT, len(texts) // 16))
-        self._held_out, self._texts = texts[:held_out], texts[held_out:] or texts
+        # The first ones have calibrated what is trained.
+        self._held_out, self._texts = texts[-held_out:], texts[:-held_out]
         matrices = self._matrices.values()
         latent = [_Adam(matrix.latent, is_whole=True) for matrix in matrices]
         others = [*(matrix.scale for matrix in matrices), *self._floats.values()]
@@ -121,6 +132,10 @@ class _Distillation:
         progress, total = self._progress, self._settings.steps
         progress.phase("distillation")
         before = self._divergence()
+        if not math.isfinite(before):
+            raise StageError(
+                "distill: the predictions of the model, float32 or rounded, are not finite"
+            )
         done = first = self._resume()
         next_save = time.monotonic() + _SAVE_SECONDS
         try:
@@ -132,8 +147,10 @@ class _Distillation:
         except InterruptedRun:
             self._save(done)
             raise
+        # What comes behind is done anew after a stop, this is not.
+        self._save(total)
         after = self._divergence()
-        if after >= before:
+        if not after < before:  # Neither where it is no number.
             progress.log(
                 f"distillation gained nothing: {before:.4g} nats before, {after:.4g} after"
             )
@@ -180,11 +197,7 @@ class _Distillation:
 
     def _parts(self, texts: Texts) -> Iterator[Texts]:
         """As many at a time as there is memory for."""
-        vocab = next(
-            len(c) for n, c in self._graph.constants.items() if n.startswith("embed_tokens")
-        )
-        longest = max(map(len, texts))
-        size = max(1, _LOGITS // (vocab * longest))
+        size = max(1, _LOGITS // (self._graph.vocab_size * max(map(len, texts))))
         for start in range(0, len(texts), size):
             yield texts[start : start + size]
 
@@ -261,6 +274,17 @@ class _Adam:
     def state(self) -> dict[str, Tensor]:
         """What changes, by name."""
         return {"first": self._first, "second": self._second}
+
+
+def _digest(blocks: Mapping[str, Blocks], floats: Sequence[str]) -> str:
+    """Tells one start from another."""
+    found = hashlib.sha256(repr((sorted(blocks), sorted(floats))).encode())
+    for name in sorted(blocks):
+        one = blocks[name]
+        found.update(repr(one.grid).encode())
+        for part in (one.integers, one.scales, one.zeros):
+            found.update(np.ascontiguousarray(part).data)
+    return found.hexdigest()[:16]
 
 
 def _vectors(graph: TorchGraph) -> list[str]:

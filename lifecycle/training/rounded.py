@@ -30,10 +30,10 @@ class RoundedMatrix:
         self.scale = _floats(blocks.scales, device).requires_grad_()
         integers = _floats(blocks.integers, device) - self._zero
         self.latent = (integers * self.scale.detach()[..., None]).requires_grad_()
-        self._last, self._mean = integers.clone(), integers.clone()
-        self._direction, self._turns = torch.zeros_like(integers), torch.zeros_like(integers)
+        self._mean, self._turns = integers.clone(), torch.zeros_like(integers)
+        self._last = integers.to(torch.int8)
+        self._direction, self._fixed_at = torch.zeros_like(self._last), torch.zeros_like(self._last)
         self._fixed = torch.zeros_like(integers, dtype=torch.bool)
-        self._fixed_at = torch.zeros_like(integers)
 
     @property
     def num_fixed(self) -> int:
@@ -56,14 +56,14 @@ class RoundedMatrix:
     def follow(self, most_turns: float) -> None:
         """Take note of a step, and fix the weights that turn back in more than such a share of the steps."""
         integers = self._rounded(self.latent / self._stored_scale()[..., None])
-        change = torch.sign(integers - self._last)
+        change = torch.sign(integers - self._last).to(torch.int8)
         is_back = (change != 0) & (change == -self._direction)
         self._turns.lerp_(is_back.float(), 1 / _MEMORY)
         self._mean.lerp_(integers, 1 / _MEMORY)
         self._direction = torch.where(change != 0, change, self._direction)
-        self._last = integers
+        self._last = integers.to(torch.int8)
         late = (self._turns > most_turns) & ~self._fixed
-        self._fixed_at = torch.where(late, self._mean.round(), self._fixed_at)
+        self._fixed_at = torch.where(late, self._mean.round().to(torch.int8), self._fixed_at)
         self._fixed |= late
 
     @torch.no_grad()
@@ -96,7 +96,7 @@ class RoundedMatrix:
     def _rounded(self, steps: Tensor) -> Tensor:
         """Integers less their zeros, without a gradient."""
         found = steps.detach().round().clamp(self._low, self._high)
-        return torch.where(self._fixed, self._fixed_at, found)
+        return torch.where(self._fixed, self._fixed_at.float(), found)
 
     def _stored_scale(self) -> Tensor:
         """Scales as they are stored, with the gradient of those that are trained."""

@@ -16,12 +16,12 @@ from typing import Any, TypeAlias
 
 import onnx
 import torch
-from onnx import NodeProto, helper, numpy_helper
+from onnx import GraphProto, NodeProto, helper, numpy_helper
 from torch import Tensor
 from torch.nn import functional as F
 
 from lifecycle.engines.backend import Row
-from lifecycle.engines.decoder import GRAPH
+from lifecycle.engines.decoder import GRAPH, DecoderInfo
 from lifecycle.engines.layout import MIN_WIDTH, pack
 from lifecycle.errors import StageError
 
@@ -40,18 +40,17 @@ class TorchGraph:
             StageError: the graph has an operator that is not known here, such as those of mixtures and of slots for
                 adapters.
         """
-        graph = onnx.load(folder / GRAPH).graph
-        if unknown := sorted({node.op_type for node in graph.node} - _OPERATORS.keys()):
-            raise StageError(
-                f"{folder}: a graph with the operator {unknown[0]} cannot be trained (only those with "
-                f"{', '.join(sorted(_OPERATORS))})"
-            )
+        graph = _read(folder)
+        self.vocab_size = DecoderInfo.load(folder).vocab_size
         self._device = device
         self._nodes = [(node, _attributes(node), _OPERATORS[node.op_type]) for node in graph.node]
         self.constants = {
-            tensor.name: torch.from_numpy(numpy_helper.to_array(tensor).copy()).to(device)
+            tensor.name: torch.from_numpy(numpy_helper.to_array(tensor, str(folder)).copy()).to(
+                device
+            )
             for tensor in graph.initializer
         }
+        self._unread = [value.name for value in graph.input]
 
     @property
     def nodes(self) -> list[NodeProto]:
@@ -68,9 +67,10 @@ class TorchGraph:
             name: torch.from_numpy(values).to(self._device)
             for name, values in pack(rows, width).items()
         }
-        values: dict[str, Tensor | None] = {"": None, **inputs, **self.constants, **(changed or {})}
+        values: dict[str, Tensor | None] = dict.fromkeys(["", *self._unread])
+        values |= {**inputs, **self.constants, **(changed or {})}
         for node, attributes, operator in self._nodes:
-            operands = [values.get(name) for name in node.input]
+            operands = [values[name] for name in node.input]
             found = operator(operands, attributes)
             values |= {name: value for name, value in zip(node.output, found, strict=False) if name}
         logits = values["logits"]
@@ -78,11 +78,31 @@ class TorchGraph:
         return logits
 
 
+def require_trainable(folder: Path) -> None:
+    """
+    Raises:
+        StageError: the graph in a folder has an operator that is not known here.
+    """
+    _read(folder)
+
+
+def _read(folder: Path) -> GraphProto:
+    """Without what lies in other files."""
+    graph = onnx.load(folder / GRAPH, load_external_data=False).graph
+    if unknown := sorted({node.op_type for node in graph.node} - _OPERATORS.keys()):
+        raise StageError(
+            f"{folder}: a graph with the operator {unknown[0]} cannot be trained (only those with "
+            f"{', '.join(sorted(_OPERATORS))})"
+        )
+    return graph
+
+
 def _attributes(node: NodeProto) -> dict[str, Any]:
     return {found.name: helper.get_attribute_value(found) for found in node.attribute}
 
 
-def _gather(x: Operands, _: Attributes) -> Sequence[Tensor]:
+def _gather(x: Operands, attributes: Attributes) -> Sequence[Tensor]:
+    assert attributes.get("axis", 0) == 0
     table, index = _given(x)
     return (table[index],)
 
@@ -92,7 +112,8 @@ def _gather_nd(x: Operands, _: Attributes) -> Sequence[Tensor]:
     return (table[tuple(index.unbind(-1))],)
 
 
-def _gemm(x: Operands, _: Attributes) -> Sequence[Tensor]:
+def _gemm(x: Operands, attributes: Attributes) -> Sequence[Tensor]:
+    assert attributes == {"transB": 1}
     rows, weight, *bias = _given(x)
     return (F.linear(rows, weight, *bias),)
 

@@ -6,7 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
 import pytest
+from numpy.typing import NDArray
+from onnx import numpy_helper
 from pydantic import ValidationError
 
 from lifecycle.engines.decoder import DecoderInfo
@@ -98,6 +102,11 @@ def test_a_target_may_not_run_a_scheme(exported: Artifact, run_stage: RunStage) 
         ({"scheme": "mixed", "calibration": "c", "budget": {}}, "either bits_per_weight or kl"),
         ({"scheme": "int4", "distill": {}}, "distill needs calibration"),
         ({"scheme": "int4", "distill": {"steps": 0}, "calibration": "c"}, "distill.steps"),
+        ({"scheme": "int4", "device": "cpu"}, "device is for distill"),
+        (
+            {"scheme": "auto", "distill": {}, "data": "c", "bound": {"kl": "<= 1"}},
+            "distill is not for all candidates",
+        ),
         (
             {"scheme": "int8-rowwise", "distill": {}, "calibration": "c"},
             "distill is for the schemes int4 and mixed, not for int8-rowwise",
@@ -161,6 +170,40 @@ def test_distillation_says_what_it_gained(
     }
     again = run_stage(stage(**settings, distill=distill), onnx=learnt_onnx, c=calibration)
     assert again.digest == trained.digest != plain.digest
+
+
+@pytest.mark.parametrize("method", ["awq", "gptq"])
+def test_a_cache_is_measured_on_what_was_trained(
+    method: str, learnt_onnx: OnnxModel, calibration: Artifact, run_stage: RunStage
+) -> None:
+    settings: dict[str, Any] = {"scheme": "int4", "calibration": "c", "samples": 4}
+    settings |= {"sample_length": 48, "method": method, "kv_cache": "int8"}
+    distill = {"steps": 20, "batch_size": 4, "learning_rate": 3e-4, "samples": 7}
+    made = [
+        run_stage(stage(**settings, **more), onnx=learnt_onnx, c=calibration)
+        for more in ({}, {"distill": distill})
+    ]
+    scales = [cache_scales(each.path) for each in made]
+    assert scales[0].keys() == scales[1].keys() and scales[0]
+    assert any((scales[0][name] != scales[1][name]).any() for name in scales[0])
+
+
+def cache_scales(folder: Path) -> dict[str, NDArray[np.float32]]:
+    graph = onnx.load(folder / "model.onnx").graph
+    names = {n for node in graph.node if node.op_type == "GroupQueryAttention" for n in node.input}
+    return {
+        t.name: numpy_helper.to_array(t)
+        for t in graph.initializer
+        if t.name in names and "scale" in t.name
+    }
+
+
+def test_distillation_needs_something_to_train(
+    learnt_onnx: OnnxModel, calibration: Artifact, run_stage: RunStage
+) -> None:
+    settings: dict[str, Any] = {"scheme": "int4", "calibration": "c", "distill": {"samples": 2}}
+    with pytest.raises(StageError, match="no matrix is stored in 4 bits"):
+        run_stage(stage(**settings, int8=["*"]), onnx=learnt_onnx, c=calibration)
 
 
 def test_what_a_killed_run_left_is_no_hindrance(tmp_path: Path) -> None:

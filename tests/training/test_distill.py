@@ -107,13 +107,15 @@ def test_what_is_stored_is_what_was_trained(
     assert not any("1.mlp.down_proj" in name for name in (*found.floats, *found.blocks))
 
 
-@pytest.mark.parametrize("stop", [1, 7])
+@pytest.mark.parametrize("stop", [2, 7])
 def test_stopped_and_resumed_is_bit_identical(stop: int, exported: Path, tmp_path: Path) -> None:
     settings = Settings(steps=12)
     whole = run(exported, tmp_path / "whole", settings=settings)
     with pytest.raises(InterruptedRun):
         run(exported, tmp_path / "parts", settings=settings, progress=StoppingProgress(at=stop))
-    resumed = run(exported, tmp_path / "parts", settings=settings)
+    progress = QuietProgress()
+    resumed = run(exported, tmp_path / "parts", settings=settings, progress=progress)
+    assert f"resumed at step {stop} of 12" in progress.lines
     assert resumed.after == whole.after < whole.before
     for name, blocks in whole.blocks.items():
         np.testing.assert_array_equal(blocks.integers, resumed.blocks[name].integers)
@@ -128,6 +130,28 @@ def test_where_nothing_is_gained_all_stays(exported: Path, tmp_path: Path) -> No
     start = round_matrices(exported, tmp_path, Blockwise(16), {})
     for name, blocks in start.blocks.items():
         np.testing.assert_array_equal(blocks.integers, found.blocks[name].integers)
+
+
+def test_what_was_trained_from_another_start_is_left_alone(exported: Path, tmp_path: Path) -> None:
+    settings = Settings(steps=12)
+    with pytest.raises(InterruptedRun):
+        run(exported, tmp_path, settings=settings, progress=StoppingProgress(at=6))
+    progress = QuietProgress()
+    fine: dict[str, Scheme | None] = {"lm_head": Int8Rowwise(8)}
+    run(exported, tmp_path, settings=settings, progress=progress, exceptions=fine)
+    assert not any("resumed" in line for line in progress.lines)
+
+
+def test_weights_that_are_no_numbers_at_the_end_are_no_gain(exported: Path, tmp_path: Path) -> None:
+    settings = Settings(steps=1, learning_rate=1e30)
+    found = run(exported, tmp_path / "work", settings=settings)
+    assert found.after == found.before and not found.floats
+
+
+def test_one_text_is_too_few(exported: Path, tmp_path: Path) -> None:
+    blocks = round_matrices(exported, tmp_path, Blockwise(16), {}).blocks
+    with pytest.raises(StageError, match="1 texts are too few"):
+        distill(exported, blocks, [], texts(1), Settings(), tmp_path, QuietProgress())
 
 
 def test_a_divergence_without_end_is_an_error(exported: Path, tmp_path: Path) -> None:
