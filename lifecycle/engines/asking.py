@@ -30,12 +30,12 @@ in the processor's caches."""
 _LONGEST_REST = 15
 """Steps without weighing guesses, once they have not been worth it for some time."""
 _FORGET = 16
-"""How often guesses may turn out not to be worth it until what steps behind the model took is forgotten: it may have
-been measured on a busy machine, and is not measured while nobody is asked."""
+"""How often guesses may turn out not to be worth it until what steps behind the model took, and what guesses have saved,
+is forgotten: it may have been measured on a busy machine or with more requests, and is not while nobody is asked."""
 _LEAST = 0.1
 """Share of a step that guesses have to be expected to save. Less may be an error of the measurement."""
 _LEAST_SAVED, _NEWEST = 0.05, 0.1
-"""Share of a step that they have to have saved, and the weight of the newest step in it."""
+"""Steps that a step with guesses has to have saved on average, and the weight of the newest one in it."""
 _LONG = 64
 """Tokens that a request is expected to bring yet; if it has brought more, so many."""
 _OUTLIER = 3.0
@@ -56,8 +56,8 @@ class _Asked(NamedTuple):
     seconds: float
     num_right: int
     """Right guesses of all steps before."""
-    is_trial: bool
-    """Whether nobody expected it to pay."""
+    is_usual: bool
+    """Whether it was expected to pay, and no text had to be computed first, which is weighed by itself."""
     step_seconds: float | None = None
     """Of that step, once it is over; None where it had prompts too."""
 
@@ -93,10 +93,8 @@ class Asking:
             gained = self._gained(self._asked, pace)
             self._balance += gained
             plain = pace.decode_seconds(self._asked.num_decode)
-            if plain and not self._asked.is_trial:
-                # A text that had to be computed first was weighed by itself.
-                share = max(gained / plain, -_LEAST)
-                self._has_saved += _NEWEST * (share - self._has_saved)
+            if plain and self._asked.is_usual and self._asked.step_seconds is not None:
+                self._has_saved += _NEWEST * (gained / plain - self._has_saved)
             self._since_plain += 1
         self._balance = min(self._balance, _MOST)
         self._asked = None
@@ -157,7 +155,7 @@ class Asking:
         is_worth = self._saved >= _LEAST and self._has_saved >= _LEAST_SAVED
         chosen = self._worth_it(wanted, saved) if is_worth else ()
         self._num_idle = 0 if chosen else self._num_idle + 1
-        is_trial = not chosen
+        is_usual = bool(chosen) and all(self.model.behind(state) <= NEAR for state, _ in chosen)
         chosen = chosen or self._trial(wanted, num_decode, pace)
         guesses: list[list[int]] = []
         if self._num_idle >= _FORGET:
@@ -170,7 +168,7 @@ class Asking:
             guesses = self.model.propose(chosen, self._room(num_decode, pace))
             num_guessed = sum(map(len, guesses))
             seconds = self.model.pace.seconds - before
-            self._asked = _Asked(num_decode, num_other, num_guessed, seconds, right, is_trial)
+            self._asked = _Asked(num_decode, num_other, num_guessed, seconds, right, is_usual)
             self._is_behind = True
         for (state, _), guess in zip(chosen, guesses, strict=True):
             state.draft, state.guesser = guess, state.asked

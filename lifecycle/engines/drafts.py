@@ -166,7 +166,7 @@ def choose_lengths(
             seconds = costs.step_seconds(tokens, pace)
         else:
             seconds = pace.decode_seconds(tokens) or 0.0
-        # More tokens take no less time: it was measured at another moment, when the machine was less busy.
+        # No step with guesses takes less than one without: it was measured when the machine was less busy.
         seconds = max(seconds, without)
         if (seconds + asked) / given < least:
             least, best = (seconds + asked) / given, lengths.copy()

@@ -21,7 +21,7 @@ _MOST = 127
 _ROOM = np.float32(1.2)
 """The largest scale, as a part of the largest step: blocks with zeros of their own and fitted scales have some that are
 larger than a largest weight by the middle integer."""
-_FINE, _LEAST = 24, 4
+_FINE, _LEAST = 24, 8
 """The codes that half of the scales, and all but a hundredth, have to reach: theirs are stored to 4 %, and to 12 %. A
 matrix whose scales are small beside a few others keeps 16 bits."""
 _LOST = np.float32(0.01)

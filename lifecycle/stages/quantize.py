@@ -68,7 +68,7 @@ class Distill(BaseModel):
     """The highest one, of a cosine with a short warm-up: about so much a weight moves in a step."""
     samples: int | None = Field(None, ge=2)
     """Of `calibration`: how many texts are trained on, whatever the stage's `samples` are; null takes all. The last ones
-    are held out, to see what was gained."""
+    are held out, to see what was gained: take more than the stage's `samples`, which the method is fitted to."""
     seed: int = Field(0, ge=0)
     """Of the order of the texts."""
 
@@ -179,8 +179,6 @@ class Quantize(Stage):
 
     @model_validator(mode="after")
     def _settings_fit(self) -> Self:
-        if self.distill is None and self.device != "auto":
-            raise ValueError("device is for distill; leave it out")
         if self.scheme == "auto":  # Each candidate is checked by itself.
             if self.distill is not None:
                 raise ValueError(

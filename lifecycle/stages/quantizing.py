@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -53,10 +53,7 @@ class Quantizing:
         from lifecycle.graph.quantize import quantize_graph
 
         stage, ctx = self._stage, self._ctx
-        if stage.distill is not None:
-            from lifecycle.training.torch_graph import require_trainable
-
-            require_trainable(self._source)
+        told = self._told() if stage.distill else []
         exceptions: dict[str, Scheme | None] = dict.fromkeys(stage.skip)
         is_decoder = isinstance(ctx.input(stage.model), OnnxModel)
         if stage.scheme == "int4" and (is_decoder or "int8" in stage.model_fields_set):
@@ -79,7 +76,7 @@ class Quantizing:
                         # Also what the cache is measured on: values are scaled too.
                         source = scratch
                     if stage.distill is not None:
-                        scheme, changes = self._distilled(scratch, source, scheme, exceptions)
+                        scheme, changes = self._distilled(scratch, source, scheme, exceptions, told)
                         if stage.kv_cache is not None:
                             measured = self._as_trained(scratch, source, scheme, changes)
                 case "fp16" | "bf16":
@@ -162,6 +159,7 @@ class Quantizing:
         source: Path,
         scheme: Blockwise,
         exceptions: dict[str, Scheme | None],
+        told: Sequence[Sequence[int]],
     ) -> tuple[Settled, Constants]:
         """The matrices in blocks, and what else was trained; `distillation.json` says what it has gained."""
         from lifecycle.graph.settled import Constants, Settled, round_matrices
@@ -172,16 +170,13 @@ class Quantizing:
         assert settings is not None
         ctx.progress.phase("rounding")
         rounded = round_matrices(source, scratch, scheme, exceptions)
-        snapshots = ctx.scratch / "distillation"
-        snapshots.mkdir(exist_ok=True)
-        texts = self._read(settings.samples)
         found = distill(
             source,
             rounded.blocks,
             rounded.rows,
-            texts,
+            told,
             settings,
-            snapshots,
+            ctx.scratch,
             ctx.progress,
             device=stage.device,
         )
@@ -190,6 +185,21 @@ class Quantizing:
         (ctx.out / DISTILLATION).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         grid = (stage.block_size, scheme.bits, stage.symmetric)
         return Settled(*grid, blocks=found.blocks), Constants(found.floats)
+
+    def _told(self) -> list[tuple[int, ...]]:
+        """The texts to train on; whatever can be refused is refused before anything is rounded."""
+        from lifecycle.training.runtime import pick_device
+        from lifecycle.training.torch_graph import require_trainable
+
+        assert self._stage.distill is not None
+        require_trainable(self._source)
+        pick_device(self._stage.device)
+        texts = self._read(self._stage.distill.samples)
+        if len(texts) < 2:
+            raise StageError(
+                f"distill: '{self._stage.calibration}' has {len(texts)} texts, of which one is held out; give more"
+            )
+        return texts
 
     def _as_trained(
         self, scratch: Path, source: Path, settled: Settled, changes: Constants

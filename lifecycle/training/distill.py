@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -91,11 +92,16 @@ def distill(
     if len(texts) < 2:
         raise StageError(f"distill: {len(texts)} texts are too few: one is held out")
     # Rounded anew in each run; what was trained from another start is none of this one.
-    scratch = scratch / _digest(blocks, floats)
-    scratch.mkdir(parents=True, exist_ok=True)
+    kept = scratch / "distillation"
+    ours = kept / _digest(blocks, floats)
+    for other in kept.glob("*"):
+        if other != ours:
+            progress.log("rounded otherwise than before: training begins anew")
+            shutil.rmtree(other)
+    ours.mkdir(parents=True, exist_ok=True)
     with isolated(None):
         graph = TorchGraph(folder, pick_device(device))
-        return _Distillation(graph, blocks, floats, texts, settings, scratch, progress).run()
+        return _Distillation(graph, blocks, floats, texts, settings, ours, progress).run()
 
 
 class _Distillation:
@@ -119,7 +125,7 @@ class _Distillation:
         trained = [*floats, *_vectors(graph)]
         self._floats = {name: constants[name].clone().requires_grad_() for name in trained}
         held_out = max(1, min(_HELD_OUT, len(texts) // 16))
-        # The first ones have calibrated what is trained.
+        # The first ones may have calibrated what is trained.
         self._held_out, self._texts = texts[-held_out:], texts[:-held_out]
         matrices = self._matrices.values()
         latent = [_Adam(matrix.latent, is_whole=True) for matrix in matrices]
@@ -147,8 +153,9 @@ class _Distillation:
         except InterruptedRun:
             self._save(done)
             raise
-        # What comes behind is done anew after a stop, this is not.
-        self._save(total)
+        if first < total:
+            # What comes behind is done anew after a stop, this is not.
+            self._save(total)
         after = self._divergence()
         if not after < before:  # Neither where it is no number.
             progress.log(

@@ -25,6 +25,7 @@ class RoundedMatrix:
     def __init__(self, blocks: Blocks, width: int, device: torch.device) -> None:
         self._blocks, self._width = blocks, width
         grid = blocks.grid
+        assert grid.bits == 4, "what is kept of weights has 8 bits, and a sign"
         self._zero = _floats(blocks.zeros, device)[..., None]
         self._low, self._high = -self._zero, grid.levels - self._zero
         self.scale = _floats(blocks.scales, device).requires_grad_()

@@ -1,4 +1,4 @@
-"""The example of `docs/precision.md` is one that the stage takes."""
+"""The examples of `docs/precision.md` are some that the stage takes."""
 
 from __future__ import annotations
 
@@ -12,11 +12,14 @@ from tests.docs.blocks import ROOT, blocks
 PAGE = ROOT / "docs" / "precision.md"
 
 
-def test_the_example_holds() -> None:
-    (block,) = blocks(PAGE)
-    for settings in yaml.safe_load(block.text)["stages"].values():
-        assert settings.pop("use") == "quantize"
-        assert Quantize.model_validate(settings).kv_cache == "int8"
+def test_the_examples_hold() -> None:
+    found: list[Quantize] = []
+    for block in blocks(PAGE):
+        for settings in yaml.safe_load(block.text)["stages"].values():
+            assert settings.pop("use") == "quantize"
+            found.append(Quantize.model_validate(settings))
+    assert [stage.scheme for stage in found] == ["mixed", "int8-rowwise"]
+    assert found[0].distill is not None and found[1].kv_cache == "int8"
 
 
 def test_every_scheme_is_explained() -> None:

@@ -67,6 +67,8 @@ def test_guesses_that_come_are_worth_their_time(monkeypatch: pytest.MonkeyPatch)
     assert speed(monkeypatch, 1.0) > 2
     assert speed(monkeypatch, 0.8, batch=4, rounds=20) > 1.1
     assert speed(monkeypatch, 0.8, prompt=300, rounds=6) > 1.2
+    # A text that takes many steps to be computed saves nothing while it is.
+    assert speed(monkeypatch, 1.0, prompt=1500, output=300, rounds=3, cost=0.1) > 1.3
 
 
 def test_a_model_that_begins_to_agree_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -87,10 +87,13 @@ def test_every_architecture_is_quantized(architecture: str, scheme: Scheme, tmp_
     out = export_quantized(tmp_path, scheme)
     left = {name for name, op in operators(out).items() if op in ("Gemm", "MoE")}
     assert all(name.endswith(".router") for name in left)
-    ids = np.random.default_rng(0).integers(3, VOCAB, 30).tolist()
-    wanted, found = torch_logits(model, ids), GraphRunner(out).prefill(ids)
-    errors = np.linalg.norm(found - wanted, axis=1) / np.linalg.norm(wanted, axis=1)
-    assert np.median(errors) < (0.05 if isinstance(scheme, Int8Rowwise) else 0.35)
+    rng = np.random.default_rng(0)
+    errors: list[NDArray[np.float32]] = []
+    for _ in range(4):
+        ids = rng.integers(3, VOCAB, 30).tolist()
+        wanted, found = torch_logits(model, ids), GraphRunner(out).prefill(ids)
+        errors.append(np.linalg.norm(found - wanted, axis=1) / np.linalg.norm(wanted, axis=1))
+    assert np.median(errors) < (0.05 if isinstance(scheme, Int8Rowwise) else 0.3)
 
 
 def test_experts_can_stay_in_float32(tmp_path: Path) -> None:

@@ -102,7 +102,6 @@ def test_a_target_may_not_run_a_scheme(exported: Artifact, run_stage: RunStage) 
         ({"scheme": "mixed", "calibration": "c", "budget": {}}, "either bits_per_weight or kl"),
         ({"scheme": "int4", "distill": {}}, "distill needs calibration"),
         ({"scheme": "int4", "distill": {"steps": 0}, "calibration": "c"}, "distill.steps"),
-        ({"scheme": "int4", "device": "cpu"}, "device is for distill"),
         (
             {"scheme": "auto", "distill": {}, "data": "c", "bound": {"kl": "<= 1"}},
             "distill is not for all candidates",
