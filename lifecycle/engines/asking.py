@@ -180,7 +180,8 @@ class Asking:
         """Seconds that the guesses have saved."""
         plain, count = pace.decode_seconds(asked.num_decode) or 0.0, asked.num_decode
         base = pace.decode_seconds(count + asked.num_other) or 0.0
-        longer = min(asked.step_seconds or base, _OUTLIER * base) - base
+        # No guess makes a step shorter: what looks so is noise, and would pay for more guesses.
+        longer = max(min(asked.step_seconds or base, _OUTLIER * base) - base, 0.0)
         right = self.tally.right - asked.num_right
         return right * plain / count - longer - asked.seconds
 
