@@ -180,10 +180,6 @@ class Quantize(Stage):
     @model_validator(mode="after")
     def _settings_fit(self) -> Self:
         if self.scheme == "auto":  # Each candidate is checked by itself.
-            if self.distill is not None:
-                raise ValueError(
-                    "distill is not for all candidates: give it to those that it is for"
-                )
             return self
         for name, is_set in (
             (f"method: '{self.method}'", self.method != "rtn"),

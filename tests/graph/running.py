@@ -8,9 +8,11 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
+from transformers import PreTrainedModel
 
 from lifecycle.engines.decoder import GRAPH, DecoderInfo
 from lifecycle.engines.ort_session import CACHE_TYPES
+from tests.graph.models import VOCAB, torch_logits
 
 
 class GraphRunner:
@@ -83,3 +85,14 @@ class GraphRunner:
         while len(found) < count:
             found.append(int(self.prefill(found[-1:])[-1].argmax()))
         return found
+
+
+def relative_errors(model: PreTrainedModel, folder: Path, count: int) -> NDArray[np.float32]:
+    """How far the logits of a graph are from those of the model it came from, after each token of `count` random texts."""
+    rng = np.random.default_rng(0)
+    errors: list[NDArray[np.float32]] = []
+    for _ in range(count):
+        ids = rng.integers(3, VOCAB, 30).tolist()
+        wanted, found = torch_logits(model, ids), GraphRunner(folder).prefill(ids)
+        errors.append(np.linalg.norm(found - wanted, axis=1) / np.linalg.norm(wanted, axis=1))
+    return np.concatenate(errors)
