@@ -33,7 +33,7 @@ from lifecycle.engines.requests import (
     SamplingParams,
     Score,
 )
-from lifecycle.engines.sampling import Floats, Sampler, largest
+from lifecycle.engines.sampling import NUMPY, Kernels, Sampler, Scan
 from lifecycle.engines.scheduler import Batch, Scheduler
 from lifecycle.engines.slot_room import SlotRoom
 from lifecycle.engines.speculation import Speculation
@@ -61,6 +61,7 @@ class BatchedEngine(Engine):
         has_prompt_graph: bool = False,
         cuts_freely: bool = False,
         draft: Draft | None = None,
+        kernels: Kernels = NUMPY,
     ) -> None:
         """
         Args:
@@ -70,6 +71,7 @@ class BatchedEngine(Engine):
             cuts_freely: whether a token gets the same bits from `backend` however its text is cut.
             draft: a model that guesses; with one, `backend` takes rows that begin before the end of what
                 their slot holds also where its cache cannot be copied.
+            kernels: what passes over logits.
         """
         self.vocab_size = vocab_size
         self.max_model_len = max_model_len
@@ -77,6 +79,7 @@ class BatchedEngine(Engine):
         self.eos_token_ids = eos_token_ids
         self._options = options
         self._backend = backend
+        self._kernels = kernels
         self._cache = backend if isinstance(backend, CacheBackend) else None
         self._window = sliding_window
         self._progress = Progress(eos_token_ids, max_model_len, long_context)
@@ -124,19 +127,9 @@ class BatchedEngine(Engine):
             text = str(error) or "no memory for the step"
             return events + [failed(state, text) for state, _ in batch]
         self._account(batch, time.perf_counter() - begun)
-        best, tops = largest(logits)
-        start = 0
-        for state, row in batch:
-            end = start + row.num_logits
-            if end > start:
-                twins = self._scheduler.share(state)
-                events += self._tell(state, logits[start:end], best[start:end], tops[start:end])
-                for twin in twins:
-                    events += self._tell(
-                        twin, logits[end - 1 : end], best[end - 1 : end], tops[end - 1 : end]
-                    )
-            start = end
-        return events
+        # See `choose`; entering this takes longer than choosing a token.
+        with np.errstate(over="ignore"):
+            return events + self._tell_all(batch, self._kernels.scan(logits))
 
     @property
     def num_running(self) -> int:
@@ -298,18 +291,17 @@ class BatchedEngine(Engine):
             request, max_model_len=self.max_model_len, vocab_size=self.vocab_size
         )
         params = request.params
-        ends = params.stop_token_ids
-        if not params.ignore_eos:
-            ends |= self.eos_token_ids
-        sampler = Sampler(params, request.prompt, self.vocab_size, ends, request.constraint)
+        no_ends = frozenset[int]()
+        ends = params.stop_token_ids | (no_ends if params.ignore_eos else self.eos_token_ids)
+        size, constraint = self.vocab_size, request.constraint
+        sampler = Sampler(params, request.prompt, size, ends, constraint, self._kernels)
         tokens, count = list(request.prompt), len(request.prompt)
         try:
             adapter = self.adapter_number(request.adapter)
         except EngineError as error:
             raise RequestError(str(error)) from None
-        is_long = self.is_long(tokens)
         state = RequestState(
-            request, sampler, tokens, count, count, is_long=is_long, adapter=adapter
+            request, sampler, tokens, count, count, is_long=self.is_long(tokens), adapter=adapter
         )
         state.twin_key = hash(tuple(tokens))
         return state
@@ -368,11 +360,22 @@ class BatchedEngine(Engine):
             self._cache.forget(state.slot, before)
             state.num_forgotten = before
 
-    def _tell(
-        self, state: RequestState, logits: Floats, best: list[int], tops: list[float]
-    ) -> list[Event]:
+    def _tell_all(self, batch: Batch, rows: Scan) -> list[Event]:
+        """What the requests of a step get from its logits."""
+        events, start = list[Event](), 0
+        for state, row in batch:
+            end = start + row.num_logits
+            if end > start:
+                twins = self._scheduler.share(state)
+                events += self._tell(state, rows.part(start, end))
+                for twin in twins:
+                    events += self._tell(twin, rows.part(end - 1, end))
+            start = end
+        return events
+
+    def _tell(self, state: RequestState, rows: Scan) -> list[Event]:
         try:
-            events = self._progress.advance(state, logits, best, tops)
+            events = self._progress.advance(state, rows)
         except MemoryError:
             events = [failed(state, "no memory to choose a token")]
         self._generated_tokens += sum(event.token_id is not None for event in events)

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lifecycle.engines.requests import Event, FinishReason, PromptLogprob
-from lifecycle.engines.sampling import Choice, Floats, choose, log_softmax, ranked
+from lifecycle.engines.sampling import Choice, Floats, Scan, choose, log_softmax, ranked
 from lifecycle.engines.state import RequestState
 from lifecycle.errors import RequestError
 
@@ -27,50 +27,38 @@ class Progress:
         """What `Row.is_long` must be for the rows of a text of so many tokens."""
         return self._long_context is not None and num_tokens > self._long_context
 
-    def advance(
-        self, state: RequestState, logits: Floats, best: list[int], tops: list[float]
-    ) -> list[Event]:
+    def advance(self, state: RequestState, rows: Scan) -> list[Event]:
         """Take what a step gave a request: score its prompt, choose tokens as far as its draft was right.
 
         Args:
-            logits: [n, vocab_size], after its last n computed tokens, its draft among them; nothing
-                of a prompt that goes on and is not scored.
-            best: the most likely token of each row.
-            tops: its logit.
+            rows: one after each of its last computed tokens, its draft among them; none of a prompt
+                that goes on and is not scored.
 
         Returns:
             What there is to tell; the last event has a `finish_reason` if the request has ended.
         """
-        scored = _score(state, logits)
-        logits, best, tops = logits[scored:], best[scored:], tops[scored:]
-        if not best:
+        if scored := _score(state, rows.logits):
+            rows = rows.part(scored)
+        if not rows.best:
             return []
-        id, first = state.request.id, Event(state.request.id)
-        if len(state.tokens) == state.num_prompt:
-            prompt_logprobs = tuple(state.prompt_logprobs)
-            first = Event(
-                id,
+        is_first = len(state.tokens) == state.num_prompt
+        if state.request.params.max_tokens == 0:
+            events = [Event(state.request.id, finish_reason=FinishReason.LENGTH)]
+        else:
+            events = self._choose(state, rows)
+        if is_first:
+            events[0] = events[0]._replace(
                 cached_tokens=state.num_cached,
-                prompt_logprobs=prompt_logprobs,
+                prompt_logprobs=tuple(state.prompt_logprobs),
                 queue_seconds=state.queue_seconds,
             )
-        if state.request.params.max_tokens == 0:
-            return [first._replace(finish_reason=FinishReason.LENGTH)]
-        events = self._choose(state, logits, best, tops)
-        events[0] = events[0]._replace(
-            cached_tokens=first.cached_tokens,
-            prompt_logprobs=first.prompt_logprobs,
-            queue_seconds=first.queue_seconds,
-        )
         return events
 
-    def _choose(
-        self, state: RequestState, logits: Floats, best: list[int], tops: list[float]
-    ) -> list[Event]:
+    def _choose(self, state: RequestState, rows: Scan) -> list[Event]:
         """Choose a token, and one more for each guess that was chosen as guessed."""
         base, draft = len(state.tokens), state.draft
         state.draft = []
-        events = self._follow(state, draft, logits, best, tops)
+        events = self._follow(state, draft, rows)
         right = _common(draft, state.tokens[base:])
         # Nothing is computed of a text that begins anew as a long one.
         if state.num_computed:
@@ -79,20 +67,12 @@ class Progress:
             state.guesser.note(len(draft), right)
         return events
 
-    def _follow(
-        self,
-        state: RequestState,
-        draft: list[int],
-        logits: Floats,
-        best: list[int],
-        tops: list[float],
-    ) -> list[Event]:
+    def _follow(self, state: RequestState, draft: list[int], rows: Scan) -> list[Event]:
         base, events = len(state.tokens), list[Event]()
         at = 0
-        while at < len(best) and state.tokens[base:] == draft[:at]:
-            row = logits[at]
+        while at < len(rows.best) and state.tokens[base:] == draft[:at]:
             try:
-                choice = choose(row, state.sampler, best[at], tops[at])
+                choice = choose(rows, at, state.sampler)
                 events += self._append(state, choice)
             except RequestError as error:
                 events.append(failed(state, str(error), is_refused=True))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import secrets
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import isfinite, log
 from typing import NamedTuple
 
@@ -26,6 +26,40 @@ _GREEDY_BELOW = 1e-5
 """A temperature below this divides a float32 into infinities; the limit it tends to is greedy."""
 
 _BLOCK, _COLUMN, _FEW = 256, 64, 1024
+_AT_ONCE = 32
+"""Random numbers that are made together: one at a time takes ten times as long."""
+
+
+class Scan(NamedTuple):
+    """The logits of some rows, and what one pass over them has found."""
+
+    logits: Floats
+    """[n, vocab_size]."""
+    best: list[int]
+    """The most likely token of each row."""
+    tops: list[float]
+    """Its logit: NaN or +inf where the row has one, -inf where it has nothing else."""
+    columns: Floats | None = None
+    """The largest of each so many neighbours, [n, columns], where a kernel draws that needs them."""
+
+    def part(self, start: int, end: int | None = None) -> Scan:
+        """What was found in some of the rows."""
+        columns = self.columns
+        return Scan(
+            self.logits[start:end],
+            self.best[start:end],
+            self.tops[start:end],
+            columns if columns is None else columns[start:end],
+        )
+
+
+class Kernels(NamedTuple):
+    """What passes over logits."""
+
+    scan: Callable[[Floats], Scan]
+    """As `scan`."""
+    draw: Callable[[Floats, SamplingParams, float, Floats | None], int]
+    """As `draw_token`; the last argument is the row's `Scan.columns`, if its logits are as they were."""
 
 
 class Choice(NamedTuple):
@@ -46,9 +80,11 @@ class Sampler:
         vocab_size: int,
         ends: frozenset[int] = frozenset(),
         constraint: Constraint | None = None,
+        kernels: Kernels | None = None,
     ) -> None:
-        """`ends` are the tokens that would end the request."""
+        """`ends` are the tokens that would end the request, `kernels` those of `NUMPY` if None."""
         self.params = params
+        self._draw = (kernels or NUMPY).draw
         self._constraint = constraint
         self.is_greedy = params.temperature < _GREEDY_BELOW
         is_adjusted = Adjustments.asked_for(params)
@@ -59,9 +95,9 @@ class Sampler:
         self._drawn = deque[float]()
         """Random numbers of the next tokens, as far as they were looked at."""
 
-    def choose(self, logits: Floats) -> int | None:
+    def choose(self, logits: Floats, columns: Floats | None = None) -> int | None:
         """A token for finite-topped `logits` [vocab_size], which are left as they are; None if the
-        adjustments leave none that can come."""
+        adjustments leave none that can come. `columns` are those of `Scan`."""
         if self._adjust is not None:
             logits = self._adjust.apply(logits)
         if self._constraint is not None:
@@ -72,7 +108,8 @@ class Sampler:
         if self.is_greedy:
             token = int(logits.argmax())
         else:
-            token = _pick(logits, self.params, self._uniform())
+            found = None if is_changed else columns
+            token = self._draw(logits, self.params, self._uniform(), found)
             self._drawn.popleft()
         if self._constraint is not None:
             self._constraint.accept(token)
@@ -91,12 +128,12 @@ class Sampler:
                 return None
             if self.is_greedy:
                 return best
-            return _pick(logits, self.params, self._uniform(ahead))
+            return self._draw(logits, self.params, self._uniform(ahead), None)
 
     def _uniform(self, ahead: int = 0) -> float:
         """The random number in [0, 1) of the token `ahead` places after the next one."""
         while len(self._drawn) <= ahead:
-            self._drawn.append(self._random.random())
+            self._drawn.extend(self._random.random(_AT_ONCE).tolist())
         return self._drawn[ahead]
 
     def note(self, token: int) -> None:
@@ -110,40 +147,42 @@ class Sampler:
             self._adjust.note(token)
 
 
-def choose(logits: Floats, sampler: Sampler, best: int, top: float) -> Choice | None:
-    """The next token by `logits` [vocab_size], where `best` has the largest, `top` (see `largest`).
+def choose(rows: Scan, at: int, sampler: Sampler) -> Choice | None:
+    """The next token by one of the rows.
 
-    None stands for logits with NaN or +inf among them, or nothing but -inf.
+    None stands for logits with NaN or +inf among them, or nothing but -inf. Masked logits near the lowest float may
+    overflow to -inf, which is what they mean: the caller sees to it that numpy does not warn of that.
 
     Raises:
         RequestError: what the request asks for leaves no token that may come.
     """
-    if not isfinite(top):
+    best = rows.best[at]
+    if not isfinite(rows.tops[at]):
         return None
     count = sampler.params.logprobs
     if sampler.is_plain and count is None:
         return Choice(best)
-    # Masked logits near the lowest float may overflow to -inf, which is what they mean.
-    with np.errstate(over="ignore"):
-        token = best if sampler.is_plain else sampler.choose(logits)
-        if token is None:
-            raise RequestError(
-                "no token may come next: the grammar, min_tokens, stop_token_ids and banned_token_ids leave "
-                "none together"
-            )
-        if count is None:
-            return Choice(token)
-        # The model's own chances: before penalty, temperature and filters.
-        logprobs = log_softmax(logits)
-        return Choice(token, float(logprobs[token]), ranked(logits, logprobs, count))
+    logits, columns = rows.logits[at], rows.columns
+    token: int | None = best
+    if not sampler.is_plain:
+        token = sampler.choose(logits, None if columns is None else columns[at])
+    if token is None:
+        raise RequestError(
+            "no token may come next: the grammar, min_tokens, stop_token_ids and banned_token_ids leave "
+            "none together"
+        )
+    if count is None:
+        return Choice(token)
+    # The model's own chances: before penalty, temperature and filters.
+    logprobs = log_softmax(logits)
+    return Choice(token, float(logprobs[token]), ranked(logits, logprobs, count))
 
 
-def largest(logits: Floats) -> tuple[list[int], list[float]]:
-    """The most likely token of each row of `logits` [n, vocab_size], and its logit: NaN or +inf where the
-    row has one, -inf where it has nothing else."""
-    # One pass over the logits serves greedy rows and the check: argmax finds NaN first.
+def scan(logits: Floats) -> Scan:
+    """What one pass over `logits` [n, vocab_size] finds."""
+    # It serves greedy rows and the check: argmax finds NaN first.
     best = logits.argmax(axis=1)
-    return best.tolist(), logits[np.arange(len(best)), best].tolist()
+    return Scan(logits, best.tolist(), logits[np.arange(len(best)), best].tolist())
 
 
 def log_softmax(logits: Floats) -> Floats:
@@ -285,8 +324,11 @@ def _keep_typical(weights: Floats, share: float) -> None:
     weights[left[ranked[last + 1 :]]] = 0.0
 
 
-def _pick(logits: Floats, params: SamplingParams, uniform: float) -> int:
-    """The token of a random number in [0, 1)."""
+def draw_token(
+    logits: Floats, params: SamplingParams, uniform: float, columns: Floats | None = None
+) -> int:
+    """The token of a random number in [0, 1) by `logits` [vocab_size], already penalised, with a finite
+    maximum. Of `columns` only kernels make use."""
     tokens, weights = candidates(logits, params)
     place = _draw(weights, uniform)
     return place if tokens is None else int(tokens[place])
@@ -315,3 +357,6 @@ def _first_above(shares: NDArray[np.float64], target: float) -> int:
     # Rounding may bring the target up to the very end, which nothing is above.
     below_end = float(np.nextafter(shares[-1], 0.0))
     return int(np.searchsorted(shares, min(target, below_end), side="right"))
+
+
+NUMPY = Kernels(scan, draw_token)

@@ -199,7 +199,7 @@ class Scheduler:
     def _fit(self, batch: Batch) -> None:
         """Make room in the cache for what a step adds to it: without guesses, then at the cost of what
         came last."""
-        if self._surplus(batch) <= 0:
+        if self._max_cache_tokens == inf or self._surplus(batch) <= 0:
             return
         for place, (state, row) in enumerate(batch):
             if state.draft:

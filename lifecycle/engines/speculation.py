@@ -41,9 +41,11 @@ class Speculation:
 
     def draft(self, states: Iterable[RequestState], pace: Pace) -> None:
         """Set the drafts of those that decode."""
+        if not self._most:
+            return
         states = list(states)
         decoding = [state for state in states if not (state.is_prefilling or state.is_behind)]
-        if not self._most or not decoding:
+        if not decoding:
             return
         asking = self._asking
         if asking is not None and not asking.begin(pace, is_alone=len(decoding) == len(states)):

@@ -28,7 +28,7 @@ from lifecycle.engines import asking
 from lifecycle.engines.draft_model import Draft, DraftModel
 from lifecycle.engines.pace import Pace
 from lifecycle.engines.requests import SamplingParams
-from lifecycle.engines.sampling import Sampler, choose, largest
+from lifecycle.engines.sampling import Sampler, choose, scan
 from tests.engines.toy import VOCAB, ToyBackend, ToyEngine, next_token
 
 Chances = NDArray[np.float64]
@@ -133,8 +133,7 @@ def draw(params: SamplingParams) -> int:
     sampler = Sampler(params, PROMPT, SIZE, ENDS)
     for token in OUTPUT:
         sampler.note(token)
-    (best,), (top,) = largest(LOGITS[None])
-    choice = choose(LOGITS, sampler, best, top)
+    choice = choose(scan(LOGITS[None]), 0, sampler)
     assert choice is not None
     return choice.token_id
 

@@ -8,7 +8,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from lifecycle.engines.requests import SamplingParams
-from lifecycle.engines.sampling import Choice, Sampler, choose, largest, token_weights
+from lifecycle.engines.sampling import Choice, Sampler, choose, scan, token_weights
 
 VOCAB = 40
 filters = st.fixed_dictionaries(
@@ -28,8 +28,9 @@ def random_logits(seed: int, rows: int = 1, vocab: int = VOCAB) -> np.ndarray:
 
 def sample(logits: np.ndarray, samplers: list[Sampler]) -> list[Choice | None]:
     """One choice per row, as the engine makes them."""
-    rows = zip(logits, samplers, *largest(logits), strict=True)
-    return [choose(*row) for row in rows]
+    rows = scan(logits)
+    with np.errstate(over="ignore"):
+        return [choose(rows, at, sampler) for at, sampler in enumerate(samplers)]
 
 
 def pick(logits: np.ndarray, params: SamplingParams, prompt: list[int] | None = None) -> Choice:

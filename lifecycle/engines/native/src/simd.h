@@ -80,7 +80,13 @@ LIFECYCLE_INLINE v16f select(v16i mask, v16f yes, v16f no) {
   return (v16f)((mask & (v16i)yes) | (~mask & (v16i)no));
 }
 // The larger of each pair; where either is no number, `b`.
-LIFECYCLE_INLINE v16f larger(v16f a, v16f b) { return select(a > b, a, b); }
+LIFECYCLE_INLINE v16f larger(v16f a, v16f b) {
+#if LIFECYCLE_AVX512
+  return (v16f)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+  return select(a > b, a, b);
+#endif
+}
 LIFECYCLE_INLINE v16i larger(v16i a, v16i b) { return (v16i)select(a > b, (v16f)a, (v16f)b); }
 
 template <typename T, typename V>

@@ -1,0 +1,62 @@
+"""Passes over logits by the kernels' library, where engines have it: in a fraction of the time."""
+
+from __future__ import annotations
+
+import ctypes
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lifecycle.engines.requests import SamplingParams
+from lifecycle.engines.sampling import Kernels, Scan, draw_token
+
+Floats = NDArray[np.float32]
+
+_COLUMN = 128
+_SIZE, _POINTER = ctypes.c_size_t, ctypes.c_void_p
+
+
+@lru_cache(maxsize=4)
+def native_kernels(library: Path) -> Kernels:
+    """What `sampling` does by numpy, computed by a library that is loaded already.
+
+    Weights differ in their last bits, and with them a token in some millions of draws.
+    """
+    functions = ctypes.CDLL(str(library))
+    scan_rows, draw_row = functions.lifecycle_scan, functions.lifecycle_draw
+    scan_rows.argtypes = [_POINTER, _SIZE, _SIZE, _POINTER, _POINTER, _POINTER]
+    scan_rows.restype = None
+    doubles = [ctypes.c_double] * 3
+    draw_row.argtypes = [_POINTER, _SIZE, _POINTER, ctypes.c_float, _SIZE, *doubles]
+    draw_row.restype = ctypes.c_int64
+
+    def scan(logits: Floats) -> Scan:
+        logits = np.ascontiguousarray(logits, np.float32)
+        count, size = logits.shape
+        best, tops = np.empty(count, np.int64), np.empty(count, np.float32)
+        columns = np.empty((count, -(-size // _COLUMN)), np.float32)
+        scan_rows(_at(logits), count, size, _at(best), _at(tops), _at(columns))
+        return Scan(logits, best.tolist(), tops.tolist(), columns)
+
+    def draw(
+        logits: Floats, params: SamplingParams, uniform: float, columns: Floats | None = None
+    ) -> int:
+        if params.typical_p < 1.0:
+            return draw_token(logits, params, uniform)
+        logits = np.ascontiguousarray(logits, np.float32)
+        filters = params.temperature, params.top_k, params.top_p, params.min_p
+        found = None if columns is None else _at(columns)
+        token = draw_row(_at(logits), logits.size, found, *filters, uniform)
+        if token < 0:
+            raise MemoryError("no memory to choose a token")
+        return token
+
+    return Kernels(scan, draw)
+
+
+def _at(array: NDArray[np.generic]) -> int:
+    """Where a contiguous array is."""
+    # In a third of the time of `array.ctypes.data`.
+    return array.__array_interface__["data"][0]
