@@ -17,10 +17,10 @@ from lifecycle.engines.drafts import AskCosts, Offer, Record, choose_lengths
 from lifecycle.engines.pace import Pace
 from lifecycle.engines.state import RequestState
 
-_SHARE = 0.015
+_SHARE = 0.01
 """Of the engine's time that the model may lose."""
-_START, _MOST = 0.25, 5.0
-"""Seconds that it may lose before it has gained any, for guesses that seem to pay, and at a time."""
+_START, _MOST = 16, 250
+"""Steps whose time it may lose before it has gained any, for guesses that seem to pay, and at a time."""
 _PLAIN_EVERY, _CLOSE_EVERY, _CLOSE = 64, 32, 0.3
 """Steps after which some are made without it: what they take is what guesses are measured by, and it grows with the
 texts. More often where guesses are expected to save less than such a share of a step."""
@@ -74,6 +74,7 @@ class Asking:
         """Seconds of the engine that have been added to it."""
         self._asked: _Asked | None = None
         self._since_plain = self._plain_left = 0
+        self._start = 0.0
         self._saved = 0.0
         """Share of a step that guesses were last expected to save."""
         self._has_saved = 2 * _LEAST
@@ -96,8 +97,13 @@ class Asking:
             if plain and self._asked.is_usual and self._asked.step_seconds is not None:
                 self._has_saved += _NEWEST * (gained / plain - self._has_saved)
             self._since_plain += 1
-        self._balance = min(self._balance, _MOST)
+        step = pace.decode_seconds(1)
+        if step is None:
+            return False
+        self._start = _START * step
+        self._balance = min(self._balance, _MOST * step)
         self._asked = None
+        self.costs.pace.context = self.model.pace.context = pace.context
         if self._since_plain >= (_CLOSE_EVERY if self._saved < _CLOSE else _PLAIN_EVERY):
             self._since_plain, self._plain_left = 0, _PLAIN
         if self._plain_left:
@@ -108,7 +114,7 @@ class Asking:
             return False
         # Where no guess can be paid for, nothing need be weighed.
         able = self.model.is_working and self._left >= self.model.ask_seconds(1)
-        return is_alone and able and pace.decode_seconds(1) is not None
+        return is_alone and able
 
     def note(self, num_decode: int, num_prompt: int, seconds: float) -> bool:
         """Take note of a step; whether it is one of those that the model has made longer, by which no other should be
@@ -128,7 +134,7 @@ class Asking:
     @property
     def _left(self) -> float:
         """What may be spent on guesses that seem to pay."""
-        return self._balance + _START
+        return self._balance + self._start
 
     def offer(self, state: RequestState, most: int) -> Offer:
         """What the model could guess for a request that wants `most` tokens."""

@@ -86,8 +86,7 @@ class BatchedEngine(Engine):
         self._pace = Pace(options.max_stall, has_prompt_graph=has_prompt_graph)
         if self._cache is None and draft is None:
             options = replace(options, draft_tokens=0)
-        model = DraftModel(draft) if draft is not None else None
-        self._speculation = Speculation(options, max_model_len, model)
+        self._speculation = Speculation(options, max_model_len, draft and DraftModel(draft))
         self._prefixes: PrefixCache | None = None
         if options.prefix_cache_bytes and self._cache is not None:
             budget, chunk = options.prefix_cache_bytes, options.prefill_chunk
@@ -291,8 +290,8 @@ class BatchedEngine(Engine):
             request, max_model_len=self.max_model_len, vocab_size=self.vocab_size
         )
         params = request.params
-        no_ends = frozenset[int]()
-        ends = params.stop_token_ids | (no_ends if params.ignore_eos else self.eos_token_ids)
+        ends = params.stop_token_ids
+        ends = ends if params.ignore_eos else ends | self.eos_token_ids
         size, constraint = self.vocab_size, request.constraint
         sampler = Sampler(params, request.prompt, size, ends, constraint, self._kernels)
         tokens, count = list(request.prompt), len(request.prompt)
@@ -329,9 +328,10 @@ class BatchedEngine(Engine):
 
     def _schedule(self) -> Batch:
         running = self._scheduler.running.values()
+        computed = [s.num_computed for s in running if not s.is_prefilling]
+        self._pace.context = sum(computed)
         self._speculation.draft(running, self._pace)
-        num_decode = sum(not state.is_prefilling for state in running)
-        return self._scheduler.schedule(self._pace.prompt_room(num_decode) if num_decode else None)
+        return self._scheduler.schedule(self._pace.prompt_room(len(computed)) if computed else None)
 
     def _account(self, batch: Batch, seconds: float) -> None:
         """Take note of what a step has computed."""

@@ -141,6 +141,7 @@ class DraftModel:
                 rows.append(row)
         begun = time.perf_counter()
         while rows:
+            context = sum(row.start for row in rows)
             logits = self._backend.forward(rows)
             chosen = zip(asked, logits, strict=True)
             asked = [place for place, row in chosen if _guess(*wanted[place], row, guesses[place])]
@@ -148,6 +149,7 @@ class DraftModel:
             rows = [self._guess_row(wanted[place][0], guesses[place][-1]) for place in asked]
             # What is done with the logits counts too.
             now = time.perf_counter()
+            self.pace.context = context
             self.pace.note(num_tokens - num_late, num_late, now - begun)
             num_late, begun = 0, now
 

@@ -3,16 +3,46 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from dataclasses import dataclass
 
 _WEIGHT, _PROMPT_WEIGHT = 0.2, 0.4
 """Of a new measurement in the running mean; a prompt's tokens cost more the further it is."""
 _OUTLIER = 2.0
 """A measurement counts as at most so many times the mean: a machine may be busy for a moment."""
+_SLOPE_WEIGHT = 0.002
+"""Of a new measurement in what longer texts cost, which changes little; noise is most of what a single one says."""
+_LEAST_SHARE = 0.25
+"""Of the mean that shorter texts may leave of a step, whatever a measurement says."""
 _OLD, _LOOK_EVERY = 512, 64
 """Decoding steps after which what no step has confirmed is forgotten, and between two looks for such."""
 _LARGE, _LEAST = 32, 16
 """Tokens of prompts: of a step by which their own time is told, twice as many beside others that decode; and the least
 of a step where they have a graph of their own."""
+
+
+@dataclass(slots=True)
+class _Mean:
+    """Of steps, and of the tokens that stood before them."""
+
+    seconds: float
+    context: float
+
+
+class _Slope:
+    """By how much steps take longer for each token that stands before them."""
+
+    def __init__(self) -> None:
+        self._products = self._squares = 0.0
+
+    def note(self, tokens: float, seconds: float) -> None:
+        """A step had so many tokens more before it than others, and took so much longer."""
+        self._products += tokens * seconds - _SLOPE_WEIGHT * self._products
+        self._squares += tokens * tokens - _SLOPE_WEIGHT * self._squares
+
+    @property
+    def value(self) -> float:
+        """Seconds for a token."""
+        return max(self._products / self._squares, 0.0) if self._squares else 0.0
 
 
 class Pace:
@@ -28,7 +58,10 @@ class Pace:
         """
         self.max_stall = max_stall
         self._has_prompt_graph = has_prompt_graph
-        self._decode: dict[int, float] = {}
+        self._decode: dict[int, _Mean] = {}
+        self.context = 0
+        """Tokens that stand before those of the next step: keys and values are read of each."""
+        self._context_seconds = _Slope()
         self._known: list[int] = []
         self._num_noted = 0
         self._last: dict[int, int] = {}
@@ -53,7 +86,7 @@ class Pace:
             return
         if num_decode not in self._decode:
             insort(self._known, num_decode)
-        self._decode[num_decode] = _mean(self._decode.get(num_decode), seconds)
+        self._note_decode(num_decode, seconds)
         self._last[num_decode] = self._num_noted
         self._num_noted += 1
         if self._num_noted % _LOOK_EVERY == 0:
@@ -61,6 +94,21 @@ class Pace:
         if self._first is not None:
             first, self._first = self._first, None
             self._note_prompt(0, *first)
+
+    def _note_decode(self, num_decode: int, seconds: float) -> None:
+        before = self._decode.get(num_decode)
+        if before is None:
+            self._decode[num_decode] = _Mean(seconds, self.context)
+            return
+        seconds = min(seconds, _OUTLIER * self._now(before))
+        self._context_seconds.note(self.context - before.context, seconds - before.seconds)
+        before.seconds += _WEIGHT * (seconds - before.seconds)
+        before.context += _WEIGHT * (self.context - before.context)
+
+    def _now(self, mean: _Mean) -> float:
+        """What a step takes with the texts as long as they are."""
+        more = self._context_seconds.value * (self.context - mean.context)
+        return max(mean.seconds + more, _LEAST_SHARE * mean.seconds)
 
     def _forget_old(self) -> None:
         """What was measured on a busy machine would never be tried again."""
@@ -101,15 +149,16 @@ class Pace:
         if not self._known:
             return None
         if num_tokens in self._decode:
-            return self._decode[num_tokens]
+            return self._now(self._decode[num_tokens])
         place = bisect_left(self._known, num_tokens)
         low, high = max(place - 1, 0), min(place, len(self._known) - 1)
         if low == high:
             more = max(num_tokens - self._known[low], 0)
-            return self._decode[self._known[low]] + more * self.prompt_token_seconds
+            return self._now(self._decode[self._known[low]]) + more * self.prompt_token_seconds
         left, right = self._known[low], self._known[high]
         part = (num_tokens - left) / (right - left)
-        return self._decode[left] + part * (self._decode[right] - self._decode[left])
+        least, most = self._now(self._decode[left]), self._now(self._decode[right])
+        return least + part * (most - least)
 
     def nearest(self, num_tokens: int) -> int | None:
         """The nearest number of decoding tokens that was measured, or lies between two that were; None before the

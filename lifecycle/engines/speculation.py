@@ -12,6 +12,9 @@ from lifecycle.engines.drafts import Lookup, Offer, Tally, choose_lengths
 from lifecycle.engines.pace import Pace
 from lifecycle.engines.state import RequestState
 
+_LONGEST_REST = 3
+"""Steps in which no text is looked at, once none held a guess that is worth its time: looking takes 1 % of a step."""
+
 
 class Speculation:
     """Drafts for the requests of one engine: from their own texts, else from a draft model."""
@@ -22,6 +25,7 @@ class Speculation:
         """`options.draft_tokens` are guessed for a request at most; 0 is none."""
         self._most, self._max_model_len = options.draft_tokens, max_model_len
         self._tally = Tally()
+        self._rest = self._resting = 0
         self._asking = Asking(model, options) if model is not None else None
 
     @property
@@ -48,8 +52,12 @@ class Speculation:
         if not decoding:
             return
         asking = self._asking
-        if asking is not None and not asking.begin(pace, is_alone=len(decoding) == len(states)):
-            asking = None
+        if asking is not None:
+            is_alone = len(decoding) == len(states)
+            asking = asking if asking.begin(pace, is_alone=is_alone) else None
+        if asking is None and self._resting:
+            self._resting -= 1
+            return
         offers = [self._offer(state, asking) for state in decoding]
         num_decode = sum(len(state.tokens) - state.num_computed for state in decoding)
         begun, before = time.perf_counter(), asking.model.pace.seconds if asking else 0.0
@@ -68,6 +76,9 @@ class Speculation:
             asking.ask(wanted, saved, num_decode, num_other, pace)
             computed = asking.model.pace.seconds - before
             asking.charge(time.perf_counter() - begun - computed)
+        has_guesses = any(state.draft for state in decoding)
+        self._rest = 0 if has_guesses else min(self._rest + 1, _LONGEST_REST)
+        self._resting = self._rest
 
     def note(self, pace: Pace, num_decode: int, num_prompt: int, seconds: float) -> None:
         """Take note of how long the step took that the drafts were for, as `Pace.note`."""

@@ -27,12 +27,14 @@ class StepClock:
     def monotonic(self) -> float:
         return self.now
 
-    def times(self, backend: Any, step: float, token: float = 0.0) -> None:
-        """From now on a step of `backend` takes `step` seconds, and `token` for each token more than one."""
+    def times(self, backend: Any, step: float, token: float = 0.0, before: float = 0.0) -> None:
+        """From now on a step of `backend` takes `step` seconds, `token` for each token more than one, and `before` for
+        each that stands before them in its text."""
         forward = backend.forward
 
         def timed(rows: Sequence[Row]) -> NDArray[np.float32]:
             self.now += step + token * (sum(len(row.tokens) for row in rows) - 1)
+            self.now += before * sum(row.start for row in rows)
             return forward(rows)
 
         backend.forward = timed

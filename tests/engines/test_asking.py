@@ -15,10 +15,12 @@ from tests.engines.clock import StepClock
 from tests.engines.toy import ToyBackend, ToyEngine
 
 
-def timed(clock: StepClock, step: float, token: float, agreement: float = 1.0) -> ToyBackend:
-    """A toy whose steps take `step` seconds, and `token` for each token more than one."""
+def timed(
+    clock: StepClock, step: float, token: float, agreement: float = 1.0, before: float = 0.0
+) -> ToyBackend:
+    """A toy whose steps take time as `StepClock.times` says."""
     backend = ToyBackend(agreement)
-    clock.times(backend, step, token)
+    clock.times(backend, step, token, before)
     return backend
 
 
@@ -31,20 +33,23 @@ def speed(
     output: int = 400,
     rounds: int = 10,
     cost: float = 0.2,
+    token: float = 0.002,
+    before: float = 0.0,
 ) -> float:
-    """How many times as fast requests are with a draft model that takes `cost` of the model's time."""
+    """How many times as fast requests are with a draft model that takes `cost` of the time of a model whose steps take
+    0.02 seconds, `token` for each token more than one, and `before` for each that stands before them."""
     prompts = [[1 + (n * 7 + i) % 16 for i in range(prompt)] for n in range(rounds)]
     params = SamplingParams(max_tokens=output, ignore_eos=True)
     seconds: list[float] = []
     texts: list[object] = []
     for has_draft in (False, True):
         clock = StepClock(monkeypatch)
-        guesser = timed(clock, cost * 0.02, cost * 0.002, agreement)
+        guesser = timed(clock, cost * 0.02, cost * token, agreement, cost * before)
         engine = ToyEngine.make(
             batch,
             2048,
             128,
-            backend=timed(clock, 0.02, 0.002),
+            backend=timed(clock, 0.02, token, before=before),
             draft=Draft(guesser, 2048) if has_draft else None,
             draft_tokens=6 if has_draft else 0,
         )
@@ -69,6 +74,29 @@ def test_guesses_that_come_are_worth_their_time(monkeypatch: pytest.MonkeyPatch)
     assert speed(monkeypatch, 0.8, prompt=300, rounds=6) > 1.2
     # A text that takes many steps to be computed saves nothing while it is.
     assert speed(monkeypatch, 1.0, prompt=1500, output=300, rounds=3, cost=0.1) > 1.3
+
+
+@pytest.mark.parametrize(
+    ("batch", "agreement", "token"),
+    [(1, 0.2, 0.004), (4, 0.5, 0.004), (8, 0.5, 0.002), (8, 0.6, 0.004)],
+)
+@pytest.mark.parametrize("before", [0.0001, 0.0003])
+def test_new_requests_are_not_measured_by_old_ones(
+    monkeypatch: pytest.MonkeyPatch, batch: int, agreement: float, token: float, before: float
+) -> None:
+    """Steps grow with their texts, by 2 and 4 times over 200 tokens, and begin anew."""
+    given = {"output": 200, "rounds": 5 * batch, "token": token, "before": before / batch}
+    assert speed(monkeypatch, agreement, batch=batch, **given) >= 0.975  # type: ignore[arg-type]
+
+
+def test_guesses_are_worth_more_where_texts_are_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [
+        speed(monkeypatch, 0.7, batch=4, rounds=20, output=200, before=before / 4)
+        for before in (0.0, 0.0001, 0.0003)
+    ]
+    assert 0.97 < found[0] < found[1] < found[2]
+    assert found[1] > 1.12
+    assert found[2] > 1.2
 
 
 def test_a_model_that_begins_to_agree_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:

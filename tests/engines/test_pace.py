@@ -86,3 +86,42 @@ def test_steps_that_prompts_do_not_make_longer_are_noted_too() -> None:
     for _ in range(20):
         pace.note(1, 2, 0.008)
     assert (pace.prompt_room(1) or 0) > 24
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.05])
+def test_steps_are_as_long_as_their_texts(noise: float) -> None:
+    """What was measured with long texts says what steps take with short ones, and the other way round."""
+    rng = np.random.default_rng(0)
+
+    def seconds(num_decode: int, context: int) -> float:
+        return 0.004 + 0.0002 * num_decode + 0.000002 * context
+
+    pace = Pace()
+    for num_decode, lengths in (
+        (4, range(0, 1000, 4)),
+        (4, range(0, 1000, 4)),
+        (9, range(0, 40, 4)),
+    ):
+        for pace.context in lengths:
+            pace.note(num_decode, 0, seconds(num_decode, pace.context) * rng.normal(1, noise))
+    for context in (0, 100, 1000):
+        pace.context = context
+        for num_decode in (4, 6, 9):
+            expected = pace.decode_seconds(num_decode)
+            assert expected == pytest.approx(seconds(num_decode, context), rel=0.02 + 2 * noise)
+
+
+def test_texts_of_one_length_say_nothing_of_others() -> None:
+    pace = Pace()
+    for taken in (0.010, 0.011, 0.009, 0.010):
+        pace.context = 500
+        pace.note(2, 0, taken)
+    pace.context = 20
+    assert pace.decode_seconds(2) == pytest.approx(0.010, rel=0.05)
+    # Nor does one step that took long by accident.
+    pace.context = 510
+    pace.note(2, 0, 1.0)
+    pace.context = 0
+    expected = pace.decode_seconds(2)
+    assert expected is not None
+    assert expected >= 0.0025
