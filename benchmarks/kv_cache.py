@@ -57,12 +57,12 @@ def make(
     export_decoder(checkpoint, source, Cpu())
     info = DecoderInfo.load(source)
     rng = np.random.default_rng(1)
-    texts = texts or rng.integers(3, info.vocab_size, (4, 128)).tolist()
+    read: Texts = texts or rng.integers(3, info.vocab_size, (4, 128)).tolist()
     made: dict[str, Path] = {}
     for kind in KINDS:
         out = made[kind or "float32"] = folder / (kind or "float32")
         out.mkdir()
-        cache = kind and calibrate_cache(Calibration(source, texts), info, kind)
+        cache = kind and calibrate_cache(Calibration(source, read), info, kind)
         quantize_graph(source, out, "fp32", scheme, cache=cache)
     return made
 

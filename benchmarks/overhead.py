@@ -42,10 +42,12 @@ class Stopwatch:
         self._run = onnxruntime.InferenceSession.run_with_iobinding
 
     def __enter__(self) -> Stopwatch:
-        def timed(session: Any, binding: Any, options: Any = None) -> None:
+        watch = self
+
+        def timed(self: Any, iobinding: Any, run_options: Any = None) -> None:
             start = time.perf_counter()
-            self._run(session, binding, options)
-            self.seconds += time.perf_counter() - start
+            watch._run(self, iobinding, run_options)
+            watch.seconds += time.perf_counter() - start
 
         onnxruntime.InferenceSession.run_with_iobinding = timed
         return self

@@ -116,7 +116,7 @@ class Ways:
 
     def _static(self, bits: int, kind: Literal["minmax", "percentile"]) -> Way:
         def way(_: Path, out: Path) -> Quantized:
-            samples = list(decoder_samples(DecoderInfo.load(self.source), self.texts))
+            samples = list(decoder_samples(self.texts))
             found = histograms(self.source, observed(self.source), samples, lambda *_: None)
             ranges = {name: each.range(kind, 99.99) for name, each in found.items()}
             return quantize_graph(self.source, out, "measured", Int8Static(bits, ranges))

@@ -50,10 +50,13 @@ class _Asked(NamedTuple):
     """What the model was asked before the last step."""
 
     num_decode: int
-    num_other: int
-    """Guesses that were not the model's."""
+    plain: float
+    """Seconds that the step was expected to take without guesses,"""
+    base: float
+    """and with those that are not the model's."""
     num_guessed: int
     seconds: float
+    """What the model took."""
     num_right: int
     """Right guesses of all steps before."""
     is_usual: bool
@@ -75,6 +78,7 @@ class Asking:
         self._asked: _Asked | None = None
         self._since_plain = self._plain_left = 0
         self._start = 0.0
+        """Seconds that may be lost before any are gained."""
         self._saved = 0.0
         """Share of a step that guesses were last expected to save."""
         self._has_saved = 2 * _LEAST
@@ -87,22 +91,12 @@ class Asking:
         """Before each step: count what the last one has gained; whether the model may be asked now.
         `is_alone` says whether the step computes no prompts: those take their steps in any case, and
         who decodes beside them saves none by guesses."""
-        self._balance += _SHARE * (pace.seconds - self._counted)
-        self._counted = pace.seconds
-        self._is_behind = self._asked is not None
-        if self._asked is not None:
-            gained = self._gained(self._asked, pace)
-            self._balance += gained
-            plain = pace.decode_seconds(self._asked.num_decode)
-            if plain and self._asked.is_usual and self._asked.step_seconds is not None:
-                self._has_saved += _NEWEST * (gained / plain - self._has_saved)
-            self._since_plain += 1
+        self._settle(pace)
         step = pace.decode_seconds(1)
         if step is None:
             return False
         self._start = _START * step
         self._balance = min(self._balance, _MOST * step)
-        self._asked = None
         self.costs.pace.context = self.model.pace.context = pace.context
         if self._since_plain >= (_CLOSE_EVERY if self._saved < _CLOSE else _PLAIN_EVERY):
             self._since_plain, self._plain_left = 0, _PLAIN
@@ -115,6 +109,20 @@ class Asking:
         # Where no guess can be paid for, nothing need be weighed.
         able = self.model.is_working and self._left >= self.model.ask_seconds(1)
         return is_alone and able
+
+    def _settle(self, pace: Pace) -> None:
+        """Count what the last step has gained."""
+        self._balance += _SHARE * (pace.seconds - self._counted)
+        self._counted = pace.seconds
+        asked, self._asked = self._asked, None
+        self._is_behind = asked is not None
+        if asked is None:
+            return
+        gained = self._gained(asked)
+        self._balance += gained
+        if asked.plain and asked.is_usual and asked.step_seconds is not None:
+            self._has_saved += _NEWEST * (gained / asked.plain - self._has_saved)
+        self._since_plain += 1
 
     def note(self, num_decode: int, num_prompt: int, seconds: float) -> bool:
         """Take note of a step; whether it is one of those that the model has made longer, by which no other should be
@@ -166,6 +174,7 @@ class Asking:
         guesses: list[list[int]] = []
         if self._num_idle >= _FORGET:
             self._num_idle, self.costs = 0, AskCosts(self.model.ask_seconds, Pace())
+            self.costs.pace.context = pace.context
             self._has_saved = 2 * _LEAST
         self._rest = 0 if chosen else min(2 * self._rest + 1, _LONGEST_REST)
         self._resting = self._rest
@@ -174,7 +183,8 @@ class Asking:
             guesses = self.model.propose(chosen, self._room(num_decode, pace))
             num_guessed = sum(map(len, guesses))
             seconds = self.model.pace.seconds - before
-            self._asked = _Asked(num_decode, num_other, num_guessed, seconds, right, is_usual)
+            base = pace.decode_seconds(num_decode + num_other) or 0.0
+            self._asked = _Asked(num_decode, plain, base, num_guessed, seconds, right, is_usual)
             self._is_behind = True
         for (state, _), guess in zip(chosen, guesses, strict=True):
             state.draft, state.guesser = guess, state.asked
@@ -182,14 +192,13 @@ class Asking:
             if not state.draft and state.asked is not None:
                 state.asked.rest()
 
-    def _gained(self, asked: _Asked, pace: Pace) -> float:
+    def _gained(self, asked: _Asked) -> float:
         """Seconds that the guesses have saved."""
-        plain, count = pace.decode_seconds(asked.num_decode) or 0.0, asked.num_decode
-        base = pace.decode_seconds(count + asked.num_other) or 0.0
         # No guess makes a step shorter: what looks so is noise, and would pay for more guesses.
-        longer = max(min(asked.step_seconds or base, _OUTLIER * base) - base, 0.0)
+        taken = min(asked.step_seconds or asked.base, _OUTLIER * asked.base)
+        longer = max(taken - asked.base, 0.0)
         right = self.tally.right - asked.num_right
-        return right * plain / count - longer - asked.seconds
+        return right * asked.plain / asked.num_decode - longer - asked.seconds
 
     def _worth_it(self, wanted: Wanted, saved: float) -> Wanted:
         """Those whose text is computed already, or costs less than it will save."""

@@ -33,7 +33,7 @@ from lifecycle.engines.requests import (
     SamplingParams,
     Score,
 )
-from lifecycle.engines.sampling import NUMPY, Kernels, Sampler, Scan
+from lifecycle.engines.sampling import NUMPY, Passes, Sampler, Scan
 from lifecycle.engines.scheduler import Batch, Scheduler
 from lifecycle.engines.slot_room import SlotRoom
 from lifecycle.engines.speculation import Speculation
@@ -61,7 +61,7 @@ class BatchedEngine(Engine):
         has_prompt_graph: bool = False,
         cuts_freely: bool = False,
         draft: Draft | None = None,
-        kernels: Kernels = NUMPY,
+        passes: Passes = NUMPY,
     ) -> None:
         """
         Args:
@@ -71,7 +71,7 @@ class BatchedEngine(Engine):
             cuts_freely: whether a token gets the same bits from `backend` however its text is cut.
             draft: a model that guesses; with one, `backend` takes rows that begin before the end of what
                 their slot holds also where its cache cannot be copied.
-            kernels: what passes over logits.
+            passes: how logits are scanned and drawn from.
         """
         self.vocab_size = vocab_size
         self.max_model_len = max_model_len
@@ -79,7 +79,7 @@ class BatchedEngine(Engine):
         self.eos_token_ids = eos_token_ids
         self._options = options
         self._backend = backend
-        self._kernels = kernels
+        self._passes = passes
         self._cache = backend if isinstance(backend, CacheBackend) else None
         self._window = sliding_window
         self._progress = Progress(eos_token_ids, max_model_len, long_context)
@@ -128,7 +128,7 @@ class BatchedEngine(Engine):
         self._account(batch, time.perf_counter() - begun)
         # See `choose`; entering this takes longer than choosing a token.
         with np.errstate(over="ignore"):
-            return events + self._tell_all(batch, self._kernels.scan(logits))
+            return events + self._tell_all(batch, self._passes.scan(logits))
 
     @property
     def num_running(self) -> int:
@@ -293,7 +293,7 @@ class BatchedEngine(Engine):
         ends = params.stop_token_ids
         ends = ends if params.ignore_eos else ends | self.eos_token_ids
         size, constraint = self.vocab_size, request.constraint
-        sampler = Sampler(params, request.prompt, size, ends, constraint, self._kernels)
+        sampler = Sampler(params, request.prompt, size, ends, constraint, self._passes)
         tokens, count = list(request.prompt), len(request.prompt)
         try:
             adapter = self.adapter_number(request.adapter)
@@ -327,11 +327,10 @@ class BatchedEngine(Engine):
         )
 
     def _schedule(self) -> Batch:
-        running = self._scheduler.running.values()
-        computed = [s.num_computed for s in running if not s.is_prefilling]
-        self._pace.context = sum(computed)
-        self._speculation.draft(running, self._pace)
-        return self._scheduler.schedule(self._pace.prompt_room(len(computed)) if computed else None)
+        seen = self._scheduler.seen_tokens()
+        self._pace.context = sum(seen)
+        self._speculation.draft(self._scheduler.running.values(), self._pace)
+        return self._scheduler.schedule(self._pace.prompt_room(len(seen)) if seen else None)
 
     def _account(self, batch: Batch, seconds: float) -> None:
         """Take note of what a step has computed."""

@@ -141,7 +141,6 @@ class DraftModel:
                 rows.append(row)
         begun = time.perf_counter()
         while rows:
-            context = sum(row.start for row in rows)
             logits = self._backend.forward(rows)
             chosen = zip(asked, logits, strict=True)
             asked = [place for place, row in chosen if _guess(*wanted[place], row, guesses[place])]
@@ -149,7 +148,6 @@ class DraftModel:
             rows = [self._guess_row(wanted[place][0], guesses[place][-1]) for place in asked]
             # What is done with the logits counts too.
             now = time.perf_counter()
-            self.pace.context = context
             self.pace.note(num_tokens - num_late, num_late, now - begun)
             num_late, begun = 0, now
 
@@ -189,7 +187,7 @@ class DraftModel:
 
     def _measure(self) -> None:
         """Run a text, so that the pace is known; the first run makes what later ones find."""
-        count = min(_TRIAL, self.max_model_len - 1)
+        count = self.pace.context = min(_TRIAL, self.max_model_len - 1)
         for tokens in ([0] * count, [0] * count, [0], [0], [0]):
             start = 0 if len(tokens) > 1 else count
             begun = time.perf_counter()

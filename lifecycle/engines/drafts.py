@@ -55,9 +55,9 @@ class Record:
         if num_right < num_guessed:
             self.acceptance -= _WEIGHT * self.acceptance
 
-    def rest(self) -> None:
-        """Nothing was guessed in a step."""
-        self.acceptance += _DRIFT * (self._tally.acceptance - self.acceptance)
+    def rest(self, num_steps: int = 1) -> None:
+        """Nothing was guessed in a step, or in a few."""
+        self.acceptance += num_steps * _DRIFT * (self._tally.acceptance - self.acceptance)
 
 
 class Lookup(Record):

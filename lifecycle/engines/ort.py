@@ -36,7 +36,7 @@ from lifecycle.engines.draft_pair import check_pair
 from lifecycle.engines.layout import Inputs, advance, pack
 from lifecycle.engines.limits import context_length
 from lifecycle.engines.native.library import kernels_for
-from lifecycle.engines.native.sampling import native_kernels
+from lifecycle.engines.native.sampling import native_passes
 from lifecycle.engines.native.swap import computes_by_token
 from lifecycle.engines.ort_session import (
     CACHE_TYPES,
@@ -90,7 +90,7 @@ class OnnxEngine(BatchedEngine):
             has_prompt_graph=info.prefill_scheme is not None,
             cuts_freely=_cuts_freely(path, info, options, kernels, layout),
             draft=_draft(path, info, options, max_model_len, providers),
-            kernels=native_kernels(kernels) if kernels is not None else NUMPY,
+            passes=native_passes(kernels) if kernels is not None else NUMPY,
         )
         engine.kernels = "onnxruntime" if kernels is None else "native"
         return engine

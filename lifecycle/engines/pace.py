@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from dataclasses import dataclass
+from math import sqrt
 
 _WEIGHT, _PROMPT_WEIGHT = 0.2, 0.4
 """Of a new measurement in the running mean; a prompt's tokens cost more the further it is."""
@@ -11,8 +12,8 @@ _OUTLIER = 2.0
 """A measurement counts as at most so many times the mean: a machine may be busy for a moment."""
 _SLOPE_WEIGHT = 0.002
 """Of a new measurement in what longer texts cost, which changes little; noise is most of what a single one says."""
-_LEAST_SHARE = 0.25
-"""Of the mean that shorter texts may leave of a step, whatever a measurement says."""
+_FAR = 4.0
+"""How many times as long or short other texts may make a step at most, whatever measurements say."""
 _OLD, _LOOK_EVERY = 512, 64
 """Decoding steps after which what no step has confirmed is forgotten, and between two looks for such."""
 _LARGE, _LEAST = 32, 16
@@ -29,20 +30,30 @@ class _Mean:
 
 
 class _Slope:
-    """By how much steps take longer for each token that stands before them."""
+    """By how much steps take longer for each token that stands before them, as far as that can be told from noise."""
 
     def __init__(self) -> None:
-        self._products = self._squares = 0.0
+        self._products = self._squares = self._errors = self._count = 0.0
 
     def note(self, tokens: float, seconds: float) -> None:
         """A step had so many tokens more before it than others, and took so much longer."""
-        self._products += tokens * seconds - _SLOPE_WEIGHT * self._products
-        self._squares += tokens * tokens - _SLOPE_WEIGHT * self._squares
+        error = seconds - self._mean * tokens
+        kept = 1 - _SLOPE_WEIGHT
+        self._products = kept * self._products + tokens * seconds
+        self._squares = kept * self._squares + tokens * tokens
+        self._errors = kept * self._errors + error * error
+        self._count = kept * self._count + 1
+
+    @property
+    def _mean(self) -> float:
+        return self._products / self._squares if self._squares else 0.0
 
     @property
     def value(self) -> float:
-        """Seconds for a token."""
-        return max(self._products / self._squares, 0.0) if self._squares else 0.0
+        """Seconds for a token, or less: two standard errors below what was measured."""
+        if not self._squares:
+            return 0.0
+        return max(self._mean - 2 * sqrt(self._errors / self._count / self._squares), 0.0)
 
 
 class Pace:
@@ -59,7 +70,7 @@ class Pace:
         self.max_stall = max_stall
         self._has_prompt_graph = has_prompt_graph
         self._decode: dict[int, _Mean] = {}
-        self.context = 0
+        self.context: float = 0
         """Tokens that stand before those of the next step: keys and values are read of each."""
         self._context_seconds = _Slope()
         self._known: list[int] = []
@@ -108,7 +119,7 @@ class Pace:
     def _now(self, mean: _Mean) -> float:
         """What a step takes with the texts as long as they are."""
         more = self._context_seconds.value * (self.context - mean.context)
-        return max(mean.seconds + more, _LEAST_SHARE * mean.seconds)
+        return min(max(mean.seconds + more, mean.seconds / _FAR), mean.seconds * _FAR)
 
     def _forget_old(self) -> None:
         """What was measured on a busy machine would never be tried again."""

@@ -53,8 +53,8 @@ class Scan(NamedTuple):
         )
 
 
-class Kernels(NamedTuple):
-    """What passes over logits."""
+class Passes(NamedTuple):
+    """How a step goes over its logits."""
 
     scan: Callable[[Floats], Scan]
     """As `scan`."""
@@ -80,11 +80,11 @@ class Sampler:
         vocab_size: int,
         ends: frozenset[int] = frozenset(),
         constraint: Constraint | None = None,
-        kernels: Kernels | None = None,
+        passes: Passes | None = None,
     ) -> None:
-        """`ends` are the tokens that would end the request, `kernels` those of `NUMPY` if None."""
+        """`ends` are the tokens that would end the request, `passes` are `NUMPY` if None."""
         self.params = params
-        self._draw = (kernels or NUMPY).draw
+        self._draw = (passes or NUMPY).draw
         self._constraint = constraint
         self.is_greedy = params.temperature < _GREEDY_BELOW
         is_adjusted = Adjustments.asked_for(params)
@@ -359,4 +359,4 @@ def _first_above(shares: NDArray[np.float64], target: float) -> int:
     return int(np.searchsorted(shares, min(target, below_end), side="right"))
 
 
-NUMPY = Kernels(scan, draw_token)
+NUMPY = Passes(scan, draw_token)

@@ -77,6 +77,11 @@ class Scheduler:
         holding = chain(self.running.values(), self._parked.values())
         return int(sum(min(state.num_computed, self._window) for state in holding))
 
+    def seen_tokens(self) -> list[float]:
+        """Of each request that decodes, the tokens that its next one looks back on."""
+        decoding = (state for state in self.running.values() if not state.is_prefilling)
+        return [min(state.num_computed, self._window) for state in decoding]
+
     def add(self, state: RequestState) -> None:
         """Put a request at the end of its line."""
         state.order = self._num_requests

@@ -12,8 +12,9 @@ from lifecycle.engines.drafts import Lookup, Offer, Tally, choose_lengths
 from lifecycle.engines.pace import Pace
 from lifecycle.engines.state import RequestState
 
-_LONGEST_REST = 3
-"""Steps in which no text is looked at, once none held a guess that is worth its time: looking takes 1 % of a step."""
+_IDLE, _REST = 16, 3
+"""Looks at all texts without a guess that is worth its time, and the steps that are made after each further one without
+looking: it takes 1 % of a step."""
 
 
 class Speculation:
@@ -25,7 +26,7 @@ class Speculation:
         """`options.draft_tokens` are guessed for a request at most; 0 is none."""
         self._most, self._max_model_len = options.draft_tokens, max_model_len
         self._tally = Tally()
-        self._rest = self._resting = 0
+        self._num_idle = self._resting = 0
         self._asking = Asking(model, options) if model is not None else None
 
     @property
@@ -70,15 +71,15 @@ class Speculation:
             else:
                 state.draft, state.guesser = state.draft[:length], state.lookup
             if state.lookup is not None and offer.most and not state.draft:
-                state.lookup.rest()
+                state.lookup.rest(1 + _REST if self._num_idle >= _IDLE else 1)
         if asking is not None and wanted:
             num_other = sum(len(state.draft) for state in decoding)
             asking.ask(wanted, saved, num_decode, num_other, pace)
             computed = asking.model.pace.seconds - before
             asking.charge(time.perf_counter() - begun - computed)
         has_guesses = any(state.draft for state in decoding)
-        self._rest = 0 if has_guesses else min(self._rest + 1, _LONGEST_REST)
-        self._resting = self._rest
+        self._num_idle = 0 if has_guesses else self._num_idle + 1
+        self._resting = _REST if self._num_idle >= _IDLE else 0
 
     def note(self, pace: Pace, num_decode: int, num_prompt: int, seconds: float) -> None:
         """Take note of how long the step took that the drafts were for, as `Pace.note`."""

@@ -10,9 +10,10 @@ from numpy.typing import NDArray
 
 from lifecycle.engines.backend import Row
 from lifecycle.engines.draft_model import Draft
+from lifecycle.engines.drafts import Lookup
 from lifecycle.engines.requests import SamplingParams
 from tests.engines.clock import StepClock
-from tests.engines.toy import ToyBackend, ToyEngine
+from tests.engines.toy import VOCAB, ToyBackend, ToyEngine
 
 
 def timed(
@@ -87,6 +88,50 @@ def test_new_requests_are_not_measured_by_old_ones(
     """Steps grow with their texts, by 2 and 4 times over 200 tokens, and begin anew."""
     given = {"output": 200, "rounds": 5 * batch, "token": token, "before": before / batch}
     assert speed(monkeypatch, agreement, batch=batch, **given) >= 0.975  # type: ignore[arg-type]
+
+
+class Scripted(ToyBackend):
+    """Says a text, whatever it reads."""
+
+    def __init__(self, text: Sequence[int]) -> None:
+        super().__init__()
+        self.text = text
+
+    def _row(self, row: Row) -> NDArray[np.float32]:
+        size = len(self.extend(row))
+        logits = np.zeros((row.num_logits, VOCAB), dtype=np.float32)
+        for back in range(row.num_logits):
+            logits[-1 - back, self.text[size - back]] = 1.0
+        return logits
+
+
+def test_where_nothing_repeats_texts_are_looked_at_now_and_then(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    looks: list[int] = []
+    guess = Lookup.guess
+
+    def counted(lookup: Lookup, tokens: Sequence[int], most: int) -> list[int]:
+        looks.append(len(tokens))
+        return guess(lookup, tokens, most)
+
+    monkeypatch.setattr(Lookup, "guess", counted)
+    novel, pairs = [1], set[tuple[int, int]]()
+    while new := [n for n in range(1, VOCAB) if (novel[-1], n) not in pairs]:
+        pairs.add((novel[-1], new[-1]))
+        novel.append(new[-1])
+    text = [*novel, *novel[40:140], *novel[:10]]
+    told = len(novel)
+    clock = StepClock(monkeypatch)
+    backend = Scripted(text)
+    clock.times(backend, 0.02, 0.002)
+    engine = ToyEngine.make(1, 1024, backend=backend, draft_tokens=6)
+    params = SamplingParams(max_tokens=len(text) - 2, ignore_eos=True)
+    generation = engine.generate([text[:2]], params)[0]
+    assert list(generation.token_ids) == text[2:]
+    assert sum(size < told for size in looks) < 20 + told / 4
+    # The quotation is found within some steps, and then told in large ones.
+    assert engine.stats.steps < told + 45
 
 
 def test_guesses_are_worth_more_where_texts_are_long(monkeypatch: pytest.MonkeyPatch) -> None:

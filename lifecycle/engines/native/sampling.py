@@ -10,22 +10,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lifecycle.engines.requests import SamplingParams
-from lifecycle.engines.sampling import Kernels, Scan, draw_token
+from lifecycle.engines.sampling import Passes, Scan, draw_token
 
 Floats = NDArray[np.float32]
 
-_COLUMN = 128
 _SIZE, _POINTER = ctypes.c_size_t, ctypes.c_void_p
 
 
 @lru_cache(maxsize=4)
-def native_kernels(library: Path) -> Kernels:
+def native_passes(library: Path) -> Passes:
     """What `sampling` does by numpy, computed by a library that is loaded already.
 
     Weights differ in their last bits, and with them a token in some millions of draws.
     """
     functions = ctypes.CDLL(str(library))
     scan_rows, draw_row = functions.lifecycle_scan, functions.lifecycle_draw
+    num_columns = functions.lifecycle_columns
+    num_columns.argtypes, num_columns.restype = [_SIZE], _SIZE
     scan_rows.argtypes = [_POINTER, _SIZE, _SIZE, _POINTER, _POINTER, _POINTER]
     scan_rows.restype = None
     doubles = [ctypes.c_double] * 3
@@ -36,7 +37,7 @@ def native_kernels(library: Path) -> Kernels:
         logits = np.ascontiguousarray(logits, np.float32)
         count, size = logits.shape
         best, tops = np.empty(count, np.int64), np.empty(count, np.float32)
-        columns = np.empty((count, -(-size // _COLUMN)), np.float32)
+        columns = np.empty((count, num_columns(size)), np.float32)
         scan_rows(_at(logits), count, size, _at(best), _at(tops), _at(columns))
         return Scan(logits, best.tolist(), tops.tolist(), columns)
 
@@ -46,14 +47,16 @@ def native_kernels(library: Path) -> Kernels:
         if params.typical_p < 1.0:
             return draw_token(logits, params, uniform)
         logits = np.ascontiguousarray(logits, np.float32)
-        filters = params.temperature, params.top_k, params.top_p, params.min_p
+        # A number that has no room in the library's would become another one.
+        top_k = min(params.top_k, logits.size)
+        filters = params.temperature, top_k, params.top_p, params.min_p
         found = None if columns is None else _at(columns)
         token = draw_row(_at(logits), logits.size, found, *filters, uniform)
         if token < 0:
             raise MemoryError("no memory to choose a token")
         return token
 
-    return Kernels(scan, draw)
+    return Passes(scan, draw)
 
 
 def _at(array: NDArray[np.generic]) -> int:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from lifecycle.engines.base import EngineOptions
-from lifecycle.engines.native.sampling import native_kernels
+from lifecycle.engines.native.sampling import native_passes
 from lifecycle.engines.ort import OnnxEngine
 from lifecycle.engines.requests import SamplingParams
 from lifecycle.engines.sampling import NUMPY, draw_token, scan, token_weights
@@ -22,7 +22,7 @@ from tests.engines.conftest import Model
 FILTERS = st.fixed_dictionaries(
     {
         "temperature": st.sampled_from([1e-3, 0.3, 0.8, 1.0, 1.7, 50.0]),
-        "top_k": st.sampled_from([0, 1, 2, 7, 40, 64, 300, 5000]),
+        "top_k": st.sampled_from([0, 1, 2, 7, 40, 64, 300, 5000, 2**64 + 1]),
         "top_p": st.sampled_from([0.0, 0.1, 0.5, 0.9, 0.999, 1.0]),
         "min_p": st.sampled_from([0.0, 0.01, 0.3, 1.0]),
         "typical_p": st.sampled_from([1.0, 1.0, 1.0, 0.7]),
@@ -60,7 +60,7 @@ def test_a_token_is_the_one_that_numpy_draws(
 ) -> None:
     logits = make_logits(seed, size, kind)
     params = SamplingParams(**filters)  # type: ignore[arg-type]
-    draw, rng = native_kernels(kernels).draw, np.random.default_rng(seed)
+    draw, rng = native_passes(kernels).draw, np.random.default_rng(seed)
     weights = token_weights(logits, params).astype(np.float64)
     ends = np.cumsum(weights) / weights.sum()
     # A nucleus whose share is the bound to the last bits may end on either side of a token.
@@ -94,9 +94,9 @@ def test_a_token_is_the_one_that_numpy_draws(
 def test_a_large_vocabulary(kernels: Path, size: int, filters: dict[str, float]) -> None:
     logits = make_logits(size, size, "plain")
     params = SamplingParams(temperature=0.8, **filters)  # type: ignore[arg-type]
-    draw, uniforms = native_kernels(kernels).draw, np.random.default_rng(1).random(200).tolist()
+    draw, uniforms = native_passes(kernels).draw, np.random.default_rng(1).random(200).tolist()
     found = [draw(logits, params, uniform, None) for uniform in uniforms]
-    columns = native_kernels(kernels).scan(logits[None]).columns
+    columns = native_passes(kernels).scan(logits[None]).columns
     assert columns is not None
     assert found == [draw(logits, params, uniform, columns[0]) for uniform in uniforms]
     wanted = [draw_token(logits, params, uniform) for uniform in uniforms]
@@ -108,7 +108,7 @@ def test_who_stays_of_equals(kernels: Path) -> None:
     """The lower ones, also where the last of a nucleus has equals."""
     logits = np.zeros(1000, np.float32)
     logits[[3, 500]] = 2.0
-    draw = native_kernels(kernels).draw
+    draw = native_passes(kernels).draw
     last = 1 - 2**-53
     for count in (1, 2, 3, 40, 64, 700):
         params = SamplingParams(temperature=1.0, top_k=count)
@@ -122,7 +122,7 @@ def test_logits_stay_as_they_are(kernels: Path) -> None:
     logits = make_logits(5, 777, "masked")
     before = logits.copy()
     params = SamplingParams(temperature=0.7, top_k=9, top_p=0.8, min_p=0.1)
-    native_kernels(kernels).draw(logits, params, 0.4, None)
+    native_passes(kernels).draw(logits, params, 0.4, None)
     assert np.array_equal(logits, before)
 
 
@@ -143,7 +143,7 @@ def test_a_scan_finds_what_numpy_finds(
     if odd is not None:
         logits[1, rng.integers(size, size=2)] = odd
         logits[2] = -np.inf
-    found, wanted = native_kernels(kernels).scan(logits), scan(logits)
+    found, wanted = native_passes(kernels).scan(logits), scan(logits)
     assert found.best == wanted.best
     assert np.array_equal(found.tops, wanted.tops, equal_nan=True)
     assert found.columns is not None
@@ -167,10 +167,10 @@ def test_an_engine_draws_what_numpy_draws(
     stories: Model, monkeypatch: pytest.MonkeyPatch, filters: dict[str, Any]
 ) -> None:
     engine = OnnxEngine.open(stories.graph, EngineOptions(3, kernels="native"))
-    assert engine._kernels is not NUMPY
+    assert engine._passes is not NUMPY
     prompts = [[1, 403], [1, 407, 261], [1, 378], [1]]
     params = [SamplingParams(max_tokens=60, seed=n, **filters) for n in range(len(prompts))]
     found = engine.generate(prompts, params)
-    monkeypatch.setattr(engine, "_kernels", NUMPY)
+    monkeypatch.setattr(engine, "_passes", NUMPY)
     assert found == engine.generate(prompts, params)
     assert len({tuple(each.token_ids) for each in found}) == len(prompts)

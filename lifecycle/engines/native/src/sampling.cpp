@@ -3,9 +3,9 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <memory>
 #include <new>
 
+#include "kernel.h"
 #include "simd.h"
 
 #define LIFECYCLE_EXPORT extern "C" __attribute__((visibility("default")))
@@ -22,6 +22,7 @@ constexpr size_t kBlock = 256, kColumn = 128, kAhead = 1024;
 constexpr int32_t kLowest = std::numeric_limits<int32_t>::min();
 
 constexpr size_t whole(size_t count, size_t of) { return (count + of - 1) / of * of; }
+constexpr size_t columns_of(size_t count) { return whole(count, kColumn) / kColumn; }
 
 // Integers that are in the order of floats, of which zero has two; and back.
 template <typename I, typename F>
@@ -120,30 +121,18 @@ Least least_of(int32_t* keys, size_t count, double wanted, int64_t low, int64_t 
   return {(int32_t)low, above};
 }
 
-// Memory for values that are not set, kept for the next time.
-template <typename T>
-class Room {
- public:
-  // For so many, and 16 more.
-  T* of(size_t count) {
-    if (count + kLanes > size_) {
-      values_.reset();
-      values_.reset(new T[size_ = count + kLanes]);
-    }
-    return values_.get();
-  }
-
- private:
-  std::unique_ptr<T[]> values_;
-  size_t size_ = 0;
-};
-
 // The memory of one thread: a vocabulary of it is a few hundred kilobytes.
 struct Scratch {
-  Room<int32_t> tokens, keys;
-  Room<float> columns, kept, weights;
-  Room<double> ends;
+  Buffer<int32_t> tokens, keys;
+  Buffer<float> columns, kept, weights;
+  Buffer<double> ends;
 };
+
+// Room for so many values, and 16 more that vectors may write behind them.
+template <typename T>
+T* room(Buffer<T>& buffer, size_t count) {
+  return buffer.reset(count + kLanes);
+}
 
 // The largest of each column of `count` logits; whether all are numbers.
 bool scan_columns(const float* logits, size_t count, float* columns) {
@@ -174,7 +163,7 @@ void scan_row(const float* logits, size_t count, int64_t* best, float* top, floa
   if (!scan_columns(logits, count, columns)) {
     found = std::find_if(logits, logits + count, [](float value) { return value != value; });
   } else {
-    const float* end = columns + whole(count, kColumn) / kColumn;
+    const float* end = columns + columns_of(count);
     const float* column = std::max_element((const float*)columns, end);
     found = std::find(logits + (column - columns) * (ptrdiff_t)kColumn, logits + count, *column);
   }
@@ -208,9 +197,9 @@ size_t collect(const float* logits, size_t start, size_t end, int32_t bound, siz
 // Leaves the tokens of the `wanted` largest of `count` logits, in order; the lower of equals. `columns` are their columns'
 // largest.
 void largest_tokens(const float* logits, size_t count, const float* columns, size_t wanted, Scratch& scratch) {
-  const size_t num_columns = whole(count, kColumn) / kColumn;
-  int32_t* tokens = scratch.tokens.of(count);
-  int32_t* keys = scratch.keys.of(count);
+  const size_t num_columns = columns_of(count);
+  int32_t* tokens = room(scratch.tokens, count);
+  int32_t* keys = room(scratch.keys, count);
   const int64_t high = (int64_t)key_of<int32_t>(*std::max_element(columns, columns + num_columns)) + 1;
   // As many columns have a logit at least as large as the bound, so the largest are among theirs.
   int32_t bound = kLowest;
@@ -241,7 +230,7 @@ void keep_nucleus(float* weights, size_t count, double top_p, Scratch& scratch) 
   v8d sums{};
   for (size_t i = 0; i < count; i += 8) sums = sum_of(sums, load<v8f>(weights + i));
   const double all = total(sums);
-  int32_t* keys = scratch.keys.of(count);
+  int32_t* keys = room(scratch.keys, count);
   std::memcpy(keys, weights, count * sizeof(float));
   // The largest weight is 1. All below (1 - p) / n of the total have less than 1 - p of it together.
   const float low = (float)((1.0 - top_p) * all / (double)count * 0.999);
@@ -266,7 +255,7 @@ void keep_nucleus(float* weights, size_t count, double top_p, Scratch& scratch) 
 // The index at which the running sum of weights passes `uniform` of the total; it is never one of weight 0.
 size_t drawn(const float* weights, size_t count, double uniform, Scratch& scratch) {
   const size_t num_blocks = whole(count, kBlock) / kBlock;
-  double* ends = scratch.ends.of(num_blocks);
+  double* ends = room(scratch.ends, num_blocks);
   double all = 0;
   for (size_t block = 0; block < num_blocks; ++block) {
     v8d sums[2] = {};
@@ -286,7 +275,7 @@ size_t drawn(const float* weights, size_t count, double uniform, Scratch& scratc
     found = i;
     if ((left -= weights[i]) < 0) break;
   }
-  return found;
+  return std::min(found, count - 1);
 }
 
 // The chances of `count` tokens by their logits, the largest 1; padded to 16 with zeros.
@@ -307,16 +296,16 @@ int64_t draw(const float* logits, size_t count, const float* columns, float temp
   thread_local Scratch scratch;
   const bool is_cut = 0 < top_k && top_k < count;
   const size_t left = is_cut ? top_k : count, padded = whole(left, kLanes);
-  float* weights = scratch.weights.of(left);
+  float* weights = room(scratch.weights, left);
   if (is_cut) {
     if (columns == nullptr) {
-      float* found = scratch.columns.of(whole(count, kColumn) / kColumn);
+      float* found = room(scratch.columns, columns_of(count));
       scan_columns(logits, count, found);
       columns = found;
     }
     largest_tokens(logits, count, columns, top_k, scratch);
-    const int32_t* tokens = scratch.tokens.of(count);
-    float* kept = scratch.kept.of(left);
+    const int32_t* tokens = scratch.tokens.get();
+    float* kept = room(scratch.kept, left);
     for (size_t i = 0; i < left; ++i) kept[i] = logits[tokens[i]];
     logits = kept;
   }
@@ -328,18 +317,21 @@ int64_t draw(const float* logits, size_t count, const float* columns, float temp
     store(weights + i, select(value < (float)min_p, v16f{}, value));
   }
   const size_t place = drawn(weights, padded, uniform, scratch);
-  return is_cut ? scratch.tokens.of(count)[place] : (int64_t)place;
+  return is_cut ? scratch.tokens.get()[place] : (int64_t)place;
 }
 
 }  // namespace
 }  // namespace lifecycle
 
+// How many columns `count` logits have, of whose largest `lifecycle_scan` writes one each.
+LIFECYCLE_EXPORT size_t lifecycle_columns(size_t count) { return lifecycle::columns_of(count); }
+
 // Of each of `rows` rows of `count` logits the first of the largest (of those that are no numbers, if any), its logit, and
-// the largest of each 128 neighbours.
+// the largest of each column.
 LIFECYCLE_EXPORT void lifecycle_scan(const float* logits, size_t rows, size_t count, int64_t* best, float* tops,
                                      float* columns) {
   using namespace lifecycle;
-  const size_t num_columns = whole(count, kColumn) / kColumn;
+  const size_t num_columns = columns_of(count);
   for (size_t row = 0; row < rows; ++row) {
     scan_row(logits + row * count, count, best + row, tops + row, columns + row * num_columns);
   }
