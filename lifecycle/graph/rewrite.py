@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any, TypeVar
@@ -96,6 +97,7 @@ class GraphRewrite:
         self.quantized_bytes = 0
         """Bytes that stand for them, scales included."""
         self._scales: dict[str, list[NDArray[np.float32]]] = {}
+        self._pool = ThreadPoolExecutor(usable_cores())
 
     @property
     def weights(self) -> WeightFile:
@@ -169,21 +171,29 @@ class GraphRewrite:
     def blocks(self, weight: ir.Value) -> Iterator[NDArray[np.float32]]:
         """The rows of a weight matrix, or of several in one tensor, in order, some at a time:
         [rows, in]; with the factors of `scale`."""
+        return (read() for read in self._reads(weight))
+
+    def _reads(self, weight: ir.Value) -> Iterator[Callable[[], NDArray[np.float32]]]:
+        """What reads each of `blocks`."""
         tensor = weight.const_value
         assert tensor is not None
         *leading, width = tensor.shape.numpy()
         rows = prod(leading)
-        step = max(1, BLOCK // width)
+        cores = usable_cores()
+        # As many for each core, or the last ones would wait for a small rest.
+        count = cores * -(-rows * width // (cores * BLOCK))
+        step = max(-(-rows // max(count, 1)), 1)
         whole = None if isinstance(tensor, ir.ExternalTensor) else tensor.numpy()
-        for row in range(0, rows, step):
-            stop = min(row + step, rows)
+
+        def read(row: int, stop: int) -> NDArray[np.float32]:
             if whole is None:
                 assert isinstance(tensor, ir.ExternalTensor)
-                floats = np.concatenate(list(_floats(tensor, row * width, stop * width)))
-                block = floats.reshape(-1, width)
+                block = _floats(tensor, row * width, stop * width).reshape(-1, width)
             else:
                 block = whole.reshape(-1, width)[row:stop]
-            yield self._scaled(weight, block, row)
+            return self._scaled(weight, block, row)
+
+        return (partial(read, row, min(row + step, rows)) for row in range(0, rows, step))
 
     def _scaled(
         self, constant: ir.Value, block: NDArray[np.float32], row: int
@@ -200,17 +210,15 @@ class GraphRewrite:
     def map_blocks(
         self, weight: ir.Value, change: Callable[[NDArray[np.float32]], T]
     ) -> Iterator[T]:
-        """`change` of each of `blocks`, in order; a few are worked on at once, which numpy's
+        """`change` of each of `blocks`, in order; a few are read and worked on at once, which numpy's
         larger operations allow."""
-        cores = usable_cores()
-        with ThreadPoolExecutor(cores) as pool:
-            pending: deque[Future[T]] = deque()
-            for block in self.blocks(weight):
-                pending.append(pool.submit(change, block))
-                if len(pending) > 2 * cores:
-                    yield pending.popleft().result()
-            while pending:
+        pending: deque[Future[T]] = deque()
+        for read in self._reads(weight):
+            pending.append(self._pool.submit(lambda read=read: change(read())))
+            if len(pending) > 2 * usable_cores():
                 yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
 
     def fitted(self, grid: Grid, weight: ir.Value) -> Grid:
         """A grid whose scales fit these weights, which are read once for it."""
@@ -295,6 +303,7 @@ class GraphRewrite:
                 copied = self.weights.add(name, ir.DataType.FLOAT, shape, self.blocks(value))
                 value.const_value = copied.const_value
         move_weights(self.graph, self.weights)
+        self._pool.shutdown()
         return self.graph
 
     def _matrices(self) -> set[ir.Value | None]:
@@ -308,11 +317,10 @@ class GraphRewrite:
         }
 
 
-def _floats(tensor: ir.ExternalTensor, start: int, stop: int) -> Iterator[NDArray[np.float32]]:
-    """The values of a float32 tensor from `start` to `stop`, at most `BLOCK` at a time."""
-    for at in range(start, stop, BLOCK):
-        offset = (tensor.offset or 0) + 4 * at
-        yield np.fromfile(tensor.path, "<f4", min(BLOCK, stop - at), offset=offset)
+def _floats(tensor: ir.ExternalTensor, start: int, stop: int) -> NDArray[np.float32]:
+    """The values of a float32 tensor from `start` to `stop`."""
+    # Read, not mapped: mapped pages would count as memory of the process until the end.
+    return np.fromfile(tensor.path, "<f4", stop - start, offset=(tensor.offset or 0) + 4 * start)
 
 
 def is_constant(value: ir.Value) -> bool:
@@ -351,8 +359,7 @@ def _transposed(stored: ir.Value) -> ir.Value:
         tensor = stored.const_value
         assert tensor is not None
         if isinstance(tensor, ir.ExternalTensor):
-            # Read, not mapped: mapped pages would count as memory of the process until the end.
-            values = np.concatenate(list(_floats(tensor, 0, prod(tensor.shape.numpy()))))
+            values = _floats(tensor, 0, prod(tensor.shape.numpy()))
         else:
             values = tensor.numpy()
         return ir.tensor(np.ascontiguousarray(values.reshape(rows, width).T))

@@ -45,7 +45,8 @@ class Grid:
 
     def largest(self, rows: Floats) -> Floats:
         """The largest weight of each block of rows [rows, in], without its sign."""
-        return np.abs(self.split(rows)).max(axis=1)
+        columns = as_columns(self.split(rows))
+        return np.maximum(columns.max(axis=0), -columns.min(axis=0))
 
     @property
     def levels(self) -> int:
@@ -72,18 +73,29 @@ class Grid:
 
     def split(self, rows: Floats) -> Floats:
         """[rows, in] as [rows * blocks, block_size], the last block of a row filled with zeros."""
-        padded = np.pad(rows, ((0, 0), (0, -rows.shape[1] % self.block_size)))
-        return padded.reshape(-1, self.block_size)
+        if missing := -rows.shape[1] % self.block_size:
+            rows = np.pad(rows, ((0, 0), (0, missing)))
+        return rows.reshape(-1, self.block_size)
 
     def round(self, weights: Floats, scales: Floats, zeros: Floats) -> Floats:
         """The nearest integers to weights, whose scales and zeros are of shapes that broadcast."""
         return self.centred(weights, scales, zeros) + zeros
 
-    def centred(self, weights: Floats, scales: Floats, zeros: Floats | np.float32) -> Floats:
-        """The same less their zeros."""
-        found = weights / scales
+    def centred(
+        self,
+        weights: Floats,
+        scales: Floats,
+        zeros: Floats | np.float32,
+        out: Floats | None = None,
+    ) -> Floats:
+        """The same less their zeros, in `out` if that is given."""
+        found = np.divide(weights, scales, out=out)
         np.rint(found, out=found)
-        return np.clip(found, -zeros, self.levels - zeros, out=found)
+        if not isinstance(zeros, np.ndarray):
+            return np.clip(found, -zeros, self.levels - zeros, out=found)
+        # Takes half of the time of a clip between arrays.
+        np.maximum(found, -zeros, out=found)
+        return np.minimum(found, self.levels - zeros, out=found)
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,6 +201,11 @@ def quantize(weights: Floats, grid: Grid, fit: Fit) -> Blocks:
     return Blocks.of(grid, len(weights), integers, scales, zeros)
 
 
+def as_columns(blocks: Floats) -> Floats:
+    """[blocks, size] as [size, blocks]: passes then run along memory, with one scale for each place in it."""
+    return np.ascontiguousarray(blocks.T)
+
+
 def least_squares(
     blocks: Floats, grid: Grid, importance: Floats | None = None
 ) -> tuple[Floats, Floats]:
@@ -196,14 +213,15 @@ def least_squares(
 
     Blocks with zeros of their own try the middle too, which is best for some.
     """
-    best = _Best(blocks, grid, importance)
+    columns = as_columns(blocks)
+    best = _Best(columns, grid, None if importance is None else as_columns(importance))
+    low, high = columns.min(axis=0), columns.max(axis=0)
     # Negative where the largest weight is positive: it falls on 0, the finer step is used.
-    at = np.abs(blocks).argmax(axis=1)[:, None]
-    widest = np.take_along_axis(blocks, at, axis=1)[:, 0] / np.float32(-grid.middle)
+    widest = np.where(high >= -low, high, low) / np.float32(-grid.middle)
     for part in _SHRINK:
         best.offer(widest * part, None)
     if not grid.symmetric:
-        low, high = np.minimum(blocks.min(axis=1), 0), np.maximum(blocks.max(axis=1), 0)
+        low, high = np.minimum(low, 0), np.maximum(high, 0)
         span = (high - low) / np.float32(grid.levels)
         span[span == 0] = 1
         for part in _SHRINK:
@@ -212,29 +230,37 @@ def least_squares(
 
 
 class _Best:
-    """The best scale and zero of each block so far."""
+    """The best scale and zero of each block so far, for blocks as columns."""
 
-    def __init__(self, blocks: Floats, grid: Grid, importance: Floats | None) -> None:
-        self._blocks, self._grid, self._importance = blocks, grid, importance
-        self._weighed = blocks if importance is None else blocks * importance
-        self._least = np.full(len(blocks), np.inf, np.float32)
-        self.scales = np.ones(len(blocks), np.float32)
-        self.zeros = np.full(len(blocks), grid.middle, np.float32)
+    def __init__(self, columns: Floats, grid: Grid, importance: Floats | None) -> None:
+        self._columns, self._grid, self._importance = columns, grid, importance
+        self._weighed = columns if importance is None else columns * importance
+        # New memory comes with pages to clear, which takes as long as the arithmetic.
+        self._room = np.empty_like(columns)
+        count = columns.shape[1]
+        self._least = np.full(count, np.inf, np.float32)
+        self.scales = np.ones(count, np.float32)
+        self.zeros = np.full(count, grid.middle, np.float32)
 
     def offer(self, scales: Floats, zeros: Floats | None) -> None:
         """Try scales, refined for the integers that they lead to; no zeros are the middle."""
         scales = np.where(scales == 0, np.float32(1), scales)
         middle = np.float32(self._grid.middle)
-        zero = middle if zeros is None else zeros[:, None]
-        centred = self._grid.centred(self._blocks, scales[:, None], zero)
+        zero = middle if zeros is None else zeros
+        centred = self._grid.centred(self._columns, scales, zero, self._room)
         # For given integers the best scale is <w, q> / <q, q>, and the squared error that it
         # leaves is |w|² - <w, q>² / <q, q>.
-        dot = np.vecdot(self._weighed, centred)
+        dot = _dots(self._weighed, centred)
         weighed = centred if self._importance is None else centred * self._importance
-        norm = np.vecdot(weighed, centred)
+        norm = _dots(weighed, centred)
         norm[norm == 0] = 1
         error = -dot * dot / norm
         better = (error < self._least) & (dot != 0)
-        self._least[better] = error[better]
-        self.scales[better] = (dot / norm)[better]
-        self.zeros[better] = middle if zeros is None else zeros[better]
+        np.copyto(self._least, error, where=better)
+        np.copyto(self.scales, dot / norm, where=better)
+        np.copyto(self.zeros, zero, where=better)
+
+
+def _dots(left: Floats, right: Floats) -> Floats:
+    """The dot products of columns."""
+    return np.einsum("ij,ij->j", left, right)

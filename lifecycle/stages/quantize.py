@@ -79,7 +79,7 @@ class Quantize(Stage):
 
     produces = OnnxGraph
     keeps_kind_of: ClassVar[str | None] = "model"
-    version: ClassVar[int] = 5
+    version: ClassVar[int] = 6
 
     model: Ref[OnnxGraph]
     """A graph in float32: an exported decoder, or any that `onnx` brought in."""

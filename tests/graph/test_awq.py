@@ -84,12 +84,19 @@ def test_the_same_texts_give_the_same_bytes(tmp_path: Path) -> None:
 
 
 def test_real_weights_lose_less(stories: Path, tmp_path: Path) -> None:
-    texts, calibration = np.split(sample_texts(stories, slots=112, count=200), [96])
+    """On average: what one set of 16 texts gains is from 2 to 14 % of what rounding loses."""
+    texts, *calibrations = np.split(
+        sample_texts(stories, slots=448, count=200), range(384, 448, 16)
+    )
     before = mean_loss(stories, texts)
     head, scheme = {"lm_head": Int8Rowwise(8)}, Blockwise(32)
-    plain = quantized(stories, tmp_path / "rtn", scheme, head)
-    out = tmp_path / "scaled"
-    out.mkdir()
-    scale_channels(stories, out, Calibration(stories, calibration.tolist()), scheme, head)
-    rounded = quantized(out, tmp_path / "awq", scheme, head)
-    assert mean_loss(rounded, texts) - before < 0.93 * (mean_loss(plain, texts) - before)
+    plain = mean_loss(quantized(stories, tmp_path / "rtn", scheme, head), texts) - before
+    parts: list[float] = []
+    for n, calibration in enumerate(calibrations):
+        out = tmp_path / f"scaled-{n}"
+        out.mkdir()
+        scale_channels(stories, out, Calibration(stories, calibration.tolist()), scheme, head)
+        rounded = quantized(out, tmp_path / f"awq-{n}", scheme, head)
+        parts.append((mean_loss(rounded, texts) - before) / plain)
+    assert len(parts) == 4
+    assert np.mean(parts) < 0.93

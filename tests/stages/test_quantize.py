@@ -155,7 +155,8 @@ def test_distillation_says_what_it_gained(
     learnt_onnx: OnnxModel, calibration: Artifact, run_stage: RunStage
 ) -> None:
     settings: dict[str, Any] = {"scheme": "int4", "calibration": "c", "block_size": 32}
-    settings |= {"method": "gptq", "samples": 4, "sample_length": 48}
+    # What `gptq` leaves of texts that the model knows by heart is next to nothing.
+    settings |= {"method": "awq", "samples": 4, "sample_length": 48}
     distill = {"steps": 20, "batch_size": 4, "learning_rate": 3e-4}
     plain = run_stage(stage(**settings), onnx=learnt_onnx, c=calibration)
     trained = run_stage(stage(**settings, distill=distill), onnx=learnt_onnx, c=calibration)
