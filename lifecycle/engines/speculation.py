@@ -26,7 +26,7 @@ class Speculation:
         """`options.draft_tokens` are guessed for a request at most; 0 is none."""
         self._most, self._max_model_len = options.draft_tokens, max_model_len
         self._tally = Tally()
-        self._num_idle = self._resting = 0
+        self._num_idle = self._resting = self._skipped = 0
         self._asking = Asking(model, options) if model is not None else None
 
     @property
@@ -58,6 +58,7 @@ class Speculation:
             asking = asking if asking.begin(pace, is_alone=is_alone) else None
         if asking is None and self._resting:
             self._resting -= 1
+            self._skipped += 1
             return
         offers = [self._offer(state, asking) for state in decoding]
         num_decode = sum(len(state.tokens) - state.num_computed for state in decoding)
@@ -71,7 +72,7 @@ class Speculation:
             else:
                 state.draft, state.guesser = state.draft[:length], state.lookup
             if state.lookup is not None and offer.most and not state.draft:
-                state.lookup.rest(1 + _REST if self._num_idle >= _IDLE else 1)
+                state.lookup.rest(1 + self._skipped)
         if asking is not None and wanted:
             num_other = sum(len(state.draft) for state in decoding)
             asking.ask(wanted, saved, num_decode, num_other, pace)
@@ -80,6 +81,7 @@ class Speculation:
         has_guesses = any(state.draft for state in decoding)
         self._num_idle = 0 if has_guesses else self._num_idle + 1
         self._resting = _REST if self._num_idle >= _IDLE else 0
+        self._skipped = 0
 
     def note(self, pace: Pace, num_decode: int, num_prompt: int, seconds: float) -> None:
         """Take note of how long the step took that the drafts were for, as `Pace.note`."""

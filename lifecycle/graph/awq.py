@@ -78,17 +78,19 @@ def _best_scales(
     tried = [scales / np.sqrt(scales.max() * scales.min()) for scales in tried]
 
     def errors(rows: Floats) -> NDArray[np.float64]:
-        found: list[float] = []
+        found: list[NDArray[np.float64]] = []
         for scales in tried:
             wide = scales[copies]
             rounded = quantize(rows * wide, scheme.grid, scheme.fit).floats(len(wide)) / wide
-            found.append(float((np.square(rounded - rows) @ squares).sum()))
+            found.append((np.square(rounded - rows) * squares).sum(axis=1, dtype=np.float64))
         return np.array(found)
 
     total = np.zeros(len(tried))
     for reader in channels.readers:
         if reader.name in names:
-            total += sum(rewrite.map_blocks(reader.weight, errors))
+            # Of each row first: how many come together depends on the cores, and the sum must not.
+            parts = list(rewrite.map_blocks(reader.weight, errors))
+            total += np.concatenate(parts, axis=1).sum(axis=1)
     return tried[int(total.argmin())]
 
 

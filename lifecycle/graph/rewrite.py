@@ -27,7 +27,7 @@ from lifecycle.graph.weights import WeightFile, move_weights
 T = TypeVar("T")
 
 BLOCK = 1 << 18
-"""Elements that are quantised together: 1 MB of float32, which stays in a core's cache."""
+"""Elements that are quantised together at most: 1 MB of float32, which stays in a core's cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,8 +180,9 @@ class GraphRewrite:
         *leading, width = tensor.shape.numpy()
         rows = prod(leading)
         cores = usable_cores()
-        # As many for each core, or the last ones would wait for a small rest.
+        # As many for each core, or the last one would work alone; but none so small that threads wait for the interpreter.
         count = cores * -(-rows * width // (cores * BLOCK))
+        count = min(count, -(-2 * rows * width // BLOCK))
         step = max(-(-rows // max(count, 1)), 1)
         whole = None if isinstance(tensor, ir.ExternalTensor) else tensor.numpy()
 
@@ -213,12 +214,16 @@ class GraphRewrite:
         """`change` of each of `blocks`, in order; a few are read and worked on at once, which numpy's
         larger operations allow."""
         pending: deque[Future[T]] = deque()
-        for read in self._reads(weight):
-            pending.append(self._pool.submit(lambda read=read: change(read())))
-            if len(pending) > 2 * usable_cores():
+        try:
+            for read in self._reads(weight):
+                pending.append(self._pool.submit(lambda read=read: change(read())))
+                if len(pending) > 2 * usable_cores():
+                    yield pending.popleft().result()
+            while pending:
                 yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
+        finally:
+            for each in pending:
+                each.cancel()
 
     def fitted(self, grid: Grid, weight: ir.Value) -> Grid:
         """A grid whose scales fit these weights, which are read once for it."""

@@ -131,6 +131,14 @@ def test_scales_that_are_small_beside_a_few_stay_in_16_bits() -> None:
     assert grid.fitting([grid.largest(weights)]).unit is None
 
 
+@pytest.mark.parametrize("small", [slice(1, 2), slice(0, None, 3), slice(5, None, 16)])
+def test_scales_that_are_small_in_some_columns_stay_in_16_bits(small: slice) -> None:
+    steps = np.random.default_rng(0).uniform(0.05, 0.1, (1536, 48)).astype(np.float32)
+    assert unit_of(steps.ravel()) is not None
+    steps[:, small] = 1e-5
+    assert unit_of(steps.ravel()) is None
+
+
 def test_scales_in_8_bits_are_exact_to_a_few_percent() -> None:
     found = np.geomspace(1e-4, 1, 1000, dtype=np.float32) * np.float32([1, -1])[:, None]
     unit = unit_of(np.ones(1, np.float32))

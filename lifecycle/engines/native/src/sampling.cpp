@@ -275,7 +275,7 @@ size_t drawn(const float* weights, size_t count, double uniform, Scratch& scratc
     found = i;
     if ((left -= weights[i]) < 0) break;
   }
-  return std::min(found, count - 1);
+  return found;
 }
 
 // The chances of `count` tokens by their logits, the largest 1; padded to 16 with zeros.
@@ -316,7 +316,8 @@ int64_t draw(const float* logits, size_t count, const float* columns, float temp
     // The largest weight is 1, and no filter removes it.
     store(weights + i, select(value < (float)min_p, v16f{}, value));
   }
-  const size_t place = drawn(weights, padded, uniform, scratch);
+  // Whatever the weights are, no place is beyond them.
+  const size_t place = std::min(drawn(weights, padded, uniform, scratch), left - 1);
   return is_cut ? scratch.tokens.get()[place] : (int64_t)place;
 }
 
