@@ -11,6 +11,8 @@ namespace {
 
 // Vectors of columns at once: with eight rows their sums fill three quarters of the registers.
 constexpr int kMostVectors = 3;
+// Rows of a matrix that are asked for ahead of those that are multiplied: they are read once, and by one thread.
+constexpr size_t kAhead = 64;
 
 // A few rows, by their addresses: y = base + x [rows, depth] times w [depth, `stride` columns]. No base is zeros.
 template <typename T>
@@ -39,7 +41,10 @@ void accumulate(const Rows<T>& rows, size_t depth, const T* w, size_t stride, si
   v16f acc[MR][NV] = {};
   for (size_t k = 0; k < depth; ++k) {
     Vector<T> columns[NV];
-    LIFECYCLE_UNROLL for (int j = 0; j < NV; ++j) columns[j] = load<Vector<T>>(w + k * stride + j * kLanes);
+    LIFECYCLE_UNROLL for (int j = 0; j < NV; ++j) {
+      columns[j] = load<Vector<T>>(w + k * stride + j * kLanes);
+      __builtin_prefetch(w + (k + kAhead) * stride + j * kLanes);
+    }
     LIFECYCLE_UNROLL for (int i = 0; i < MR; ++i) {
       const T value = rows.x[i][k];
       LIFECYCLE_UNROLL for (int j = 0; j < NV; ++j) acc[i][j] = dot(acc[i][j], columns[j], value);

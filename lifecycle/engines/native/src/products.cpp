@@ -92,6 +92,20 @@ LIFECYCLE_INLINE void adapt(v16f (&total)[MR], const Pairs& adapters, size_t row
   }
 }
 
+// Asks for what `adapt` reads for some tiles: its rows lie pages apart, and would be waited for at the end of each tile.
+void expect_adapters(const Pairs& adapters, size_t row, size_t count, size_t tile, size_t end) {
+  const size_t rank = adapters.rank(), shared = adapters.share(row, count) ? 1 : count;
+  for (; tile < end; ++tile) {
+    size_t column = tile * kLanes, p = 0;
+    while (column >= adapters.parts()[p].columns) column -= adapters.parts()[p++].columns;
+    const Pairs::Part& part = adapters.parts()[p];
+    for (size_t i = 0; i < shared; ++i) {
+      const uint32_t* b = part.of(adapters.adapter_of(row + i), rank) + column;
+      for (size_t r = 0; r < rank; ++r) __builtin_prefetch(b + r * part.columns);
+    }
+  }
+}
+
 // MR rows times NR tiles from tile `tile` on.
 template <int kBits, int MR, int NR>
 void rows_by_tiles(const Weights& w, const Rows& rows, size_t row, size_t tile, float* y) {
@@ -99,6 +113,9 @@ void rows_by_tiles(const Weights& w, const Rows& rows, size_t row, size_t tile, 
   const size_t tile_bytes = w.tile_bytes(), block_bytes = groups * 64 * kBits / 8;
   const uint8_t* weights = w.packed.get() + tile * tile_bytes;
   const int8_t* values = rows.values + row * rows.width;
+  if (rows.adapters != nullptr) {
+    expect_adapters(*rows.adapters, row, MR, tile, std::min(tile + NR, (w.columns + kLanes - 1) / kLanes));
+  }
   v16f total[MR][NR] = {};
   for (size_t b = 0; b < blocks; ++b) {
     v16i acc[MR][NR];
