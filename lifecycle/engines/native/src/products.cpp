@@ -66,16 +66,26 @@ LIFECYCLE_INLINE void multiply(v16i (&acc)[MR][NR], const uint8_t* weights, size
   }
 }
 
+// The part that a tile belongs to, and its first column there.
+struct Place {
+  const Pairs::Part& part;
+  size_t number, column;
+};
+LIFECYCLE_INLINE Place place_of(const Pairs& adapters, size_t tile) {
+  size_t column = tile * kLanes, p = 0;
+  while (column >= adapters.parts()[p].columns) column -= adapters.parts()[p++].columns;
+  return {adapters.parts()[p], p, column};
+}
+
 // What adapters add to a tile of MR rows. A row has the same bits whether or not others have its adapter.
 template <int MR>
 LIFECYCLE_INLINE void adapt(v16f (&total)[MR], const Pairs& adapters, size_t row, size_t tile) {
-  size_t column = tile * kLanes, p = 0;
-  while (column >= adapters.parts()[p].columns) column -= adapters.parts()[p++].columns;
-  const Pairs::Part& part = adapters.parts()[p];
+  const Place place = place_of(adapters, tile);
+  const Pairs::Part& part = place.part;
   const size_t rank = adapters.rank();
-  const uint32_t* inner = adapters.inner(row, p);
-  const size_t next = (size_t)(adapters.inner(row + 1, p) - inner);
-  auto matrix = [&](int i) { return part.of(adapters.adapter_of(row + i), rank) + column; };
+  const uint32_t* inner = adapters.inner(row, place.number);
+  const size_t next = (size_t)(adapters.inner(row + 1, place.number) - inner);
+  auto matrix = [&](int i) { return part.of(adapters.adapter_of(row + i), rank) + place.column; };
   if (adapters.share(row, MR)) {
     const uint32_t* b = matrix(0);
     for (size_t r = 0; r < rank; ++r, b += part.columns) {
@@ -96,12 +106,10 @@ LIFECYCLE_INLINE void adapt(v16f (&total)[MR], const Pairs& adapters, size_t row
 void expect_adapters(const Pairs& adapters, size_t row, size_t count, size_t tile, size_t end) {
   const size_t rank = adapters.rank(), shared = adapters.share(row, count) ? 1 : count;
   for (; tile < end; ++tile) {
-    size_t column = tile * kLanes, p = 0;
-    while (column >= adapters.parts()[p].columns) column -= adapters.parts()[p++].columns;
-    const Pairs::Part& part = adapters.parts()[p];
+    const Place place = place_of(adapters, tile);
     for (size_t i = 0; i < shared; ++i) {
-      const uint32_t* b = part.of(adapters.adapter_of(row + i), rank) + column;
-      for (size_t r = 0; r < rank; ++r) __builtin_prefetch(b + r * part.columns);
+      const uint32_t* b = place.part.of(adapters.adapter_of(row + i), rank) + place.column;
+      for (size_t r = 0; r < rank; ++r) __builtin_prefetch(b + r * place.part.columns);
     }
   }
 }

@@ -67,6 +67,11 @@ Found at_least(const int32_t* keys, size_t count, int32_t least) {
   return found;
 }
 
+#if LIFECYCLE_AVX512
+// The lanes of so many values.
+__mmask16 first(size_t count) { return count < kLanes ? (__mmask16)((1 << count) - 1) : (__mmask16)-1; }
+#endif
+
 // Leaves the keys that are at least `bound`, or those that are not, padded as before; how many they are.
 size_t keep(int32_t* keys, size_t count, int32_t bound, bool is_above) {
   size_t kept = 0;
@@ -74,8 +79,7 @@ size_t keep(int32_t* keys, size_t count, int32_t bound, bool is_above) {
   for (size_t i = 0; i < count; i += kLanes) {
     const v16i some = load<v16i>(keys + i);
     const __mmask16 above = _mm512_cmpge_epi32_mask((__m512i)some, _mm512_set1_epi32(bound));
-    const __mmask16 real = count - i < kLanes ? (__mmask16)((1 << (count - i)) - 1) : (__mmask16)-1;
-    const __mmask16 mask = (is_above ? above : (__mmask16)~above) & real;
+    const __mmask16 mask = (is_above ? above : (__mmask16)~above) & first(count - i);
     store(keys + kept, (v16i)_mm512_maskz_compress_epi32(mask, (__m512i)some));
     kept += (size_t)__builtin_popcount(mask);
   }
@@ -121,18 +125,12 @@ Least least_of(int32_t* keys, size_t count, double wanted, int64_t low, int64_t 
   return {(int32_t)low, above};
 }
 
-// The memory of one thread: a vocabulary of it is a few hundred kilobytes.
-struct Scratch {
-  Buffer<int32_t> tokens, keys;
-  Buffer<float> columns, kept, weights;
-  Buffer<double> ends;
-};
-
 // Room for so many values, and 16 more that vectors may write behind them.
-template <typename T>
-T* room(Buffer<T>& buffer, size_t count) {
-  return buffer.reset(count + kLanes);
+template <typename T, int Which>
+T* room(size_t count) {
+  return scratch<T, Which>(count + kLanes);
 }
+constexpr int kTokens = 20, kKeys = 21, kColumns = 22, kKept = 23, kWeights = 24, kEnds = 25;
 
 // The largest of each column of `count` logits; whether all are numbers.
 bool scan_columns(const float* logits, size_t count, float* columns) {
@@ -177,8 +175,8 @@ size_t collect(const float* logits, size_t start, size_t end, int32_t bound, siz
   for (size_t i = start; i < end; i += kLanes) {
     const v16i some_keys = key_of<v16i>(some<v16f>(logits + i, end - i));
 #if LIFECYCLE_AVX512
-    const __mmask16 real = end - i < kLanes ? (__mmask16)((1 << (end - i)) - 1) : (__mmask16)-1;
-    const __mmask16 mask = _mm512_mask_cmpge_epi32_mask(real, (__m512i)some_keys, _mm512_set1_epi32(bound));
+    const __mmask16 mask =
+        _mm512_mask_cmpge_epi32_mask(first(end - i), (__m512i)some_keys, _mm512_set1_epi32(bound));
     const v16i places = spread((int32_t)i) + v16i{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     store(tokens + count, (v16i)_mm512_maskz_compress_epi32(mask, (__m512i)places));
     store(keys + count, (v16i)_mm512_maskz_compress_epi32(mask, (__m512i)some_keys));
@@ -194,12 +192,11 @@ size_t collect(const float* logits, size_t start, size_t end, int32_t bound, siz
   return count;
 }
 
-// Leaves the tokens of the `wanted` largest of `count` logits, in order; the lower of equals. `columns` are their columns'
-// largest.
-void largest_tokens(const float* logits, size_t count, const float* columns, size_t wanted, Scratch& scratch) {
+// The tokens of the `wanted` largest of `count` logits, in order; the lower of equals. `columns` are their columns' largest.
+int32_t* largest_tokens(const float* logits, size_t count, const float* columns, size_t wanted) {
   const size_t num_columns = columns_of(count);
-  int32_t* tokens = room(scratch.tokens, count);
-  int32_t* keys = room(scratch.keys, count);
+  int32_t* tokens = room<int32_t, kTokens>(count);
+  int32_t* keys = room<int32_t, kKeys>(count);
   const int64_t high = (int64_t)key_of<int32_t>(*std::max_element(columns, columns + num_columns)) + 1;
   // As many columns have a logit at least as large as the bound, so the largest are among theirs.
   int32_t bound = kLowest;
@@ -223,14 +220,15 @@ void largest_tokens(const float* logits, size_t count, const float* columns, siz
     equals -= is_equal;
     *end++ = tokens[i];
   }
+  return tokens;
 }
 
 // Zeroes all but the fewest largest weights whose share is at least `top_p`; the lower of equals stay.
-void keep_nucleus(float* weights, size_t count, double top_p, Scratch& scratch) {
+void keep_nucleus(float* weights, size_t count, double top_p) {
   v8d sums{};
   for (size_t i = 0; i < count; i += 8) sums = sum_of(sums, load<v8f>(weights + i));
   const double all = total(sums);
-  int32_t* keys = room(scratch.keys, count);
+  int32_t* keys = room<int32_t, kKeys>(count);
   std::memcpy(keys, weights, count * sizeof(float));
   // The largest weight is 1. All below (1 - p) / n of the total have less than 1 - p of it together.
   const float low = (float)((1.0 - top_p) * all / (double)count * 0.999);
@@ -253,9 +251,9 @@ void keep_nucleus(float* weights, size_t count, double top_p, Scratch& scratch) 
 }
 
 // The index at which the running sum of weights passes `uniform` of the total; it is never one of weight 0.
-size_t drawn(const float* weights, size_t count, double uniform, Scratch& scratch) {
+size_t drawn(const float* weights, size_t count, double uniform) {
   const size_t num_blocks = whole(count, kBlock) / kBlock;
-  double* ends = room(scratch.ends, num_blocks);
+  double* ends = room<double, kEnds>(num_blocks);
   double all = 0;
   for (size_t block = 0; block < num_blocks; ++block) {
     v8d sums[2] = {};
@@ -293,32 +291,31 @@ void weigh(const float* logits, size_t count, float temperature, float* weights)
 
 int64_t draw(const float* logits, size_t count, const float* columns, float temperature, size_t top_k, double top_p,
              double min_p, double uniform) {
-  thread_local Scratch scratch;
   const bool is_cut = 0 < top_k && top_k < count;
   const size_t left = is_cut ? top_k : count, padded = whole(left, kLanes);
-  float* weights = room(scratch.weights, left);
+  float* weights = room<float, kWeights>(left);
+  const int32_t* tokens = nullptr;
   if (is_cut) {
     if (columns == nullptr) {
-      float* found = room(scratch.columns, columns_of(count));
+      float* found = room<float, kColumns>(columns_of(count));
       scan_columns(logits, count, found);
       columns = found;
     }
-    largest_tokens(logits, count, columns, top_k, scratch);
-    const int32_t* tokens = scratch.tokens.get();
-    float* kept = room(scratch.kept, left);
+    tokens = largest_tokens(logits, count, columns, top_k);
+    float* kept = room<float, kKept>(left);
     for (size_t i = 0; i < left; ++i) kept[i] = logits[tokens[i]];
     logits = kept;
   }
   weigh(logits, left, temperature, weights);
-  if (top_p < 1) keep_nucleus(weights, padded, top_p, scratch);
+  if (top_p < 1) keep_nucleus(weights, padded, top_p);
   for (size_t i = 0; i < padded && min_p > 0; i += kLanes) {
     const v16f value = load<v16f>(weights + i);
     // The largest weight is 1, and no filter removes it.
     store(weights + i, select(value < (float)min_p, v16f{}, value));
   }
   // Whatever the weights are, no place is beyond them.
-  const size_t place = std::min(drawn(weights, padded, uniform, scratch), left - 1);
-  return is_cut ? scratch.tokens.get()[place] : (int64_t)place;
+  const size_t place = std::min(drawn(weights, padded, uniform), left - 1);
+  return is_cut ? tokens[place] : (int64_t)place;
 }
 
 }  // namespace
