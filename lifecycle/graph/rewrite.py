@@ -27,7 +27,7 @@ from lifecycle.graph.weights import WeightFile, move_weights
 T = TypeVar("T")
 
 BLOCK = 1 << 18
-"""Elements that are quantised together at most: 1 MB of float32, which stays in a core's cache."""
+"""Elements that are quantised together at most, but for the rest of a row: 1 MB of float32, which stays in a core's cache."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -79,13 +79,14 @@ def unit_of(steps: Floats) -> np.float32 | None:
 
 
 def storable(scales: Floats, unit: np.float32 | None) -> Floats:
-    """Scales as they will be stored: multiples of the unit, or in 16 bits, unless one is too large or too small for
+    """Scales as they will be stored: multiples of the unit, or in 16 bits but for those too large or too small for
     that."""
     if unit is not None:
         return _decoded(_codes(scales, unit).astype(np.float32), unit)
     halves = _halved(scales).astype(np.float32)
     is_close = np.abs(halves - scales) <= _LOST * np.abs(scales)
-    return halves if is_close.all() else scales
+    # Each by itself: what comes together depends on how a matrix is cut.
+    return np.where(is_close, halves, scales)
 
 
 def _codes(scales: Floats, unit: np.float32) -> NDArray[np.int8]:

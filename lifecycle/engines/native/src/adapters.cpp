@@ -11,7 +11,8 @@ namespace {
 
 // Vectors of columns at once: with eight rows their sums fill three quarters of the registers.
 constexpr int kMostVectors = 3;
-// Rows of a matrix that are asked for ahead of those that are multiplied: they are read once, and by one thread.
+// Rows of a matrix that are asked for ahead of those that are multiplied. A step reads A once for each adapter; what lies
+// behind its end is asked for in vain.
 constexpr size_t kAhead = 64;
 
 // A few rows, by their addresses: y = base + x [rows, depth] times w [depth, `stride` columns]. No base is zeros.
