@@ -189,11 +189,10 @@ def _compile(path: Path) -> None:
             "(c++, g++ or clang++), let CXX name it, or use ONNX Runtime's kernels (kernels: onnxruntime)"
         )
     _log.warning("compiling kernels for this processor, once: %s", path)
-    processor = "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native"
     with tempfile.TemporaryDirectory(prefix="compiling-", dir=path.parent) as scratch:
         made = Path(scratch) / path.name
         sources = map(str, sorted(_SOURCES.glob("*.cpp")))
-        command = [*compiler, *FLAGS, processor, *sources, "-o", str(made)]
+        command = [*compiler, *FLAGS, target_flag(), *sources, "-o", str(made)]
         try:
             done = subprocess.run(
                 command, capture_output=True, text=True, errors="replace", timeout=_LONGEST
@@ -217,6 +216,11 @@ def _compile(path: Path) -> None:
         with suppress(OSError):
             if other != path and time.time() - other.stat().st_mtime > _OLD:
                 other.unlink()
+
+
+def target_flag() -> str:
+    """What tells a compiler to use all that this processor has."""
+    return "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native"
 
 
 def _compiler() -> list[str] | None:

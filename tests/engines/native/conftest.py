@@ -26,20 +26,33 @@ _TYPES = {
 }
 
 
-@pytest.fixture(scope="session", params=["processor", "plain"])
-def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The library as engines have it, and one without a processor's own vectors."""
-    if request.param == "processor":
-        found = library.kernels_for("native")
-        assert found is not None
-        return found
-    made = tmp_path_factory.mktemp("plain") / "kernels.so"
+def compiled(folder: Path, *flags: str) -> Path:
+    """The kernels with other flags, fast to compile."""
+    made = folder / "kernels.so"
     sources = sorted((Path(library.__file__).parent / "src").glob("*.cpp"))
-    # Whatever a processor without vectors would make of them, fast to compile.
-    flags = [flag for flag in library.FLAGS if flag != "-O3"]
-    command = ["c++", *flags, "-O1", "-DLIFECYCLE_PLAIN", *map(str, sources), "-o", str(made)]
+    own = [flag for flag in library.FLAGS if flag != "-O3"]
+    command = ["c++", *own, "-O1", *flags, *map(str, sources), "-o", str(made)]
     subprocess.run(command, check=True)
     return made
+
+
+@pytest.fixture(scope="session")
+def in_vectors(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The library of a processor with the same vectors and no registers for matrices."""
+    folder = tmp_path_factory.mktemp("vectors")
+    return compiled(folder, "-DLIFECYCLE_VECTORS", library.target_flag())
+
+
+@pytest.fixture(scope="session", params=["processor", "vectors", "plain"])
+def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The library as engines have it, and what other processors would make of it."""
+    if request.param == "vectors":
+        return request.getfixturevalue("in_vectors")
+    if request.param == "plain":
+        return compiled(tmp_path_factory.mktemp("plain"), "-DLIFECYCLE_PLAIN")
+    found = library.kernels_for("native")
+    assert found is not None
+    return found
 
 
 def build(

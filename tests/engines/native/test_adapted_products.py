@@ -100,18 +100,21 @@ def updates(given: dict[str, NDArray[Any]], parts: list[int], rank: int = 4) -> 
     return np.array(rows)
 
 
+@pytest.mark.parametrize("rank", [4, 40])
 @pytest.mark.parametrize("block", [None, 32])
 @pytest.mark.parametrize(("parts", "is_split"), CASES)
-def test_what_is_added(kernels: Path, parts: list[int], is_split: bool, block: int | None) -> None:
-    model = adapted(parts, is_split=is_split, block=block)
+def test_what_is_added(
+    kernels: Path, parts: list[int], is_split: bool, block: int | None, rank: int
+) -> None:
+    model = adapted(parts, is_split=is_split, block=block, rank=rank)
     swapped = swap(model)
     assert b"AdapterUpdate" not in swapped and b"GatherND" not in swapped
     for owners in ([1], [0, 1, 2, 2, 0, 1, 1], [2] * 9, [0, 2] * 40):
-        given = step(parts, owners)
+        given = step(parts, owners, rank)
         none = given | {name: np.zeros_like(given[name]) for name in given if name[0] in "ab"}
         (base,) = run(swapped, kernels, paired(none))
         (found,) = run(swapped, kernels, paired(given))
-        expected = updates(given, parts)
+        expected = updates(given, parts, rank)
         # Where x · A lies between two halves, it may be rounded to either.
         np.testing.assert_allclose(found - base, expected, atol=0.02 * np.abs(expected).max())
         assert np.abs(found - base - expected).mean() < 5e-4 * np.abs(expected).max()
@@ -137,17 +140,18 @@ def test_without_adapters_the_bits_are_the_products(kernels: Path, block: int | 
     assert np.array_equal(found[::2], base[::2]) and not np.array_equal(found, base)
 
 
+@pytest.mark.parametrize("rank", [4, 40])
 @pytest.mark.parametrize("block", [None, 32])
 @pytest.mark.parametrize(("parts", "is_split"), CASES)
 def test_no_token_changes_what_another_gets(
-    kernels: Path, parts: list[int], is_split: bool, block: int | None
+    kernels: Path, parts: list[int], is_split: bool, block: int | None, rank: int
 ) -> None:
-    swapped = swap(adapted(parts, is_split=is_split, block=block))
+    swapped = swap(adapted(parts, is_split=is_split, block=block, rank=rank))
     owners = [0, 1, 2, 2] * 10 + [1] * 100
-    (together,) = run(swapped, kernels, paired(step(parts, owners)))
-    for count in (1, 2, 5, 9, 63, 64, 65, 130):
+    (together,) = run(swapped, kernels, paired(step(parts, owners, rank)))
+    for count in (1, 2, 5, 9, 12, 17, 63, 64, 65, 130):
         for threads in (1, 2, 4):
-            (alone,) = run(swapped, kernels, paired(step(parts, owners[:count])), threads)
+            (alone,) = run(swapped, kernels, paired(step(parts, owners[:count], rank)), threads)
             assert np.array_equal(alone, together[:count])
 
 

@@ -11,6 +11,7 @@ import pytest
 from numpy.typing import NDArray
 from onnx import helper
 
+from lifecycle.engines.native import library
 from lifecycle.engines.native.swap import DOMAIN, swap
 from lifecycle.graph.rounding import Grid, least_squares, quantize
 from tests.engines.native.conftest import build, run
@@ -184,6 +185,30 @@ def test_a_row_gets_the_same_bits_alone_and_among_others(kernels: Path, block: i
         for count in (1, 2, 5, 6, 7, 12, 50):
             (alone,) = run(swap(model), kernels, {"x": x[:count]}, threads)
             assert np.array_equal(alone, together[:count])
+
+
+def test_matrices_have_the_bits_of_vectors(in_vectors: Path) -> None:
+    """Sums of integers are exact, in whatever order, of depths that fill no whole matrix too."""
+    rng = np.random.default_rng(3)
+    for rows, depth, columns in ((12, 64, 48), (16, 72, 40), (33, 576, 100), (200, 1544, 48)):
+        weight = rng.integers(-127, 128, (depth, columns)).astype(np.int8)
+        scale, bias = rng.uniform(1e-3, 1, (2, columns)).astype(np.float32)
+        model = swap(rowwise_model(weight, scale, False, bias))
+        x = rng.standard_normal((rows, depth)).astype(np.float32)
+        (expected,) = run(model, in_vectors, {"x": x})
+        (found,) = run(model, library.kernels_for("native"), {"x": x})
+        assert np.array_equal(found, expected)
+
+
+@pytest.mark.parametrize("largest", [1e-40, 1e-30, 1.0, 3e38])
+def test_rows_are_rounded_as_nodes_round_them(kernels: Path, largest: float) -> None:
+    """Also where a value lies near the middle of two steps, and where steps are no normal numbers."""
+    halves = (np.arange(-127, 127) + 0.5) / 127
+    x = np.concatenate([halves, np.nextafter(halves, 2), halves * (1 + 3e-7), [1, 0]]) * largest
+    model = rowwise_model(np.eye(x.size, dtype=np.int8), np.ones(x.size, np.float32), False)
+    given = {"x": x.astype(np.float32)[None]}
+    (expected,), (found,) = run(model, None, given), run(swap(model), kernels, given)
+    assert np.array_equal(found, expected)
 
 
 def test_other_products_stay_as_they_are() -> None:

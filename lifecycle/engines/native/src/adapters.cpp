@@ -9,8 +9,11 @@
 namespace lifecycle {
 namespace {
 
-// Vectors of columns at once: with eight rows their sums fill three quarters of the registers.
+// Vectors of columns and rows at once: their sums fill three quarters of the registers.
 constexpr int kMostVectors = 3;
+constexpr size_t kVectorRows = 8;
+// Tokens of an adapter from which on matrices are faster.
+constexpr size_t kWorthMatrices = 4;
 // Rows of a matrix that are asked for ahead of those that are multiplied. A step reads A once for each adapter; what lies
 // behind its end is asked for in vain.
 constexpr size_t kAhead = 64;
@@ -19,81 +22,51 @@ constexpr size_t kAhead = 64;
 template <typename T>
 struct Rows {
   size_t count;
-  const T* x[Adapters<T>::kMostRows];
-  const float* base[Adapters<T>::kMostRows];
-  float* y[Adapters<T>::kMostRows];
+  const T* x[kVectorRows];
+  const float* base[kVectorRows];
+  float* y[kVectorRows];
 };
 
-template <typename T>
-struct VectorOf {
-  typedef v16f Type;
-};
-template <>
-struct VectorOf<uint32_t> {
-  typedef v16i Type;
-};
-template <typename T>
-using Vector = typename VectorOf<T>::Type;
-
-// The same for 16 * NV columns from `column` on.
-template <int MR, int NV, typename T>
-void accumulate(const Rows<T>& rows, size_t depth, const T* w, size_t stride, size_t column) {
-  w += column;
-  v16f acc[MR][NV] = {};
-  for (size_t k = 0; k < depth; ++k) {
-    Vector<T> columns[NV];
-    LIFECYCLE_UNROLL for (int j = 0; j < NV; ++j) {
-      columns[j] = load<Vector<T>>(w + k * stride + j * kLanes);
-      __builtin_prefetch(w + (k + kAhead) * stride + j * kLanes);
-    }
-    LIFECYCLE_UNROLL for (int i = 0; i < MR; ++i) {
-      const T value = rows.x[i][k];
-      LIFECYCLE_UNROLL for (int j = 0; j < NV; ++j) acc[i][j] = dot(acc[i][j], columns[j], value);
-    }
-  }
+// The same for 16 * NV columns from `column` on, or for `count` where they are fewer and NV is 0.
+template <int MR, int NV, bool kAsMatrices, typename T>
+void accumulate(const Rows<T>& rows, size_t depth, const T* w, size_t stride, size_t column, size_t count) {
+  constexpr bool kIsPart = NV == 0;
+  constexpr int kVectors = kIsPart ? 1 : NV;
+  v16f acc[MR][kVectors] = {};
+  add_products<kAsMatrices, kIsPart, kAhead>(acc, rows.x, depth, w + column, stride, count);
   LIFECYCLE_UNROLL for (int i = 0; i < MR; ++i) {
-    LIFECYCLE_UNROLL for (int j = 0; j < NV; ++j) {
-      const size_t at = column + j * kLanes;
-      store(rows.y[i] + at, rows.base[i] == nullptr ? acc[i][j] : load<v16f>(rows.base[i] + at) + acc[i][j]);
+    LIFECYCLE_UNROLL for (int j = 0; j < kVectors; ++j) {
+      const size_t at = column + j * kLanes, size = kIsPart ? count : kLanes;
+      if (rows.base[i] != nullptr) acc[i][j] += some(rows.base[i] + at, size);
+      put(rows.y[i] + at, acc[i][j], size);
     }
   }
 }
 
-template <int NV, typename T>
-void some_rows(const Rows<T>& rows, size_t depth, const T* w, size_t stride, size_t column) {
-  switch (rows.count) {
-    case 1: return accumulate<1, NV>(rows, depth, w, stride, column);
-    case 2: return accumulate<2, NV>(rows, depth, w, stride, column);
-    case 3: return accumulate<3, NV>(rows, depth, w, stride, column);
-    case 4: return accumulate<4, NV>(rows, depth, w, stride, column);
-    case 5: return accumulate<5, NV>(rows, depth, w, stride, column);
-    case 6: return accumulate<6, NV>(rows, depth, w, stride, column);
-    case 7: return accumulate<7, NV>(rows, depth, w, stride, column);
-    default: return accumulate<8, NV>(rows, depth, w, stride, column);
-  }
+template <int NV, bool kAsMatrices, typename T>
+void some_rows(const Rows<T>& rows, size_t depth, const T* w, size_t stride, size_t column, size_t count = kLanes) {
+  each<(int)kVectorRows>([&](auto i) {
+    constexpr int kRows = i + 1;
+    // More have matrices.
+    if constexpr (!kAsMatrices || kRows < (int)kWorthMatrices) {
+      if (rows.count == (size_t)kRows) accumulate<kRows, NV, kAsMatrices>(rows, depth, w, stride, column, count);
+    }
+  });
 }
 
 // The same for columns `from` to `to`.
-template <typename T>
+template <bool kAsMatrices, typename T>
 void columns(const Rows<T>& rows, size_t depth, const T* w, size_t stride, size_t from, size_t to) {
   size_t c = from;
   for (; c + kMostVectors * kLanes <= to; c += kMostVectors * kLanes) {
-    some_rows<kMostVectors>(rows, depth, w, stride, c);
+    some_rows<kMostVectors, kAsMatrices>(rows, depth, w, stride, c);
   }
   const size_t left = (to - c) / kLanes;
-  if (left == 2) some_rows<2>(rows, depth, w, stride, c);
-  if (left == 1) some_rows<1>(rows, depth, w, stride, c);
+  if (left == 2) some_rows<2, kAsMatrices>(rows, depth, w, stride, c);
+  if (left == 1) some_rows<1, kAsMatrices>(rows, depth, w, stride, c);
   c += left * kLanes;
-  if (c >= to) return;
   // As vectors too, for a column must not get other bits where a share ends elsewhere.
-  for (size_t i = 0; i < rows.count; ++i) {
-    v16f total{};
-    for (size_t k = 0; k < depth; ++k) {
-      total = dot(total, some<Vector<T>>(w + k * stride + c, to - c), rows.x[i][k]);
-    }
-    if (rows.base[i] != nullptr) total = some(rows.base[i] + c, to - c) + total;
-    put(rows.y[i] + c, total, to - c);
-  }
+  if (c < to) some_rows<0, kAsMatrices>(rows, depth, w, stride, c, to - c);
 }
 
 }  // namespace
@@ -127,19 +100,21 @@ Adapters<T>::Adapters(const Run& run, size_t first, size_t tokens, size_t depth,
   if constexpr (kWide == 1) {
     inner_ = sums_;
   } else {
-    inner_ = scratch<T, 12>(tokens * inner_width_ / kWide);
+    // Matrices of rows are read whole, and may end behind the last token.
+    inner_ = scratch<T, 12>((tokens + kMatrixRows) * inner_width_ / kWide);
   }
 }
 
 // Tokens of one adapter together, a few at a time.
 template <typename T>
 void Adapters<T>::group(size_t adapters, size_t block) {
+  const size_t most = kWide == 2 && has_matrices() ? kMatrixRows : kVectorRows;
   all_.reserve(tokens_);
   for (size_t t = 0; t < tokens_; ++t) {
     if (t % block == 0) blocks_.push_back(all_.size());
     require(places_[2 * t] >= 0 && adapter_of(t) < adapters, "a token of an adapter that is not there");
     size_t f = blocks_.back();
-    while (f < all_.size() && (all_[f].adapter != adapter_of(t) || all_[f].count == kMostRows)) ++f;
+    while (f < all_.size() && (all_[f].adapter != adapter_of(t) || all_[f].count == most)) ++f;
     if (f == all_.size()) {
       all_.emplace_back();
       all_[f].adapter = adapter_of(t);
@@ -153,16 +128,73 @@ void Adapters<T>::group(size_t adapters, size_t block) {
 template <typename T>
 void Adapters<T>::multiply(const Few& few) noexcept {
   const size_t depth = depth_ / kWide;
-  Rows<T> rows{few.count, {}, {}, {}};
-  for (size_t i = 0; i < few.count; ++i) {
-    rows.x[i] = x_ + few.tokens[i] * depth;
-    rows.y[i] = sums_ + few.tokens[i] * inner_width_;
+  const T* w = a_ + few.adapter * depth * inner_width_;
+  if (kWide == 2 && has_matrices() && few.count >= kWorthMatrices) {
+    multiply_matrices(few, w);
+  } else {
+    Rows<T> rows{few.count, {}, {}, {}};
+    for (size_t i = 0; i < few.count; ++i) {
+      rows.x[i] = x_ + few.tokens[i] * depth;
+      rows.y[i] = sums_ + few.tokens[i] * inner_width_;
+    }
+    if constexpr (kWide == 2 && LIFECYCLE_MATRICES) {
+      if (has_matrices()) {
+        columns<true>(rows, depth, w, inner_width_, 0, inner_width_);
+      } else {
+        columns<false>(rows, depth, w, inner_width_, 0, inner_width_);
+      }
+    } else {
+      columns<false>(rows, depth, w, inner_width_, 0, inner_width_);
+    }
   }
-  columns(rows, depth, a_ + few.adapter * depth * inner_width_, inner_width_, 0, inner_width_);
   if constexpr (kWide == 2) {
     for (size_t i = 0; i < few.count; ++i) {
-      as_pairs(rows.y[i], inner_width_, inner_ + few.tokens[i] * inner_width_ / kWide);
+      const size_t at = few.tokens[i] * inner_width_;
+      as_pairs(sums_ + at, inner_width_, inner_ + at / kWide);
     }
+  }
+}
+
+// In registers: up to three of sums, one of x and one of A.
+template <typename T>
+void Adapters<T>::multiply_matrices(const Few& few, const T* w) noexcept {
+  constexpr int kX = 3, kA = 4;
+  constexpr size_t kSums = 3;
+  const size_t depth = depth_ / kWide, share = even_share(depth), count = few.count;
+  const bool is_whole = few.tokens[count - 1] == few.tokens[0] + count - 1;
+  for (size_t column = 0; column < inner_width_;) {
+    const size_t left = inner_width_ - column, vectors = std::min(kSums, std::max<size_t>(1, left / kLanes));
+    const size_t width = std::min(left, vectors * kLanes), bytes = std::min(left, (size_t)kLanes) * sizeof(float);
+    const Shape sums{count, bytes};
+    const Matrices registers({sums, sums, sums, {count, share * sizeof(uint32_t)}, {share, bytes}});
+    each<kSums>([](auto j) { clear_matrix<j>(); });
+    for (size_t k = 0; k < depth; k += share) {
+      const T* from = w + k * inner_width_ + column;
+      for (size_t row = 0; row < share; ++row) {
+        for (size_t j = 0; j < vectors; ++j) __builtin_prefetch(from + (row + kAhead) * inner_width_ + j * kLanes);
+      }
+      if (is_whole) {
+        load_matrix<kX>(x_ + few.tokens[0] * depth + k, depth * sizeof(T));
+      } else {
+        T some[kMatrixRows * kLanes];
+        for (size_t i = 0; i < count; ++i) {
+          std::memcpy(some + i * share, x_ + few.tokens[i] * depth + k, share * sizeof(T));
+        }
+        load_matrix<kX>(some, share * sizeof(T));
+      }
+      each<kSums>([&](auto j) {
+        if ((size_t)j >= vectors) return;
+        load_matrix<kA>(from + j * kLanes, inner_width_ * sizeof(T));
+        multiply_pairs<j, kX, kA>();
+      });
+    }
+    float found[kSums][kMatrixRows * kLanes];
+    each<kSums>([&](auto j) { store_matrix<j>(found[j], kMatrixBytes); });
+    for (size_t i = 0; i < count; ++i) {
+      float* to = sums_ + few.tokens[i] * inner_width_ + column;
+      for (size_t j = 0; j < vectors; ++j) put(to + j * kLanes, load<v16f>(found[j] + i * kLanes), width - j * kLanes);
+    }
+    column += width;
   }
 }
 
@@ -208,7 +240,7 @@ void AdapterUpdate::run(const Run& run) {
         rows.base[i] = base.as<float>() + at;
         rows.y[i] = y + at;
       }
-      columns(rows, adapters.rank(), part.of(few.adapter, adapters.rank()), part.columns, begin - part.first,
+      columns<false>(rows, adapters.rank(), part.of(few.adapter, adapters.rank()), part.columns, begin - part.first,
               end - part.first);
     }
   };

@@ -5,7 +5,7 @@
 #include <type_traits>
 
 #include "kernel.h"
-#include "simd.h"
+#include "matrices.h"
 
 namespace lifecycle {
 
@@ -18,13 +18,13 @@ namespace lifecycle {
 template <typename T>
 class Adapters {
  public:
-  static constexpr size_t kMostParts = 3, kInputs = 2 + kMostParts, kMostRows = 8;
+  static constexpr size_t kMostParts = 3, kInputs = 2 + kMostParts, kMostRows = 16;
   static constexpr size_t kWide = std::is_same_v<T, float> ? 1 : 2;  // values of a T
   static ort::Type input(size_t index) {
     return index == 1 ? ort::kInt64 : kWide == 1 ? ort::kFloat : ort::kUint16;
   }
 
-  // Tokens are grouped within blocks of so many.
+  // Tokens are grouped within blocks of so many, those of one adapter in at most as many as a product takes at once.
   Adapters(const Run& run, size_t first, size_t tokens, size_t depth, size_t columns, size_t block);
   // Before anything else: x [tokens, depth].
   void begin(const T* x) { x_ = x; }
@@ -55,12 +55,21 @@ class Adapters {
     return inner_ + token * inner_width_ / kWide + part * rank();
   }
   size_t adapter_of(size_t token) const { return (size_t)places_[2 * token]; }
-  // Whether tokens from one on have the same.
-  bool share(size_t token, size_t count) const {
-    for (size_t i = 1; i < count; ++i) {
-      if (adapter_of(token + i) != adapter_of(token)) return false;
-    }
-    return true;
+  // How many tokens from one on have the same, of `count`.
+  size_t sharing(size_t token, size_t count) const {
+    size_t i = 1;
+    while (i < count && adapter_of(token + i) == adapter_of(token)) ++i;
+    return i;
+  }
+  // Where 16 columns lie: a part, its number, and its column.
+  struct Place {
+    const Part& part;
+    size_t number, column;
+  };
+  Place place(size_t column) const {
+    size_t p = 0;
+    while (column >= parts_[p].columns) column -= parts_[p++].columns;
+    return {parts_[p], p, column};
   }
   // Multiplications in all.
   size_t products() const { return tokens_ * (depth_ * inner_width_ + rank_ * columns_); }
@@ -68,6 +77,7 @@ class Adapters {
  private:
   void group(size_t adapters, size_t block);
   void multiply(const Few& few) noexcept;
+  void multiply_matrices(const Few& few, const T* w) noexcept;
 
   size_t tokens_, depth_, columns_, inner_width_, rank_ = 0;
   const T* x_ = nullptr;
@@ -82,6 +92,57 @@ class Adapters {
   alignas(64) std::atomic<size_t> next_{0};
   std::atomic<size_t> done_{0};
 };
+
+// The largest number up to 16 that divides n: how many pairs matrices multiply at once.
+inline size_t even_share(size_t n) {
+  size_t share = std::clamp<size_t>(n, 1, kMatrixRows);
+  while (n % share != 0) --share;
+  return share;
+}
+
+template <typename T>
+struct VectorOf {
+  typedef v16f Type;
+};
+template <>
+struct VectorOf<uint32_t> {
+  typedef v16i Type;
+};
+
+// acc += x [MR, depth] times w [depth, 16 * NV columns of `stride`], or of one vector's first `count` columns where that
+// `kIsPart`. Sums run over the depth; or `kAsMatrices` they have the bits of those that matrices take of pairs: from
+// nothing those of low and those of high halves by themselves, over as many pairs as are multiplied at once, and then
+// both together to what was there. (To matrices, what is too small for a normal number is nothing.) Rows of w that are
+// `kAhead` of what is read are asked for.
+template <bool kAsMatrices, bool kIsPart = false, size_t kAhead = 0, int MR, int NV, typename T>
+LIFECYCLE_INLINE void add_products(v16f (&acc)[MR][NV], const T* const* x, size_t depth, const T* w, size_t stride,
+                                   size_t count = kLanes) {
+  typedef typename VectorOf<T>::Type Vector;
+  const size_t share = kAsMatrices ? even_share(depth) : depth;
+  for (size_t from = 0; from < depth; from += share) {
+    v16f first[MR][NV] = {}, second[MR][NV] = {};
+    for (size_t k = from; k < from + share; ++k, w += stride) {
+      Vector columns[NV];
+      LIFECYCLE_UNROLL for (int j = 0; j < NV; ++j) {
+        columns[j] = kIsPart ? some<Vector>(w, count) : load<Vector>(w + j * kLanes);
+        if constexpr (kAhead > 0) __builtin_prefetch(w + kAhead * stride + j * kLanes);
+      }
+      LIFECYCLE_UNROLL for (int i = 0; i < MR; ++i) {
+        LIFECYCLE_UNROLL for (int j = 0; j < NV; ++j) {
+          if constexpr (kAsMatrices) {
+            first[i][j] = multiply_add(low_half(columns[j]), low_half(x[i][k]), first[i][j]);
+            second[i][j] = multiply_add(high_half(columns[j]), high_half(x[i][k]), second[i][j]);
+          } else {
+            first[i][j] = dot(first[i][j], columns[j], x[i][k]);
+          }
+        }
+      }
+    }
+    LIFECYCLE_UNROLL for (int i = 0; i < MR; ++i) {
+      LIFECYCLE_UNROLL for (int j = 0; j < NV; ++j) acc[i][j] += first[i][j] + second[i][j];
+    }
+  }
+}
 
 // y + x · A · B in float32: x [tokens, depth], y [tokens, columns].
 class AdapterUpdate {

@@ -47,7 +47,7 @@ class Product {
     dims.back() = (int64_t)columns;
     float* y = static_cast<float*>(run.output(0, dims));
     std::optional<Pairs> adapters;
-    if (run.input(own_inputs_)) adapters.emplace(run, own_inputs_, count, depth, columns, kAdaptedBlock);
+    if (run.input(own_inputs_)) adapters.emplace(run, own_inputs_, count, depth, columns, adapted_block());
     product(run, *weights_, is_gated_, x.as<float>(), count, y, adapters ? &*adapters : nullptr);
   }
 

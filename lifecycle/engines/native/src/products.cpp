@@ -6,10 +6,7 @@
 #include "products.h"
 
 #include <algorithm>
-#include <cmath>
-#include <map>
-#include <mutex>
-#include <random>
+#include <optional>
 
 #include "simd.h"
 
@@ -17,10 +14,16 @@ namespace lifecycle {
 namespace {
 
 // Rows and tiles at once: their sums, of which blocks have two kinds, fill three quarters of the registers.
-constexpr int kRowwiseRows = 8, kRowwiseTiles = 3, kBlockRows = 6, kBlockTiles = 2;
+constexpr int kRowwiseRows = 8, kBlockRows = 6;
 constexpr size_t kMostTasks = 32;
-// Rows that are multiplied with a group of tiles before the next one: they stay in the second cache.
-constexpr size_t kRowsAtOnce = 48;
+// Fewer rows take as long in vectors: both wait for the weights.
+constexpr size_t kWorthMatrices = 12;
+// Rows that are multiplied with a group of tiles before the next one: they stay in the second cache. Vectors take so long
+// that weights may be read anew for each part, matrices do not: theirs are as many rows as there is room for.
+constexpr size_t kRowsAtOnce = 48, kMatrixRoom = 1 << 19;
+// Rows from which on blocks of them have their adapters' first product taken where they are rounded. Of few, one thread
+// takes it while the others begin with the tiles.
+constexpr size_t kOwnProducts = 64;
 
 LIFECYCLE_INLINE int32_t four_of(const int8_t* row, size_t group) {
   int32_t four;
@@ -66,48 +69,34 @@ LIFECYCLE_INLINE void multiply(v16i (&acc)[MR][NR], const uint8_t* weights, size
   }
 }
 
-// The part that a tile belongs to, and its first column there.
-struct Place {
-  const Pairs::Part& part;
-  size_t number, column;
-};
-LIFECYCLE_INLINE Place place_of(const Pairs& adapters, size_t tile) {
-  size_t column = tile * kLanes, p = 0;
-  while (column >= adapters.parts()[p].columns) column -= adapters.parts()[p++].columns;
-  return {adapters.parts()[p], p, column};
-}
-
 // What adapters add to a tile of MR rows. A row has the same bits whether or not others have its adapter.
-template <int MR>
+template <bool kAsMatrices, int MR>
 LIFECYCLE_INLINE void adapt(v16f (&total)[MR], const Pairs& adapters, size_t row, size_t tile) {
-  const Place place = place_of(adapters, tile);
-  const Pairs::Part& part = place.part;
-  const size_t rank = adapters.rank();
-  const uint32_t* inner = adapters.inner(row, place.number);
-  const size_t next = (size_t)(adapters.inner(row + 1, place.number) - inner);
-  auto matrix = [&](int i) { return part.of(adapters.adapter_of(row + i), rank) + place.column; };
-  if (adapters.share(row, MR)) {
-    const uint32_t* b = matrix(0);
-    for (size_t r = 0; r < rank; ++r, b += part.columns) {
-      const v16i columns = load<v16i>(b);
-      LIFECYCLE_UNROLL for (int i = 0; i < MR; ++i) total[i] = dot(total[i], columns, inner[i * next + r]);
-    }
-    return;
-  }
-  LIFECYCLE_UNROLL for (int i = 0; i < MR; ++i) {
-    const uint32_t* b = matrix(i);
-    for (size_t r = 0; r < rank; ++r, b += part.columns) {
-      total[i] = dot(total[i], load<v16i>(b), inner[i * next + r]);
+  const Pairs::Place place = adapters.place(tile * kLanes);
+  const size_t rank = adapters.rank(), stride = place.part.columns;
+  const uint32_t* inner[MR];
+  LIFECYCLE_UNROLL for (int i = 0; i < MR; ++i) inner[i] = adapters.inner(row + i, place.number);
+  auto matrix = [&](int i) { return place.part.of(adapters.adapter_of(row + i), rank) + place.column; };
+  v16f added[MR][1] = {};
+  if (adapters.sharing(row, MR) == MR) {
+    add_products<kAsMatrices>(added, inner, rank, matrix(0), stride);
+  } else {
+    LIFECYCLE_UNROLL for (int i = 0; i < MR; ++i) {
+      v16f one[1][1] = {};
+      add_products<kAsMatrices>(one, inner + i, rank, matrix(i), stride);
+      added[i][0] = one[0][0];
     }
   }
+  LIFECYCLE_UNROLL for (int i = 0; i < MR; ++i) total[i] += added[i][0];
 }
 
 // Asks for what `adapt` reads for some tiles: its rows lie pages apart, and would be waited for at the end of each tile.
-void expect_adapters(const Pairs& adapters, size_t row, size_t count, size_t tile, size_t end) {
-  const size_t rank = adapters.rank(), shared = adapters.share(row, count) ? 1 : count;
+void expect_adapters(const Weights& w, const Pairs& adapters, size_t row, size_t count, size_t tile) {
+  const size_t rank = adapters.rank(), wide = w.is_rowwise ? kRowwiseTiles : kBlockTiles;
+  const size_t end = std::min(tile + wide, (w.columns + kLanes - 1) / kLanes);
   for (; tile < end; ++tile) {
-    const Place place = place_of(adapters, tile);
-    for (size_t i = 0; i < shared; ++i) {
+    const Pairs::Place place = adapters.place(tile * kLanes);
+    for (size_t i = 0; i < count; i += adapters.sharing(row + i, count - i)) {
       const uint32_t* b = place.part.of(adapters.adapter_of(row + i), rank) + place.column;
       for (size_t r = 0; r < rank; ++r) __builtin_prefetch(b + r * place.part.columns);
     }
@@ -122,7 +111,7 @@ void rows_by_tiles(const Weights& w, const Rows& rows, size_t row, size_t tile, 
   const uint8_t* weights = w.packed.get() + tile * tile_bytes;
   const int8_t* values = rows.values + row * rows.width;
   if (rows.adapters != nullptr) {
-    expect_adapters(*rows.adapters, row, MR, tile, std::min(tile + NR, (w.columns + kLanes - 1) / kLanes));
+    expect_adapters(w, *rows.adapters, row, MR, tile);
   }
   v16f total[MR][NR] = {};
   for (size_t b = 0; b < blocks; ++b) {
@@ -144,7 +133,7 @@ void rows_by_tiles(const Weights& w, const Rows& rows, size_t row, size_t tile, 
         const float of_row = rows.scales[(row + i) * blocks + b];
         // Row-wise, the order of ONNX Runtime's nodes: bits are the same.
         if (w.is_rowwise) {
-          total[i][j] = to_float(acc[i][j]) * scale * of_row;
+          total[i][j] = rounded_product(to_float(acc[i][j]) * scale * of_row);
         } else {
           total[i][j] += to_float(acc[i][j]) * (scale * of_row);
         }
@@ -160,7 +149,13 @@ void rows_by_tiles(const Weights& w, const Rows& rows, size_t row, size_t tile, 
       found[i] = total[i][j];
       if (w.bias.get() != nullptr) found[i] += load<v16f>(w.bias.get() + column);
     }
-    if (rows.adapters != nullptr) adapt(found, *rows.adapters, row, tile + j);
+    if (rows.adapters != nullptr) {
+      if (LIFECYCLE_MATRICES && has_matrices()) {
+        adapt<LIFECYCLE_MATRICES>(found, *rows.adapters, row, tile + j);
+      } else {
+        adapt<false>(found, *rows.adapters, row, tile + j);
+      }
+    }
     LIFECYCLE_UNROLL for (int i = 0; i < MR; ++i) {
       put(y + (row + i) * w.columns + column, found[i], w.columns - column);
     }
@@ -189,77 +184,6 @@ void some_rows(int count, const Weights& w, const Rows& rows, size_t row, size_t
   return some_rows<4, kBlockTiles>(count, w, rows, row, tile, y);
 }
 
-// One block of a row as int8. `largest` comes back as it is, NaN where a value is none.
-float round_block(const float* x, size_t count, bool is_rowwise, int8_t* out, int32_t* total) {
-  // The order of positive floats is that of their bits, with what is no number above them all.
-  v16i most = {};
-  size_t k = 0;
-  for (; k + kLanes <= count; k += kLanes) most = larger(most, load<v16i>(x + k) & 0x7fffffff);
-  int32_t bits = 0;
-  for (int i = 0; i < kLanes; ++i) bits = std::max(bits, most[i]);
-  for (size_t rest = k; rest < count; ++rest) {
-    int32_t one;
-    std::memcpy(&one, x + rest, 4);
-    bits = std::max(bits, one & 0x7fffffff);
-  }
-  float largest;
-  std::memcpy(&largest, &bits, 4);
-  // In blocks 127 / largest must be a number too.
-  if (!(largest > (is_rowwise ? 0.0f : 1e-35f) && largest < INFINITY)) {
-    std::memset(out, 0, count);
-    *total = 0;
-    return largest - largest;  // 0, or no number
-  }
-  constexpr float kStep = 1.0f / 127;
-  const float inverse = 127 / largest;
-  v16i sums = {};
-  int32_t rest_sum = 0;
-  auto steps = [&](v16f v) {
-    // Row-wise as ONNX Runtime's nodes round, in blocks as its operator does.
-    return rounded(is_rowwise ? (v / largest) / kStep : v * inverse);
-  };
-  for (k = 0; k + kLanes <= count; k += kLanes) {
-    const v16i q = __builtin_convertvector(steps(load<v16f>(x + k)), v16i);
-    sums += q;
-    store(out + k, narrowed(q));
-  }
-  for (; k < count; ++k) {
-    const int32_t q = (int32_t)steps(spread(x[k]))[0];
-    rest_sum += q;
-    out[k] = (int8_t)q;
-  }
-  *total = sum<int32_t>(sums) + rest_sum;
-  return is_rowwise ? largest : largest * kStep;
-}
-
-}  // namespace
-
-void gate_row(const float* x, size_t width, float* y) {
-  for (size_t k = 0; k < width; k += kLanes) {
-    const size_t count = std::min<size_t>(kLanes, width - k);
-    const v16f gate = some(x + k, count);
-    put(y + k, gate / (exponential(-gate) + 1.0f) * some(x + width + k, count), count);
-  }
-}
-
-void norm_row(const float* x, const float* skip, const float* gamma, size_t width, float epsilon, float* sum,
-              float* y) {
-  v16f squares{};
-  for (size_t k = 0; k < width; k += kLanes) {
-    const size_t count = std::min<size_t>(kLanes, width - k);
-    const v16f both = some(x + k, count) + some(skip + k, count);
-    squares += both * both;
-    put(sum + k, both, count);
-  }
-  const float scale = 1 / std::sqrt(lifecycle::sum<float>(squares) / (float)width + epsilon);
-  for (size_t k = 0; k < width; k += kLanes) {
-    const size_t count = std::min<size_t>(kLanes, width - k);
-    put(y + k, some(sum + k, count) * scale * some(gamma + k, count), count);
-  }
-}
-
-namespace {
-
 // The rows of a product as integers, and where there are adapters as pairs, of which they may take the first product
 // while the rows are at hand.
 void round_rows(const Run& run, const Weights& w, bool is_gated, const float* x, size_t count, const Rows& rows,
@@ -268,7 +192,10 @@ void round_rows(const Run& run, const Weights& w, bool is_gated, const float* x,
   uint32_t* pairs = nullptr;
   if (adapters != nullptr) adapters->begin(pairs = scratch<uint32_t, 13>(count * w.depth / 2));
   auto round_row = [&](size_t row) {
-    int8_t* values = rows.values + row * rows.width;
+    const size_t first = row / kMatrixRows * kMatrixRows;
+    int8_t* values = rows.in_matrices ? rows.values + first * rows.width + (row - first) * kStretch
+                                      : rows.values + row * rows.width;
+    const size_t stride = rows.in_matrices ? kMatrixRows * kStretch : kStretch;
     const float* from_row = x + row * w.depth;
     if (is_gated) {
       float* gated = scratch<float, 10>(w.depth);
@@ -278,17 +205,19 @@ void round_rows(const Run& run, const Weights& w, bool is_gated, const float* x,
     if (pairs != nullptr) as_pairs(from_row, w.depth, pairs + row * (w.depth / 2));
     for (size_t b = 0; b < blocks; ++b) {
       const size_t from = b * w.block, size = std::min(w.block, w.depth - from);
-      rows.scales[row * blocks + b] = round_block(from_row + from, size, w.is_rowwise, values + from,
+      rows.scales[row * blocks + b] = round_block(from_row + from, size, w.is_rowwise, values + from, stride,
                                                   rows.sums + row * blocks + b);
-      // What is behind the last value is multiplied too.
-      if (size < w.block) std::memset(values + from + size, 0, w.block - size);
+    }
+    // What is behind the last value is multiplied too.
+    if (w.depth < rows.width) {
+      std::memset(values + w.depth / kStretch * stride + w.depth % kStretch, 0, rows.width - w.depth);
     }
   };
-  // With few rows, one thread multiplies them while the others begin with the tiles.
-  if (adapters == nullptr || count < 8 * kAdaptedBlock) return run.rows(count, w.depth, round_row);
-  run.parallel((count + kAdaptedBlock - 1) / kAdaptedBlock, [&](size_t block) {
-    const size_t from = block * kAdaptedBlock;
-    for (size_t row = from; row < std::min(count, from + kAdaptedBlock); ++row) round_row(row);
+  if (adapters == nullptr || count < kOwnProducts) return run.rows(count, w.depth, round_row);
+  const size_t size = adapted_block();
+  run.parallel((count + size - 1) / size, [&](size_t block) {
+    const size_t from = block * size;
+    for (size_t row = from; row < std::min(count, from + size); ++row) round_row(row);
     adapters->multiply_block(block);
   });
 }
@@ -299,25 +228,38 @@ void product(const Run& run, const Weights& w, bool is_gated, const float* x, si
              Pairs* adapters) {
   if (count == 0) return;
   Rows rows;
+  rows.in_matrices = has_matrices() && w.is_rowwise && count >= kWorthMatrices;
   rows.width = w.blocks() * w.block;
-  rows.values = scratch<int8_t, 0>(count * rows.width);
+  if (rows.in_matrices) rows.width = (rows.width + kStretch - 1) / kStretch * kStretch;
+  // Matrices of rows are read whole, and may end behind the last row.
+  rows.values = scratch<int8_t, 0>((count + kMatrixRows) * rows.width);
   rows.scales = scratch<float, 1>(count * w.blocks());
   rows.sums = scratch<int32_t, 2>(count * w.blocks());
   rows.adapters = adapters;
   round_rows(run, w, is_gated, x, count, rows, adapters);
   const size_t wide = w.is_rowwise ? kRowwiseTiles : kBlockTiles;
-  const size_t most_rows = w.is_rowwise ? kRowwiseRows : kBlockRows;
+  const size_t most_rows = rows.in_matrices ? kMatrixRows : w.is_rowwise ? kRowwiseRows : kBlockRows;
   const size_t groups = w.tiles() / wide;
-  const size_t parts = (count + kRowsAtOnce - 1) / kRowsAtOnce;
+  const size_t at_once = rows.in_matrices ? std::max(kRowsAtOnce, kMatrixRoom / rows.width / kMatrixRows * kMatrixRows) : kRowsAtOnce;
+  const size_t parts = (count + at_once - 1) / at_once;
   const size_t each = std::max<size_t>(1, groups * parts / kMostTasks);
   const size_t tasks = (groups + each - 1) / each;
   run.parallel(tasks * parts, [&](size_t task) {
-    const size_t first = task / tasks * kRowsAtOnce, last = std::min(count, first + kRowsAtOnce);
+    const size_t first = task / tasks * at_once, last = std::min(count, first + at_once);
     const size_t group = task % tasks * each;
     if (adapters != nullptr) adapters->multiply_rest();
+    std::optional<ProductMatrices> registers;
+    if (rows.in_matrices) registers.emplace(std::min(last - first, most_rows), adapters);
     for (size_t g = group; g < std::min(groups, group + each); ++g) {
+      if (rows.in_matrices) {
+        if (adapters != nullptr) expect_adapters(w, *adapters, first, last - first, g * wide);
+        for (size_t row = first; row < last; row += kMatrixRows) {
+          rows_by_matrices(w, rows, row, std::min(kMatrixRows, last - row), g * wide, y);
+        }
+        continue;
+      }
       // Rows in shares as equal as can be, for which no share is slow.
-      size_t left = last - first, shares = (left + most_rows - 1) / most_rows;
+      size_t shares = (last - first + most_rows - 1) / most_rows;
       for (size_t row = first; row < last; --shares) {
         const size_t share = (last - row + shares - 1) / shares;
         some_rows((int)share, w, rows, row, g * wide, y);
@@ -325,78 +267,6 @@ void product(const Run& run, const Weights& w, bool is_gated, const float* x, si
       }
     }
   });
-}
-
-namespace {
-
-// 128 bits of what bytes are: two sums that each byte reaches through other numbers, from a beginning that no file can
-// have been made for.
-struct Digest {
-  uint64_t a, b;
-
-  void add(const void* from, size_t bytes) {
-    const char* at = static_cast<const char*>(from);
-    for (; bytes >= 8; bytes -= 8, at += 8) {
-      uint64_t word;
-      std::memcpy(&word, at, 8);
-      mix(word);
-    }
-    uint64_t rest = bytes;
-    std::memcpy(reinterpret_cast<char*>(&rest) + 1, at, bytes);
-    mix(rest);
-  }
-  void mix(uint64_t word) {
-    a = (a ^ word) * 0x9e3779b97f4a7c15;
-    a ^= a >> 32;
-    b = (b + word) * 0xc2b2ae3d27d4eb4f;
-    b ^= b >> 29;
-  }
-};
-
-size_t bytes_of(const Tensor& tensor) {
-  const bool is_byte = tensor.type == ort::kUint8 || tensor.type == ort::kInt8;
-  return (size_t)tensor.size() * (is_byte ? 1 : sizeof(float));
-}
-
-}  // namespace
-
-std::shared_ptr<const Weights> shared(const std::vector<Tensor>& of, const std::vector<int64_t>& sizes,
-                                      const std::function<void(Weights&)>& make) {
-  static std::mutex lock;
-  static std::map<std::pair<uint64_t, uint64_t>, std::weak_ptr<const Weights>> all;
-  static const Digest begin = [] {
-    std::random_device random;
-    auto word = [&] { return (uint64_t)random() << 32 | random(); };
-    return Digest{word(), word()};
-  }();
-  Digest digest = begin;
-  digest.add(sizes.data(), sizes.size() * sizeof(int64_t));
-  for (const Tensor& tensor : of) digest.add(tensor.data, tensor ? bytes_of(tensor) : 0);
-  const std::lock_guard<std::mutex> guard(lock);
-  std::erase_if(all, [](const auto& entry) { return entry.second.expired(); });
-  std::weak_ptr<const Weights>& place = all[{digest.a, digest.b}];
-  if (std::shared_ptr<const Weights> found = place.lock()) return found;
-  auto made = std::make_shared<Weights>();
-  make(*made);
-  place = made;
-  return made;
-}
-
-void Weights::allocate(bool with_zeros) {
-  packed.reset(tiles() * tile_bytes());
-  scales.reset(tiles() * blocks() * kLanes);
-  if (with_zeros) zeros.reset(tiles() * blocks() * kLanes);
-}
-
-size_t Weights::tiles() const {
-  const size_t wide = is_rowwise ? kRowwiseTiles : kBlockTiles, tiles = (columns + kLanes - 1) / kLanes;
-  return (tiles + wide - 1) / wide * wide;
-}
-
-void Weights::set_bias(const Tensor& given) {
-  if (!given) return;
-  require(given.size() == (int64_t)columns, "a bias of another width than its product");
-  std::memcpy(bias.reset(tiles() * kLanes), given.as<float>(), columns * sizeof(float));
 }
 
 }  // namespace lifecycle

@@ -89,6 +89,18 @@ LIFECYCLE_INLINE v16f larger(v16f a, v16f b) {
 }
 LIFECYCLE_INLINE v16i larger(v16i a, v16i b) { return (v16i)select(a > b, (v16f)a, (v16f)b); }
 
+LIFECYCLE_INLINE v16f magnitude(v16f x) { return (v16f)((v16i)x & 0x7fffffff); }
+// Whether a comparison holds in all lanes.
+LIFECYCLE_INLINE bool all(v16i mask) {
+#if LIFECYCLE_AVX512
+  return _mm512_movepi32_mask((__m512i)mask) == 0xffff;
+#else
+  int32_t found = -1;
+  for (int i = 0; i < kLanes; ++i) found &= mask[i];
+  return found != 0;
+#endif
+}
+
 template <typename T, typename V>
 LIFECYCLE_INLINE T sum(V x) {
   T total = 0;
@@ -110,6 +122,14 @@ LIFECYCLE_INLINE float largest(v16f x) {
 // Asks for memory that is read soon. At the end of a page the processor stops looking ahead by itself.
 inline void expect(const void* from, size_t bytes) {
   for (size_t at = 0; at < bytes; at += 64) __builtin_prefetch(static_cast<const char*>(from) + at);
+}
+
+// A product that stays one where a sum follows: the compiler must not make both one operation, rounded once.
+LIFECYCLE_INLINE v16f rounded_product(v16f x) {
+#if LIFECYCLE_AVX512
+  asm("" : "+v"(x));
+#endif
+  return x;
 }
 
 // The nearest integers, halves to even, of values below 2^22.
@@ -147,6 +167,22 @@ LIFECYCLE_INLINE v16f dot(v16f acc, v16i pairs, uint32_t pair) {
   constexpr int32_t kHigh = -65536;
   acc += (v16f)(pairs & kHigh) * float_of(pair & (uint32_t)kHigh);
   return acc + (v16f)(pairs << 16) * float_of(pair << 16);
+#endif
+}
+
+// Their halves as floats.
+LIFECYCLE_INLINE v16f low_half(v16i pairs) { return (v16f)(pairs << 16); }
+LIFECYCLE_INLINE v16f high_half(v16i pairs) { return (v16f)(pairs & -65536); }
+LIFECYCLE_INLINE v16f low_half(uint32_t pair) { return spread(float_of(pair << 16)); }
+LIFECYCLE_INLINE v16f high_half(uint32_t pair) { return spread(float_of(pair & 0xffff0000)); }
+
+// a * b + c, rounded once.
+LIFECYCLE_INLINE v16f multiply_add(v16f a, v16f b, v16f c) {
+#if LIFECYCLE_AVX512
+  return (v16f)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#else
+  for (int i = 0; i < kLanes; ++i) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
+  return c;
 #endif
 }
 
