@@ -151,6 +151,12 @@ void Adapters<T>::multiply(const Few& few) noexcept {
     for (size_t i = 0; i < few.count; ++i) {
       const size_t at = few.tokens[i] * inner_width_;
       as_pairs(sums_ + at, inner_width_, inner_ + at / kWide);
+      if (has_matrices()) {
+        for (size_t r = 0; r < inner_width_; ++r) {
+          const uint32_t pair = inner_[(at + r) / kWide];
+          sums_[at + r] = float_of(r % kWide == 0 ? pair << 16 : pair & 0xffff0000);
+        }
+      }
     }
   }
 }

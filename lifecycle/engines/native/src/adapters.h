@@ -54,6 +54,8 @@ class Adapters {
   const T* inner(size_t token, size_t part) const {
     return inner_ + token * inner_width_ / kWide + part * rank();
   }
+  // The same values as floats.
+  const float* inner_floats(size_t token, size_t part) const { return sums_ + token * inner_width_ + part * rank_; }
   size_t adapter_of(size_t token) const { return (size_t)places_[2 * token]; }
   // How many tokens from one on have the same, of `count`.
   size_t sharing(size_t token, size_t count) const {
@@ -86,8 +88,8 @@ class Adapters {
   std::vector<Part> parts_;
   std::vector<Few> all_;
   std::vector<size_t> blocks_;  // where in `all_` each block begins, and the end
-  float* sums_;  // x · A, [tokens, parts * rank]
-  T* inner_;     // the same as it is multiplied with B
+  float* sums_;  // x · A, [tokens, parts * rank], in the end as it is multiplied with B
+  T* inner_;     // the same in pairs
   // What is read often has to lie in other cache lines than what is written.
   alignas(64) std::atomic<size_t> next_{0};
   std::atomic<size_t> done_{0};
@@ -113,9 +115,9 @@ struct VectorOf<uint32_t> {
 // `kIsPart`. Sums run over the depth; or `kAsMatrices` they have the bits of those that matrices take of pairs: from
 // nothing those of low and those of high halves by themselves, over as many pairs as are multiplied at once, and then
 // both together to what was there. (To matrices, what is too small for a normal number is nothing.) Rows of w that are
-// `kAhead` of what is read are asked for.
-template <bool kAsMatrices, bool kIsPart = false, size_t kAhead = 0, int MR, int NV, typename T>
-LIFECYCLE_INLINE void add_products(v16f (&acc)[MR][NV], const T* const* x, size_t depth, const T* w, size_t stride,
+// `kAhead` of what is read are asked for. Pairs of x may be floats too, which saves parting them.
+template <bool kAsMatrices, bool kIsPart = false, size_t kAhead = 0, int MR, int NV, typename X, typename T>
+LIFECYCLE_INLINE void add_products(v16f (&acc)[MR][NV], const X* const* x, size_t depth, const T* w, size_t stride,
                                    size_t count = kLanes) {
   typedef typename VectorOf<T>::Type Vector;
   const size_t share = kAsMatrices ? even_share(depth) : depth;
@@ -130,8 +132,9 @@ LIFECYCLE_INLINE void add_products(v16f (&acc)[MR][NV], const T* const* x, size_
       LIFECYCLE_UNROLL for (int i = 0; i < MR; ++i) {
         LIFECYCLE_UNROLL for (int j = 0; j < NV; ++j) {
           if constexpr (kAsMatrices) {
-            first[i][j] = multiply_add(low_half(columns[j]), low_half(x[i][k]), first[i][j]);
-            second[i][j] = multiply_add(high_half(columns[j]), high_half(x[i][k]), second[i][j]);
+            const X* pair = x[i] + k * (std::is_same_v<X, float> ? 2 : 1);
+            first[i][j] = multiply_add(low_half(columns[j]), low_half(pair), first[i][j]);
+            second[i][j] = multiply_add(high_half(columns[j]), high_half(pair), second[i][j]);
           } else {
             first[i][j] = dot(first[i][j], columns[j], x[i][k]);
           }

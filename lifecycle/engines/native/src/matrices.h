@@ -7,8 +7,10 @@
 
 #include "simd.h"
 
-// LIFECYCLE_VECTORS is for tests: everything as a processor without such registers computes it.
-#if LIFECYCLE_AVX512 && defined(__AMX_INT8__) && defined(__AMX_BF16__) && defined(__linux__) && !defined(LIFECYCLE_VECTORS)
+// Older Clangs call them by other names. LIFECYCLE_VECTORS is for tests: everything as a processor without such registers
+// computes it.
+#if LIFECYCLE_AVX512 && defined(__linux__) && !defined(LIFECYCLE_VECTORS) && \
+    ((defined(__AMX_INT8__) && defined(__AMX_BF16__)) || (defined(__AMXINT8__) && defined(__AMXBF16__)))
 #define LIFECYCLE_MATRICES 1
 #include <sys/syscall.h>
 #include <unistd.h>

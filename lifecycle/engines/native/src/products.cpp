@@ -74,8 +74,14 @@ template <bool kAsMatrices, int MR>
 LIFECYCLE_INLINE void adapt(v16f (&total)[MR], const Pairs& adapters, size_t row, size_t tile) {
   const Pairs::Place place = adapters.place(tile * kLanes);
   const size_t rank = adapters.rank(), stride = place.part.columns;
-  const uint32_t* inner[MR];
-  LIFECYCLE_UNROLL for (int i = 0; i < MR; ++i) inner[i] = adapters.inner(row + i, place.number);
+  std::conditional_t<kAsMatrices, const float*, const uint32_t*> inner[MR];
+  LIFECYCLE_UNROLL for (int i = 0; i < MR; ++i) {
+    if constexpr (kAsMatrices) {
+      inner[i] = adapters.inner_floats(row + i, place.number);
+    } else {
+      inner[i] = adapters.inner(row + i, place.number);
+    }
+  }
   auto matrix = [&](int i) { return place.part.of(adapters.adapter_of(row + i), rank) + place.column; };
   v16f added[MR][1] = {};
   if (adapters.sharing(row, MR) == MR) {

@@ -173,8 +173,11 @@ LIFECYCLE_INLINE v16f dot(v16f acc, v16i pairs, uint32_t pair) {
 // Their halves as floats.
 LIFECYCLE_INLINE v16f low_half(v16i pairs) { return (v16f)(pairs << 16); }
 LIFECYCLE_INLINE v16f high_half(v16i pairs) { return (v16f)(pairs & -65536); }
-LIFECYCLE_INLINE v16f low_half(uint32_t pair) { return spread(float_of(pair << 16)); }
-LIFECYCLE_INLINE v16f high_half(uint32_t pair) { return spread(float_of(pair & 0xffff0000)); }
+// Of a pair that all lanes share, or of two floats.
+LIFECYCLE_INLINE v16f low_half(const uint32_t* pair) { return low_half(spread((int32_t)*pair)); }
+LIFECYCLE_INLINE v16f high_half(const uint32_t* pair) { return high_half(spread((int32_t)*pair)); }
+LIFECYCLE_INLINE v16f low_half(const float* pair) { return spread(pair[0]); }
+LIFECYCLE_INLINE v16f high_half(const float* pair) { return spread(pair[1]); }
 
 // a * b + c, rounded once.
 LIFECYCLE_INLINE v16f multiply_add(v16f a, v16f b, v16f c) {
