@@ -49,6 +49,15 @@ def as_pairs(matrix: NDArray[np.float32]) -> NDArray[np.uint16]:
     )
 
 
+def as_tiles(matrix: NDArray[np.float32]) -> NDArray[np.uint16]:
+    """Such pairs with their columns 16 by 16: [n, m] as [m / 16, n / 2, 16, 2], in the shape that it had.
+
+    What is multiplied at once lies together: otherwise each of its rows would be on another page."""
+    rows, columns = matrix.shape
+    pairs = as_pairs(matrix).reshape(rows // 2, columns // 16, 32)
+    return np.ascontiguousarray(pairs.swapaxes(0, 1)).reshape(rows, columns)
+
+
 class AdapterBank:
     """Entries side by side in one array per input: entry 0 is zeros, for rows without adapter.
 
@@ -58,13 +67,15 @@ class AdapterBank:
 
     def __init__(self, layout: AdapterLayout, halved: Collection[str] = ()) -> None:
         """Take the memory of all entries; the system gives it as they are filled. The `halved` inputs are
-        pairs of bfloat16s (see `as_pairs`), the others float32.
+        pairs of bfloat16s (A as `as_pairs` lays them out, B as `as_tiles` does), the others float32.
 
         Raises:
             EngineError: there is not so much.
         """
         self._layout = layout
-        self._halved = frozenset(halved)
+        first = {product.a for product in layout.products}
+        self._halved = {name: as_pairs if name in first else as_tiles for name in halved}
+        """How the inputs of pairs are laid out."""
         try:
             self._arrays = {
                 name: np.zeros(
@@ -94,7 +105,7 @@ class AdapterBank:
                     f"the adapter has a weight for '{name}' beyond what bfloat16 holds: it is damaged"
                 )
         return {
-            name: as_pairs(matrix) if name in self._halved else matrix
+            name: self._halved[name](matrix) if name in self._halved else matrix
             for name, matrix in weights.items()
         }
 

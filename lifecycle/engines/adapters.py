@@ -11,8 +11,8 @@ plain graph (see `decoder`) and, for the N adapters at hand in a step:
 | `adapters.{product}.a` | float32 [N, in, modules * rank] | A of each module, transposed, one beside the other |
 | `adapters.{product}.b{k}` | float32 [N, rank, out] | B of module k, transposed and scaled |
 
-With our kernels the matrices of products of integers are pairs of bfloat16s instead (see
-`lifecycle.engines.adapter_bank.as_pairs`).
+With our kernels the matrices of products of integers are pairs of bfloat16s instead (see `as_pairs`
+and `as_tiles` of `lifecycle.engines.adapter_bank`).
 
 Keep Q at 2 or more: with one row the products take another way, whose sums differ in their last
 bits. With Q >= 2 what a row gets does not depend on the other rows of the step.

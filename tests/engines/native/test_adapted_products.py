@@ -11,7 +11,7 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from lifecycle.engines.adapter_bank import as_pairs
+from lifecycle.engines.adapter_bank import as_pairs, as_tiles
 from lifecycle.engines.adapters import PLACES, TOKENS
 from lifecycle.engines.native.swap import swap
 from lifecycle.graph.rounding import Grid
@@ -20,6 +20,7 @@ from tests.engines.native.test_adapters import adapter_nodes
 from tests.engines.native.test_products import blocks_model, rowwise_model
 
 DEPTH, ADAPTERS = 72, 3
+LAYOUTS = {"a": as_pairs, "b": as_tiles}
 CASES = [([48], False), ([96, 16, 16], False), ([80, 80], True), ([16, 32, 64], True)]
 """Columns of the parts, and whether a product is split before they are added to."""
 
@@ -74,7 +75,9 @@ def step(parts: list[int], owners: list[int], rank: int = 4) -> dict[str, NDArra
 def paired(given: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
     """The same inputs as a joined product takes them."""
     return {
-        name: np.stack([as_pairs(matrix) for matrix in array]) if name[0] in "ab" else array
+        name: np.stack([LAYOUTS[name[0]](matrix) for matrix in array])
+        if name[0] in LAYOUTS
+        else array
         for name, array in given.items()
         if name not in (TOKENS, PLACES)
     } | {PLACES: given[PLACES], TOKENS: given[TOKENS]}
@@ -178,3 +181,12 @@ def test_weights_as_pairs() -> None:
     expected = halved(matrix).T.astype(np.float32)
     assert np.array_equal(columns.view(np.float32), expected)
     assert list(expected[:3, 0]) == [1, 1, 1 + 2**-6]
+
+
+def test_weights_in_tiles() -> None:
+    matrix = np.arange(4 * 48, dtype=np.float32).reshape(4, 48)
+    tiles = as_tiles(matrix)
+    assert tiles.shape == matrix.shape
+    found = (tiles.reshape(3, 2, 16, 2).astype(np.uint32) << 16).view(np.float32)
+    for tile, pair, column, half in ((0, 0, 0, 1), (1, 1, 5, 0), (2, 0, 15, 1)):
+        assert found[tile, pair, column, half] == matrix[2 * pair + half, 16 * tile + column]

@@ -14,7 +14,7 @@ namespace lifecycle {
 //
 // The inputs of a kernel from `first` on: A of all adapters [adapters, depth, parts * rank], the adapter of each token
 // and what else is of no use here [tokens, 2], and B of up to three parts that share the columns, [adapters, rank,
-// columns of the part].
+// columns of the part], or of pairs [adapters, columns / 16, rank, 16].
 template <typename T>
 class Adapters {
  public:
@@ -63,15 +63,15 @@ class Adapters {
     while (i < count && adapter_of(token + i) == adapter_of(token)) ++i;
     return i;
   }
-  // Where 16 columns lie: a part, its number, and its column.
+  // Where B of 16 columns lies, of pairs: in a part of that number, so many values from its beginning.
   struct Place {
     const Part& part;
-    size_t number, column;
+    size_t number, first;
   };
   Place place(size_t column) const {
     size_t p = 0;
     while (column >= parts_[p].columns) column -= parts_[p++].columns;
-    return {parts_[p], p, column};
+    return {parts_[p], p, column * rank()};
   }
   // Multiplications in all.
   size_t products() const { return tokens_ * (depth_ * inner_width_ + rank_ * columns_); }

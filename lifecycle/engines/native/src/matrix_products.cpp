@@ -19,14 +19,14 @@ ProductMatrices::ProductMatrices(size_t rows, const Pairs* adapters)
 
 void adapt_by_matrices(const Pairs& adapters, size_t row, size_t count, size_t tile, float* added) {
   const Pairs::Place place = adapters.place(tile * kLanes);
-  const size_t rank = adapters.rank(), share = even_share(rank), stride = place.part.columns;
+  const size_t rank = adapters.rank(), share = even_share(rank);
   const size_t inner_bytes = (size_t)(adapters.inner(row + 1, 0) - adapters.inner(row, 0)) * sizeof(uint32_t);
   for (size_t i = 0; i < count; i += adapters.sharing(row + i, count - i)) {
-    const uint32_t* b = place.part.of(adapters.adapter_of(row + i), rank) + place.column;
+    const uint32_t* b = place.part.of(adapters.adapter_of(row + i), rank) + place.first;
     clear_matrix<kAdded>();
     for (size_t r = 0; r < rank; r += share) {
       load_matrix<kInner>(adapters.inner(row + i, place.number) + r, inner_bytes);
-      load_matrix<kColumns>(b + r * stride, stride * sizeof(uint32_t));
+      load_matrix<kColumns>(b + r * kLanes, kMatrixBytes);
       multiply_pairs<kAdded, kInner, kColumns>();
     }
     // Rows of other adapters too; theirs come after them.

@@ -73,7 +73,7 @@ LIFECYCLE_INLINE void multiply(v16i (&acc)[MR][NR], const uint8_t* weights, size
 template <bool kAsMatrices, int MR>
 LIFECYCLE_INLINE void adapt(v16f (&total)[MR], const Pairs& adapters, size_t row, size_t tile) {
   const Pairs::Place place = adapters.place(tile * kLanes);
-  const size_t rank = adapters.rank(), stride = place.part.columns;
+  const size_t rank = adapters.rank();
   std::conditional_t<kAsMatrices, const float*, const uint32_t*> inner[MR];
   LIFECYCLE_UNROLL for (int i = 0; i < MR; ++i) {
     if constexpr (kAsMatrices) {
@@ -82,14 +82,14 @@ LIFECYCLE_INLINE void adapt(v16f (&total)[MR], const Pairs& adapters, size_t row
       inner[i] = adapters.inner(row + i, place.number);
     }
   }
-  auto matrix = [&](int i) { return place.part.of(adapters.adapter_of(row + i), rank) + place.column; };
+  auto matrix = [&](int i) { return place.part.of(adapters.adapter_of(row + i), rank) + place.first; };
   v16f added[MR][1] = {};
   if (adapters.sharing(row, MR) == MR) {
-    add_products<kAsMatrices>(added, inner, rank, matrix(0), stride);
+    add_products<kAsMatrices>(added, inner, rank, matrix(0), kLanes);
   } else {
     LIFECYCLE_UNROLL for (int i = 0; i < MR; ++i) {
       v16f one[1][1] = {};
-      add_products<kAsMatrices>(one, inner + i, rank, matrix(i), stride);
+      add_products<kAsMatrices>(one, inner + i, rank, matrix(i), kLanes);
       added[i][0] = one[0][0];
     }
   }
@@ -103,8 +103,7 @@ void expect_adapters(const Weights& w, const Pairs& adapters, size_t row, size_t
   for (; tile < end; ++tile) {
     const Pairs::Place place = adapters.place(tile * kLanes);
     for (size_t i = 0; i < count; i += adapters.sharing(row + i, count - i)) {
-      const uint32_t* b = place.part.of(adapters.adapter_of(row + i), rank) + place.column;
-      for (size_t r = 0; r < rank; ++r) __builtin_prefetch(b + r * place.part.columns);
+      expect(place.part.of(adapters.adapter_of(row + i), rank) + place.first, rank * kLanes * sizeof(uint32_t));
     }
   }
 }
