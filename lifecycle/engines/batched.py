@@ -366,15 +366,15 @@ class BatchedEngine(Engine):
             end = start + row.num_logits
             if end > start:
                 twins = self._scheduler.share(state)
-                events += self._tell(state, rows.part(start, end))
+                events += self._tell(state, rows, start, end)
                 for twin in twins:
-                    events += self._tell(twin, rows.part(end - 1, end))
+                    events += self._tell(twin, rows, end - 1, end)
             start = end
         return events
 
-    def _tell(self, state: RequestState, rows: Scan) -> list[Event]:
+    def _tell(self, state: RequestState, rows: Scan, start: int, end: int) -> list[Event]:
         try:
-            events = self._progress.advance(state, rows)
+            events = self._progress.advance(state, rows, start, end)
         except MemoryError:
             events = [failed(state, "no memory to choose a token")]
         self._generated_tokens += sum(event.token_id is not None for event in events)

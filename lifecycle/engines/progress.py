@@ -27,25 +27,26 @@ class Progress:
         """What `Row.is_long` must be for the rows of a text of so many tokens."""
         return self._long_context is not None and num_tokens > self._long_context
 
-    def advance(self, state: RequestState, rows: Scan) -> list[Event]:
+    def advance(self, state: RequestState, rows: Scan, start: int, end: int) -> list[Event]:
         """Take what a step gave a request: score its prompt, choose tokens as far as its draft was right.
 
         Args:
-            rows: one after each of its last computed tokens, its draft among them; none of a prompt
-                that goes on and is not scored.
+            rows: those of a step.
+            start, end: which are the request's: one after each of its last computed tokens, its draft
+                among them; none of a prompt that goes on and is not scored.
 
         Returns:
             What there is to tell; the last event has a `finish_reason` if the request has ended.
         """
-        if scored := _score(state, rows.logits):
-            rows = rows.part(scored)
-        if not rows.best:
+        if state.request.params.prompt_logprobs is not None:
+            start += _score(state, rows.logits[start:end])
+        if start == end:
             return []
         is_first = len(state.tokens) == state.num_prompt
         if state.request.params.max_tokens == 0:
             events = [Event(state.request.id, finish_reason=FinishReason.LENGTH)]
         else:
-            events = self._choose(state, rows)
+            events = self._choose(state, rows, start, end)
         if is_first:
             events[0] = events[0]._replace(
                 cached_tokens=state.num_cached,
@@ -54,25 +55,29 @@ class Progress:
             )
         return events
 
-    def _choose(self, state: RequestState, rows: Scan) -> list[Event]:
+    def _choose(self, state: RequestState, rows: Scan, start: int, end: int) -> list[Event]:
         """Choose a token, and one more for each guess that was chosen as guessed."""
-        base, draft = len(state.tokens), state.draft
-        state.draft = []
-        events = self._follow(state, draft, rows)
+        draft = state.draft
+        if not draft:
+            return self._follow(state, draft, rows, start, end)
+        base, state.draft = len(state.tokens), []
+        events = self._follow(state, draft, rows, start, end)
         right = _common(draft, state.tokens[base:])
         # Nothing is computed of a text that begins anew as a long one.
         if state.num_computed:
             state.num_computed += right
-        if state.guesser is not None and draft:
+        if state.guesser is not None:
             state.guesser.note(len(draft), right)
         return events
 
-    def _follow(self, state: RequestState, draft: list[int], rows: Scan) -> list[Event]:
+    def _follow(
+        self, state: RequestState, draft: list[int], rows: Scan, start: int, end: int
+    ) -> list[Event]:
         base, events = len(state.tokens), list[Event]()
         at = 0
-        while at < len(rows.best) and state.tokens[base:] == draft[:at]:
+        while start + at < end and state.tokens[base:] == draft[:at]:
             try:
-                choice = choose(rows, at, state.sampler)
+                choice = choose(rows, start + at, state.sampler)
                 events += self._append(state, choice)
             except RequestError as error:
                 events.append(failed(state, str(error), is_refused=True))
@@ -142,8 +147,7 @@ def failed(state: RequestState, error: str, *, is_refused: bool = False) -> Even
 def _score(state: RequestState, logits: Floats) -> int:
     """Score tokens of the prompt by the first of `logits`; how many that took."""
     count = state.request.params.prompt_logprobs
-    if count is None:
-        return 0
+    assert count is not None
     first = state.request.params.prompt_logprobs_from + len(state.prompt_logprobs)
     targets = state.tokens[first : state.num_prompt][: len(logits)]
     for row, target in zip(logits, targets, strict=False):

@@ -26,6 +26,9 @@ _GREEDY_BELOW = 1e-5
 """A temperature below this divides a float32 into infinities; the limit it tends to is greedy."""
 
 _BLOCK, _COLUMN, _FEW = 256, 64, 1024
+Place = tuple[int, int]
+"""The addresses of a row of logits and of its columns (see `Scan`)."""
+
 _AT_ONCE = 32
 """Random numbers that are made together: one at a time takes ten times as long."""
 
@@ -41,16 +44,15 @@ class Scan(NamedTuple):
     """Its logit: NaN or +inf where the row has one, -inf where it has nothing else."""
     columns: Floats | None = None
     """The largest of each so many neighbours, [n, columns], where a kernel draws that needs them."""
+    addresses: tuple[int, int] = (0, 0)
+    """Of the logits and the columns, if there are any."""
 
-    def part(self, start: int, end: int | None = None) -> Scan:
-        """What was found in some of the rows."""
-        columns = self.columns
-        return Scan(
-            self.logits[start:end],
-            self.best[start:end],
-            self.tops[start:end],
-            columns if columns is None else columns[start:end],
-        )
+    def place(self, at: int) -> Place | None:
+        """Where a kernel finds a row and its columns."""
+        if self.columns is None:
+            return None
+        logits, columns = self.addresses
+        return logits + at * self.logits.strides[0], columns + at * self.columns.strides[0]
 
 
 class Passes(NamedTuple):
@@ -58,8 +60,8 @@ class Passes(NamedTuple):
 
     scan: Callable[[Floats], Scan]
     """As `scan`."""
-    draw: Callable[[Floats, SamplingParams, float, Floats | None], int]
-    """As `draw_token`; the last argument is the row's `Scan.columns`, if its logits are as they were."""
+    draw: Callable[[Floats, SamplingParams, float, Place | None], int]
+    """As `draw_token`; the last argument is the row's place in a `Scan`, if its logits are as they were."""
 
 
 class Choice(NamedTuple):
@@ -95,9 +97,9 @@ class Sampler:
         self._drawn = deque[float]()
         """Random numbers of the next tokens, as far as they were looked at."""
 
-    def choose(self, logits: Floats, columns: Floats | None = None) -> int | None:
+    def choose(self, logits: Floats, place: Place | None = None) -> int | None:
         """A token for finite-topped `logits` [vocab_size], which are left as they are; None if the
-        adjustments leave none that can come. `columns` are those of `Scan`."""
+        adjustments leave none that can come. `place` is that of a `Scan`."""
         if self._adjust is not None:
             logits = self._adjust.apply(logits)
         if self._constraint is not None:
@@ -108,8 +110,7 @@ class Sampler:
         if self.is_greedy:
             token = int(logits.argmax())
         else:
-            found = None if is_changed else columns
-            token = self._draw(logits, self.params, self._uniform(), found)
+            token = self._draw(logits, self.params, self._uniform(), None if is_changed else place)
             self._drawn.popleft()
         if self._constraint is not None:
             self._constraint.accept(token)
@@ -162,10 +163,8 @@ def choose(rows: Scan, at: int, sampler: Sampler) -> Choice | None:
     count = sampler.params.logprobs
     if sampler.is_plain and count is None:
         return Choice(best)
-    logits, columns = rows.logits[at], rows.columns
-    token: int | None = best
-    if not sampler.is_plain:
-        token = sampler.choose(logits, None if columns is None else columns[at])
+    logits = rows.logits[at]
+    token = best if sampler.is_plain else sampler.choose(logits, rows.place(at))
     if token is None:
         raise RequestError(
             "no token may come next: the grammar, min_tokens, stop_token_ids and banned_token_ids leave "
@@ -325,13 +324,13 @@ def _keep_typical(weights: Floats, share: float) -> None:
 
 
 def draw_token(
-    logits: Floats, params: SamplingParams, uniform: float, columns: Floats | None = None
+    logits: Floats, params: SamplingParams, uniform: float, place: Place | None = None
 ) -> int:
     """The token of a random number in [0, 1) by `logits` [vocab_size], already penalised, with a finite
-    maximum. Of `columns` only kernels make use."""
+    maximum. Of its `place` only kernels make use."""
     tokens, weights = candidates(logits, params)
-    place = _draw(weights, uniform)
-    return place if tokens is None else int(tokens[place])
+    found = _draw(weights, uniform)
+    return found if tokens is None else int(tokens[found])
 
 
 def _draw(weights: Floats, uniform: float) -> int:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lifecycle.engines.requests import SamplingParams
-from lifecycle.engines.sampling import Passes, Scan, draw_token
+from lifecycle.engines.sampling import Passes, Place, Scan, draw_token
 
 Floats = NDArray[np.float32]
 
@@ -38,20 +38,23 @@ def native_passes(library: Path) -> Passes:
         count, size = logits.shape
         best, tops = np.empty(count, np.int64), np.empty(count, np.float32)
         columns = np.empty((count, num_columns(size)), np.float32)
-        scan_rows(_at(logits), count, size, _at(best), _at(tops), _at(columns))
-        return Scan(logits, best.tolist(), tops.tolist(), columns)
+        addresses = _at(logits), _at(columns)
+        scan_rows(addresses[0], count, size, _at(best), _at(tops), addresses[1])
+        return Scan(logits, best.tolist(), tops.tolist(), columns, addresses)
 
     def draw(
-        logits: Floats, params: SamplingParams, uniform: float, columns: Floats | None = None
+        logits: Floats, params: SamplingParams, uniform: float, place: Place | None = None
     ) -> int:
         if params.typical_p < 1.0:
             return draw_token(logits, params, uniform)
-        logits = np.ascontiguousarray(logits, np.float32)
+        size = len(logits)
+        if place is None:
+            logits = np.ascontiguousarray(logits, np.float32)
+        at, columns = place or (_at(logits), None)
         # A number that has no room in the library's would become another one.
-        top_k = min(params.top_k, logits.size)
+        top_k = min(params.top_k, size)
         filters = params.temperature, top_k, params.top_p, params.min_p
-        found = None if columns is None else _at(columns)
-        token = draw_row(_at(logits), logits.size, found, *filters, uniform)
+        token = draw_row(at, size, columns, *filters, uniform)
         if token < 0:
             raise MemoryError("no memory to choose a token")
         return token

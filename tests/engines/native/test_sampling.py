@@ -96,9 +96,10 @@ def test_a_large_vocabulary(kernels: Path, size: int, filters: dict[str, float])
     params = SamplingParams(temperature=0.8, **filters)  # type: ignore[arg-type]
     draw, uniforms = native_passes(kernels).draw, np.random.default_rng(1).random(200).tolist()
     found = [draw(logits, params, uniform, None) for uniform in uniforms]
-    columns = native_passes(kernels).scan(logits[None]).columns
-    assert columns is not None
-    assert found == [draw(logits, params, uniform, columns[0]) for uniform in uniforms]
+    # As the second of the rows of a step.
+    rows = native_passes(kernels).scan(np.stack([logits[::-1], logits]))
+    assert rows.place(1) is not None
+    assert found == [draw(rows.logits[1], params, uniform, rows.place(1)) for uniform in uniforms]
     wanted = [draw_token(logits, params, uniform) for uniform in uniforms]
     # One in some millions may differ: none of these does.
     assert found == wanted

@@ -87,6 +87,11 @@ template <int Sums, int Signed, int Unsigned>
 LIFECYCLE_INLINE void multiply_bytes() {
   asm volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(Sums), "i"(Signed), "i"(Unsigned));
 }
+// The same of signed bytes.
+template <int Sums, int Left, int Right>
+LIFECYCLE_INLINE void multiply_signed() {
+  asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(Sums), "i"(Left), "i"(Right));
+}
 // Sums += pairs of bfloat16s [rows, n] times such [n, columns].
 template <int Sums, int Left, int Right>
 LIFECYCLE_INLINE void multiply_pairs() {
@@ -101,6 +106,8 @@ template <int R>
 void store_matrix(void*, size_t) {}
 template <int Sums, int Signed, int Unsigned>
 void multiply_bytes() {}
+template <int Sums, int Left, int Right>
+void multiply_signed() {}
 template <int Sums, int Left, int Right>
 void multiply_pairs() {}
 #endif

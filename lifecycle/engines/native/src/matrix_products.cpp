@@ -4,18 +4,73 @@
 namespace lifecycle {
 namespace {
 
-// Numbers of registers: sums of three tiles, rows, weights; and x · A, B and their sums.
+// Numbers of registers: sums of some tiles, rows, weights; and x · A, B and their sums.
 constexpr int kSums = 0, kRows = 3, kWeights = 4, kInner = 5, kColumns = 6, kAdded = 7;
-// Of so many rows, and of pairs of the rank that are multiplied at once.
-Matrices::Shapes shapes(Shape rows, size_t share) {
-  return {rows, rows, rows, rows, {kMatrixRows, kMatrixBytes}, {rows.rows, share * sizeof(uint32_t)}, {share, kMatrixBytes}, rows};
+
+// Of up to so many rows, so many fours of k and pairs of the rank at once.
+Matrices::Shapes shapes(size_t rows, size_t fours, size_t pairs) {
+  const Shape sums{rows, kMatrixBytes};
+  return {sums, sums, sums, {rows, 4 * fours}, {fours, kMatrixBytes}, {rows, 4 * pairs}, {pairs, kMatrixBytes}, sums};
+}
+
+// Fours of k that are multiplied at once.
+size_t fours_of(const Weights& w) { return w.is_rowwise ? kMatrixRows : even_share(w.block / 4); }
+
+// y of some tiles, by what products(j, i) gives for a tile and a row.
+template <int kTiles, typename Products>
+LIFECYCLE_INLINE void finish(const Weights& w, const Rows& rows, size_t row, size_t count, size_t tile, float* y,
+                             const Products& products) {
+  const size_t columns = w.columns;
+  float added[kTiles][2 * kMatrixRows * kLanes];
+  if (rows.adapters != nullptr) {
+    rows.adapters->wait();
+    for (size_t j = 0; j < kTiles && (tile + j) * kLanes < columns; ++j) {
+      adapt_by_matrices(*rows.adapters, row, count, tile + j, added[j]);
+    }
+  }
+  for (size_t j = 0; j < kTiles; ++j) {
+    const size_t column = (tile + j) * kLanes;
+    if (column >= columns) break;
+    const float* bias = w.bias.get() == nullptr ? nullptr : w.bias.get() + column;
+    float* to = y + row * columns + column;
+    for (size_t i = 0; i < count; ++i, to += columns) {
+      v16f total = products(j, i);
+      if (bias != nullptr) total += load<v16f>(bias);
+      if (rows.adapters != nullptr) total += load<v16f>(added[j] + i * kLanes);
+      put(to, total, columns - column);
+    }
+  }
+}
+
+// Tiles in 4 bits as signed bytes, what stands for 0 taken off.
+void unpack(const Weights& w, size_t tile, int8_t* to) {
+  const size_t blocks = w.blocks(), pairs = w.block / 8;
+  const uint8_t* from = w.packed.get() + tile * w.tile_bytes();
+  for (size_t b = 0; b < kBlockTiles * blocks; ++b) {
+    constexpr int32_t kEach = 0x01010101;
+    const v16i zero = (w.zeros.get() == nullptr ? spread(w.zero) : load<v16i>(w.zeros.get() + (tile * blocks + b) * kLanes)) * kEach;
+    for (size_t pair = 0; pair < pairs; ++pair, from += 64, to += 128) {
+      const v16i both = load<v16i>(from);
+      store(to, (v64u)(both & 0x0f0f0f0f) - (v64u)zero);
+      store(to + 64, (v64u)((both >> 4) & 0x0f0f0f0f) - (v64u)zero);
+    }
+  }
 }
 
 }  // namespace
 
 // Without adapters, whatever shape theirs would have.
-ProductMatrices::ProductMatrices(size_t rows, const Pairs* adapters)
-    : Matrices(shapes({rows, kMatrixBytes}, adapters == nullptr ? kMatrixRows : even_share(adapters->rank()))) {}
+ProductMatrices::ProductMatrices(size_t rows, const Weights& w, const Pairs* adapters)
+    : Matrices(shapes(rows, fours_of(w), adapters == nullptr ? kMatrixRows : even_share(adapters->rank()))) {}
+
+bool fit_matrices(const Weights& w) { return has_matrices() && kStretch % (4 * fours_of(w)) == 0; }
+
+const int8_t* tiles_of(const Weights& w, size_t tile) {
+  if (w.bits == 8) return reinterpret_cast<const int8_t*>(w.packed.get() + tile * w.tile_bytes());
+  int8_t* bytes = scratch<int8_t, 15>(kBlockTiles * w.tile_bytes() * 2);
+  unpack(w, tile, bytes);
+  return bytes;
+}
 
 void adapt_by_matrices(const Pairs& adapters, size_t row, size_t count, size_t tile, float* added) {
   const Pairs::Place place = adapters.place(tile * kLanes);
@@ -34,12 +89,11 @@ void adapt_by_matrices(const Pairs& adapters, size_t row, size_t count, size_t t
   }
 }
 
-void rows_by_matrices(const Weights& w, const Rows& rows, size_t row, size_t count, size_t tile, float* y) {
-  const size_t columns = w.columns, steps = rows.width / kStretch;
-  // Row-wise a tile is one block.
-  const size_t tile_bytes = w.block * kLanes;
+namespace {
+
+void rowwise(const Weights& w, const Rows& rows, size_t row, size_t count, size_t tile, const int8_t* weights, float* y) {
+  const size_t steps = rows.width / kStretch, tile_bytes = w.tile_bytes();
   const int8_t* values = rows.values + row * rows.width;
-  const uint8_t* weights = w.packed.get() + tile * tile_bytes;
   each<kRowwiseTiles>([](auto j) { clear_matrix<kSums + j>(); });
   for (size_t step = 0; step < steps; ++step) {
     load_matrix<kRows>(values + step * kMatrixRows * kStretch, kStretch);
@@ -50,28 +104,56 @@ void rows_by_matrices(const Weights& w, const Rows& rows, size_t row, size_t cou
   }
   int32_t sums[kRowwiseTiles][kMatrixRows * kLanes];
   each<kRowwiseTiles>([&](auto j) { store_matrix<kSums + j>(sums[j], kMatrixBytes); });
-  float added[kRowwiseTiles][2 * kMatrixRows * kLanes];
-  if (rows.adapters != nullptr) {
-    rows.adapters->wait();
-    for (size_t j = 0; j < kRowwiseTiles && (tile + j) * kLanes < columns; ++j) {
-      adapt_by_matrices(*rows.adapters, row, count, tile + j, added[j]);
+  finish<kRowwiseTiles>(w, rows, row, count, tile, y, [&](size_t j, size_t i) {
+    const v16i sum = load<v16i>(sums[j] + i * kLanes) - spread(w.zero * rows.sums[row + i]);
+    // The order of ONNX Runtime's nodes: bits are the same.
+    return rounded_product(to_float(sum) * load<v16f>(w.scales.get() + (tile + j) * kLanes) * rows.scales[row + i]);
+  });
+}
+
+template <int kBits>
+void in_blocks(const Weights& w, const Rows& rows, size_t row, size_t count, size_t tile, const int8_t* weights, float* y) {
+  const size_t blocks = w.blocks(), step = 4 * fours_of(w), tile_bytes = w.tile_bytes() * (8 / kBits);
+  const int8_t* values = rows.values + row * rows.width;
+  float totals[kBlockTiles][kMatrixRows * kLanes] = {};
+  int32_t sums[kBlockTiles][kMatrixRows * kLanes];
+  for (size_t b = 0; b < blocks; ++b) {
+    each<kBlockTiles>([](auto j) { clear_matrix<kSums + j>(); });
+    for (size_t k = b * w.block; k < (b + 1) * w.block; k += step) {
+      load_matrix<kRows>(values + k / kStretch * kMatrixRows * kStretch + k % kStretch, kStretch);
+      each<kBlockTiles>([&](auto j) {
+        load_matrix<kWeights>(weights + j * tile_bytes + k * kLanes, kMatrixBytes);
+        if constexpr (kBits == 8) {
+          multiply_bytes<kSums + j, kRows, kWeights>();
+        } else {
+          multiply_signed<kSums + j, kRows, kWeights>();
+        }
+      });
+    }
+    each<kBlockTiles>([&](auto j) { store_matrix<kSums + j>(sums[j], kMatrixBytes); });
+    for (size_t j = 0; j < kBlockTiles; ++j) {
+      const size_t place = ((tile + j) * blocks + b) * kLanes;
+      const v16f scale = load<v16f>(w.scales.get() + place);
+      const v16i zero = w.zeros.get() == nullptr ? spread(w.zero) : load<v16i>(w.zeros.get() + place);
+      for (size_t i = 0; i < count; ++i) {
+        const size_t of = (row + i) * blocks + b;
+        v16i sum = load<v16i>(sums[j] + i * kLanes);
+        if constexpr (kBits == 8) sum -= zero * rows.sums[of];
+        float* total = totals[j] + i * kLanes;
+        store(total, multiply_add(to_float(sum), scale * rows.scales[of], load<v16f>(total)));
+      }
     }
   }
-  for (size_t j = 0; j < kRowwiseTiles; ++j) {
-    const size_t column = (tile + j) * kLanes;
-    if (column >= columns) break;
-    const v16f scale = load<v16f>(w.scales.get() + column);
-    const float* bias = w.bias.get() == nullptr ? nullptr : w.bias.get() + column;
-    float* to = y + row * columns + column;
-    for (size_t i = 0; i < count; ++i, to += columns) {
-      const v16i sum = load<v16i>(sums[j] + i * kLanes) - spread(w.zero * rows.sums[row + i]);
-      // The order of ONNX Runtime's nodes: bits are the same.
-      v16f total = rounded_product(to_float(sum) * scale * rows.scales[row + i]);
-      if (bias != nullptr) total += load<v16f>(bias);
-      if (rows.adapters != nullptr) total += load<v16f>(added[j] + i * kLanes);
-      put(to, total, columns - column);
-    }
-  }
+  finish<kBlockTiles>(w, rows, row, count, tile, y, [&](size_t j, size_t i) { return load<v16f>(totals[j] + i * kLanes); });
+}
+
+}  // namespace
+
+void rows_by_matrices(const Weights& w, const Rows& rows, size_t row, size_t count, size_t tile, const int8_t* weights,
+                      float* y) {
+  if (w.is_rowwise) return rowwise(w, rows, row, count, tile, weights, y);
+  if (w.bits == 8) return in_blocks<8>(w, rows, row, count, tile, weights, y);
+  return in_blocks<4>(w, rows, row, count, tile, weights, y);
 }
 
 }  // namespace lifecycle

@@ -140,7 +140,7 @@ void rows_by_tiles(const Weights& w, const Rows& rows, size_t row, size_t tile, 
         if (w.is_rowwise) {
           total[i][j] = rounded_product(to_float(acc[i][j]) * scale * of_row);
         } else {
-          total[i][j] += to_float(acc[i][j]) * (scale * of_row);
+          total[i][j] = multiply_add(to_float(acc[i][j]), scale * of_row, total[i][j]);
         }
       }
     }
@@ -208,14 +208,15 @@ void round_rows(const Run& run, const Weights& w, bool is_gated, const float* x,
       from_row = gated;
     }
     if (pairs != nullptr) as_pairs(from_row, w.depth, pairs + row * (w.depth / 2));
+    auto place = [&](size_t k) { return values + k / kStretch * stride + k % kStretch; };
     for (size_t b = 0; b < blocks; ++b) {
       const size_t from = b * w.block, size = std::min(w.block, w.depth - from);
-      rows.scales[row * blocks + b] = round_block(from_row + from, size, w.is_rowwise, values + from, stride,
+      rows.scales[row * blocks + b] = round_block(from_row + from, size, w.is_rowwise, place(from), stride,
                                                   rows.sums + row * blocks + b);
     }
     // What is behind the last value is multiplied too.
-    if (w.depth < rows.width) {
-      std::memset(values + w.depth / kStretch * stride + w.depth % kStretch, 0, rows.width - w.depth);
+    for (size_t k = w.depth; k < rows.width; k = (k / kStretch + 1) * kStretch) {
+      std::memset(place(k), 0, std::min((k / kStretch + 1) * kStretch, rows.width) - k);
     }
   };
   if (adapters == nullptr || count < kOwnProducts) return run.rows(count, w.depth, round_row);
@@ -233,7 +234,7 @@ void product(const Run& run, const Weights& w, bool is_gated, const float* x, si
              Pairs* adapters) {
   if (count == 0) return;
   Rows rows;
-  rows.in_matrices = has_matrices() && w.is_rowwise && count >= kWorthMatrices;
+  rows.in_matrices = count >= kWorthMatrices && fit_matrices(w);
   rows.width = w.blocks() * w.block;
   if (rows.in_matrices) rows.width = (rows.width + kStretch - 1) / kStretch * kStretch;
   // Matrices of rows are read whole, and may end behind the last row.
@@ -254,12 +255,13 @@ void product(const Run& run, const Weights& w, bool is_gated, const float* x, si
     const size_t group = task % tasks * each;
     if (adapters != nullptr) adapters->multiply_rest();
     std::optional<ProductMatrices> registers;
-    if (rows.in_matrices) registers.emplace(std::min(last - first, most_rows), adapters);
+    if (rows.in_matrices) registers.emplace(std::min(last - first, most_rows), w, adapters);
     for (size_t g = group; g < std::min(groups, group + each); ++g) {
       if (rows.in_matrices) {
         if (adapters != nullptr) expect_adapters(w, *adapters, first, last - first, g * wide);
+        const int8_t* tiles = tiles_of(w, g * wide);
         for (size_t row = first; row < last; row += kMatrixRows) {
-          rows_by_matrices(w, rows, row, std::min(kMatrixRows, last - row), g * wide, y);
+          rows_by_matrices(w, rows, row, std::min(kMatrixRows, last - row), g * wide, tiles, y);
         }
         continue;
       }

@@ -43,14 +43,21 @@ struct Rows {
   const Pairs* adapters = nullptr;  // of these rows
 };
 
-// Registers of matrices for products of up to `rows` rows, and for what adapters add to them.
+// Whether weights can be multiplied in registers of matrices.
+bool fit_matrices(const Weights& weights);
+
+// Such registers for products of up to `rows` rows, and for what adapters add to them.
 class ProductMatrices : public Matrices {
  public:
-  ProductMatrices(size_t rows, const Pairs* adapters);
+  ProductMatrices(size_t rows, const Weights& weights, const Pairs* adapters);
 };
 
-// In such registers: up to 16 rows of y [.., columns] from `row` on, for the columns of `kRowwiseTiles` tiles.
-void rows_by_matrices(const Weights& weights, const Rows& rows, size_t row, size_t count, size_t tile, float* y);
+// The tiles that are multiplied together, from one on, as bytes; until this thread asks again.
+const int8_t* tiles_of(const Weights& weights, size_t tile);
+
+// In such registers: up to 16 rows of y [.., columns] from `row` on, for the columns of the tiles from `tile` on.
+void rows_by_matrices(const Weights& weights, const Rows& rows, size_t row, size_t count, size_t tile,
+                      const int8_t* tiles, float* y);
 
 // In such registers, what adapters add to a tile of rows: `added` [count, 16], with room for 16 rows more.
 void adapt_by_matrices(const Pairs& adapters, size_t row, size_t count, size_t tile, float* added);

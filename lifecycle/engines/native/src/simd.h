@@ -179,13 +179,12 @@ LIFECYCLE_INLINE v16f high_half(const uint32_t* pair) { return high_half(spread(
 LIFECYCLE_INLINE v16f low_half(const float* pair) { return spread(pair[0]); }
 LIFECYCLE_INLINE v16f high_half(const float* pair) { return spread(pair[1]); }
 
-// a * b + c, rounded once.
+// a * b + c, rounded once where there are matrices: both have to have the same bits.
 LIFECYCLE_INLINE v16f multiply_add(v16f a, v16f b, v16f c) {
 #if LIFECYCLE_AVX512
   return (v16f)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 #else
-  for (int i = 0; i < kLanes; ++i) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
-  return c;
+  return a * b + c;
 #endif
 }
 
