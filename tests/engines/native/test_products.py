@@ -200,6 +200,23 @@ def test_matrices_have_the_bits_of_vectors(in_vectors: Path) -> None:
         assert np.array_equal(found, expected)
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("block", [16, 32, 64, 128])
+def test_matrices_have_the_bits_of_vectors_in_blocks(
+    in_vectors: Path, block: int, bits: int, symmetric: bool
+) -> None:
+    rng = np.random.default_rng(block)
+    for rows, depth, columns in ((32, 64, 48), (50, 200, 40), (97, 576, 100)):
+        weight = rng.standard_normal((columns, depth)).astype(np.float32)
+        bias = rng.standard_normal(columns).astype(np.float32)
+        model = swap(blocks_model(Grid(block, bits, symmetric), weight, bias)[0])
+        x = rng.standard_normal((rows, depth)).astype(np.float32)
+        (expected,) = run(model, in_vectors, {"x": x})
+        (found,) = run(model, library.kernels_for("native"), {"x": x})
+        assert np.array_equal(found, expected)
+
+
 @pytest.mark.parametrize("largest", [1e-40, 1e-30, 1.0, 3e38])
 def test_rows_are_rounded_as_nodes_round_them(kernels: Path, largest: float) -> None:
     """Also where a value lies near the middle of two steps, and where steps are no normal numbers."""

@@ -48,7 +48,8 @@ void unpack(const Weights& w, size_t tile, int8_t* to) {
   const uint8_t* from = w.packed.get() + tile * w.tile_bytes();
   for (size_t b = 0; b < kBlockTiles * blocks; ++b) {
     constexpr int32_t kEach = 0x01010101;
-    const v16i zero = (w.zeros.get() == nullptr ? spread(w.zero) : load<v16i>(w.zeros.get() + (tile * blocks + b) * kLanes)) * kEach;
+    const int32_t* zeros = w.zeros.get() + (tile * blocks + b) * kLanes;
+    const v16i zero = (w.zeros.get() == nullptr ? spread(w.zero) : load<v16i>(zeros)) * kEach;
     for (size_t pair = 0; pair < pairs; ++pair, from += 64, to += 128) {
       const v16i both = load<v16i>(from);
       store(to, (v64u)(both & 0x0f0f0f0f) - (v64u)zero);
@@ -91,7 +92,8 @@ void adapt_by_matrices(const Pairs& adapters, size_t row, size_t count, size_t t
 
 namespace {
 
-void rowwise(const Weights& w, const Rows& rows, size_t row, size_t count, size_t tile, const int8_t* weights, float* y) {
+void rowwise(const Weights& w, const Rows& rows, size_t row, size_t count, size_t tile, const int8_t* weights,
+             float* y) {
   const size_t steps = rows.width / kStretch, tile_bytes = w.tile_bytes();
   const int8_t* values = rows.values + row * rows.width;
   each<kRowwiseTiles>([](auto j) { clear_matrix<kSums + j>(); });
@@ -111,40 +113,57 @@ void rowwise(const Weights& w, const Rows& rows, size_t row, size_t count, size_
   });
 }
 
+// Sums are stored and can be read only some time later: those of the next blocks are begun before that.
 template <int kBits>
-void in_blocks(const Weights& w, const Rows& rows, size_t row, size_t count, size_t tile, const int8_t* weights, float* y) {
+void in_blocks(const Weights& w, const Rows& rows, size_t row, size_t count, size_t tile, const int8_t* weights,
+               float* y) {
+  constexpr int kAtOnce = 4, kSumsOf[kAtOnce] = {kSums, kSums + 1, kSums + 2, kAdded};
   const size_t blocks = w.blocks(), step = 4 * fours_of(w), tile_bytes = w.tile_bytes() * (8 / kBits);
   const int8_t* values = rows.values + row * rows.width;
-  float totals[kBlockTiles][kMatrixRows * kLanes] = {};
-  int32_t sums[kBlockTiles][kMatrixRows * kLanes];
-  for (size_t b = 0; b < blocks; ++b) {
-    each<kBlockTiles>([](auto j) { clear_matrix<kSums + j>(); });
-    for (size_t k = b * w.block; k < (b + 1) * w.block; k += step) {
-      load_matrix<kRows>(values + k / kStretch * kMatrixRows * kStretch + k % kStretch, kStretch);
-      each<kBlockTiles>([&](auto j) {
-        load_matrix<kWeights>(weights + j * tile_bytes + k * kLanes, kMatrixBytes);
-        if constexpr (kBits == 8) {
-          multiply_bytes<kSums + j, kRows, kWeights>();
-        } else {
-          multiply_signed<kSums + j, kRows, kWeights>();
+  const bool has_zeros = w.zeros.get() != nullptr;
+  float totals[kBlockTiles][kMatrixRows * kLanes];
+  int32_t sums[2][kAtOnce][kMatrixRows * kLanes];
+  for (size_t j = 0; j < kBlockTiles; ++j, weights += tile_bytes) {
+    auto begin = [&](size_t from, int32_t (&to)[kAtOnce][kMatrixRows * kLanes]) {
+      each<kAtOnce>([&](auto n) {
+        const size_t b = from + n;
+        if (b >= blocks) return;
+        constexpr int kRegister = kSumsOf[n];
+        clear_matrix<kRegister>();
+        for (size_t k = b * w.block; k < (b + 1) * w.block; k += step) {
+          load_matrix<kRows>(values + k / kStretch * kMatrixRows * kStretch + k % kStretch, kStretch);
+          load_matrix<kWeights>(weights + k * kLanes, kMatrixBytes);
+          if constexpr (kBits == 8) {
+            multiply_bytes<kRegister, kRows, kWeights>();
+          } else {
+            multiply_signed<kRegister, kRows, kWeights>();
+          }
         }
+        store_matrix<kRegister>(to[n], kMatrixBytes);
       });
-    }
-    each<kBlockTiles>([&](auto j) { store_matrix<kSums + j>(sums[j], kMatrixBytes); });
-    for (size_t j = 0; j < kBlockTiles; ++j) {
+    };
+    v16f total[kMatrixRows] = {};
+    auto add = [&](size_t b, const int32_t* from) {
       const size_t place = ((tile + j) * blocks + b) * kLanes;
       const v16f scale = load<v16f>(w.scales.get() + place);
-      const v16i zero = w.zeros.get() == nullptr ? spread(w.zero) : load<v16i>(w.zeros.get() + place);
-      for (size_t i = 0; i < count; ++i) {
-        const size_t of = (row + i) * blocks + b;
-        v16i sum = load<v16i>(sums[j] + i * kLanes);
-        if constexpr (kBits == 8) sum -= zero * rows.sums[of];
-        float* total = totals[j] + i * kLanes;
-        store(total, multiply_add(to_float(sum), scale * rows.scales[of], load<v16f>(total)));
+      const v16i zero = has_zeros ? load<v16i>(w.zeros.get() + place) : spread(w.zero);
+      const float* scales = rows.scales + row * blocks + b;
+      const int32_t* of_rows = rows.sums + row * blocks + b;
+      LIFECYCLE_UNROLL for (size_t i = 0; i < kMatrixRows; ++i, scales += blocks, of_rows += blocks) {
+        v16i sum = load<v16i>(from + i * kLanes);
+        if constexpr (kBits == 8) sum -= zero * *of_rows;
+        total[i] = multiply_add(to_float(sum), scale * *scales, total[i]);
       }
+    };
+    begin(0, sums[0]);
+    for (size_t from = 0, turn = 0; from < blocks; from += kAtOnce, turn ^= 1) {
+      begin(from + kAtOnce, sums[turn ^ 1]);
+      for (size_t b = from; b < std::min(blocks, from + kAtOnce); ++b) add(b, sums[turn][b - from]);
     }
+    for (size_t i = 0; i < kMatrixRows; ++i) store(totals[j] + i * kLanes, total[i]);
   }
-  finish<kBlockTiles>(w, rows, row, count, tile, y, [&](size_t j, size_t i) { return load<v16f>(totals[j] + i * kLanes); });
+  finish<kBlockTiles>(w, rows, row, count, tile, y,
+                      [&](size_t j, size_t i) { return load<v16f>(totals[j] + i * kLanes); });
 }
 
 }  // namespace

@@ -16,8 +16,9 @@ namespace {
 // Rows and tiles at once: their sums, of which blocks have two kinds, fill three quarters of the registers.
 constexpr int kRowwiseRows = 8, kBlockRows = 6;
 constexpr size_t kMostTasks = 32;
-// Fewer rows take as long in vectors: both wait for the weights.
-constexpr size_t kWorthMatrices = 12;
+// Fewer rows take as long in vectors: both wait for the weights. In blocks, most of the time goes into what follows their
+// sums.
+constexpr size_t kWorthMatrices = 12, kWorthMatricesInBlocks = 32;
 // Rows that are multiplied with a group of tiles before the next one: they stay in the second cache. Vectors take so long
 // that weights may be read anew for each part, matrices do not: theirs are as many rows as there is room for.
 constexpr size_t kRowsAtOnce = 48, kMatrixRoom = 1 << 19;
@@ -234,19 +235,21 @@ void product(const Run& run, const Weights& w, bool is_gated, const float* x, si
              Pairs* adapters) {
   if (count == 0) return;
   Rows rows;
-  rows.in_matrices = count >= kWorthMatrices && fit_matrices(w);
+  const size_t worth = w.is_rowwise ? kWorthMatrices : kWorthMatricesInBlocks;
+  rows.in_matrices = count >= worth && fit_matrices(w);
   rows.width = w.blocks() * w.block;
   if (rows.in_matrices) rows.width = (rows.width + kStretch - 1) / kStretch * kStretch;
   // Matrices of rows are read whole, and may end behind the last row.
   rows.values = scratch<int8_t, 0>((count + kMatrixRows) * rows.width);
-  rows.scales = scratch<float, 1>(count * w.blocks());
-  rows.sums = scratch<int32_t, 2>(count * w.blocks());
+  rows.scales = scratch<float, 1>((count + kMatrixRows) * w.blocks());
+  rows.sums = scratch<int32_t, 2>((count + kMatrixRows) * w.blocks());
   rows.adapters = adapters;
   round_rows(run, w, is_gated, x, count, rows, adapters);
   const size_t wide = w.is_rowwise ? kRowwiseTiles : kBlockTiles;
   const size_t most_rows = rows.in_matrices ? kMatrixRows : w.is_rowwise ? kRowwiseRows : kBlockRows;
   const size_t groups = w.tiles() / wide;
-  const size_t at_once = rows.in_matrices ? std::max(kRowsAtOnce, kMatrixRoom / rows.width / kMatrixRows * kMatrixRows) : kRowsAtOnce;
+  const size_t room = kMatrixRoom / rows.width / kMatrixRows * kMatrixRows;
+  const size_t at_once = rows.in_matrices ? std::max(kRowsAtOnce, room) : kRowsAtOnce;
   const size_t parts = (count + at_once - 1) / at_once;
   const size_t each = std::max<size_t>(1, groups * parts / kMostTasks);
   const size_t tasks = (groups + each - 1) / each;
