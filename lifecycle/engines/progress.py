@@ -38,8 +38,8 @@ class Progress:
         Returns:
             What there is to tell; the last event has a `finish_reason` if the request has ended.
         """
-        if state.request.params.prompt_logprobs is not None:
-            start += _score(state, rows.logits[start:end])
+        if (count := state.request.params.prompt_logprobs) is not None:
+            start += _score(state, rows.logits[start:end], count)
         if start == end:
             return []
         is_first = len(state.tokens) == state.num_prompt
@@ -144,10 +144,9 @@ def failed(state: RequestState, error: str, *, is_refused: bool = False) -> Even
     return Event(state.request.id, finish_reason=reason, error=error, is_refused=is_refused)
 
 
-def _score(state: RequestState, logits: Floats) -> int:
-    """Score tokens of the prompt by the first of `logits`; how many that took."""
-    count = state.request.params.prompt_logprobs
-    assert count is not None
+def _score(state: RequestState, logits: Floats, count: int) -> int:
+    """Score tokens of the prompt by the first of `logits`, with the `count` likeliest beside each; how many
+    that took."""
     first = state.request.params.prompt_logprobs_from + len(state.prompt_logprobs)
     targets = state.tokens[first : state.num_prompt][: len(logits)]
     for row, target in zip(logits, targets, strict=False):

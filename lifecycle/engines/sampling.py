@@ -21,14 +21,13 @@ from lifecycle.engines.requests import Constraint, SamplingParams
 from lifecycle.errors import RequestError
 
 Floats = NDArray[np.float32]
+Place = tuple[int, int]
+"""The addresses of a row of logits and of its columns (see `Scan`)."""
 
 _GREEDY_BELOW = 1e-5
 """A temperature below this divides a float32 into infinities; the limit it tends to is greedy."""
 
 _BLOCK, _COLUMN, _FEW = 256, 64, 1024
-Place = tuple[int, int]
-"""The addresses of a row of logits and of its columns (see `Scan`)."""
-
 _AT_ONCE = 32
 """Random numbers that are made together: one at a time takes ten times as long."""
 
@@ -44,14 +43,14 @@ class Scan(NamedTuple):
     """Its logit: NaN or +inf where the row has one, -inf where it has nothing else."""
     columns: Floats | None = None
     """The largest of each so many neighbours, [n, columns], where a kernel draws that needs them."""
-    addresses: tuple[int, int] = (0, 0)
-    """Of the logits and the columns, if there are any."""
+    first: Place = (0, 0)
+    """Of the first row, if there are columns."""
 
     def place(self, at: int) -> Place | None:
         """Where a kernel finds a row and its columns."""
         if self.columns is None:
             return None
-        logits, columns = self.addresses
+        logits, columns = self.first
         return logits + at * self.logits.strides[0], columns + at * self.columns.strides[0]
 
 

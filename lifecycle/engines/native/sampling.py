@@ -38,9 +38,9 @@ def native_passes(library: Path) -> Passes:
         count, size = logits.shape
         best, tops = np.empty(count, np.int64), np.empty(count, np.float32)
         columns = np.empty((count, num_columns(size)), np.float32)
-        addresses = _at(logits), _at(columns)
-        scan_rows(addresses[0], count, size, _at(best), _at(tops), addresses[1])
-        return Scan(logits, best.tolist(), tops.tolist(), columns, addresses)
+        first = _at(logits), _at(columns)
+        scan_rows(first[0], count, size, _at(best), _at(tops), first[1])
+        return Scan(logits, best.tolist(), tops.tolist(), columns, first)
 
     def draw(
         logits: Floats, params: SamplingParams, uniform: float, place: Place | None = None

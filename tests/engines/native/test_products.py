@@ -190,7 +190,9 @@ def test_a_row_gets_the_same_bits_alone_and_among_others(kernels: Path, block: i
 def test_matrices_have_the_bits_of_vectors(in_vectors: Path) -> None:
     """Sums of integers are exact, in whatever order, of depths that fill no whole matrix too."""
     rng = np.random.default_rng(3)
-    for rows, depth, columns in ((12, 64, 48), (16, 72, 40), (33, 576, 100), (200, 1544, 48)):
+    shapes = [(12, 64, 48), (16, 72, 40), (33, 576, 100), (200, 1544, 48)]
+    # So deep that rows come in parts, the last of them a few.
+    for rows, depth, columns in [*shapes, (49, 16448, 48), (65, 16448, 48)]:
         weight = rng.integers(-127, 128, (depth, columns)).astype(np.int8)
         scale, bias = rng.uniform(1e-3, 1, (2, columns)).astype(np.float32)
         model = swap(rowwise_model(weight, scale, False, bias))
@@ -202,12 +204,12 @@ def test_matrices_have_the_bits_of_vectors(in_vectors: Path) -> None:
 
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("block", [16, 32, 64, 128])
+@pytest.mark.parametrize("block", [16, 32, 64, 128, 136])
 def test_matrices_have_the_bits_of_vectors_in_blocks(
     in_vectors: Path, block: int, bits: int, symmetric: bool
 ) -> None:
     rng = np.random.default_rng(block)
-    for rows, depth, columns in ((32, 64, 48), (50, 200, 40), (97, 576, 100)):
+    for rows, depth, columns in ((32, 64, 48), (50, 300, 40), (97, 576, 100)):
         weight = rng.standard_normal((columns, depth)).astype(np.float32)
         bias = rng.standard_normal(columns).astype(np.float32)
         model = swap(blocks_model(Grid(block, bits, symmetric), weight, bias)[0])
@@ -220,10 +222,11 @@ def test_matrices_have_the_bits_of_vectors_in_blocks(
 @pytest.mark.parametrize("largest", [1e-40, 1e-30, 1.0, 3e38])
 def test_rows_are_rounded_as_nodes_round_them(kernels: Path, largest: float) -> None:
     """Also where a value lies near the middle of two steps, and where steps are no normal numbers."""
-    halves = (np.arange(-127, 127) + 0.5) / 127
-    x = np.concatenate([halves, np.nextafter(halves, 2), halves * (1 + 3e-7), [1, 0]]) * largest
+    halves = ((np.arange(-127, 127) + 0.5) / 127 * largest).astype(np.float32)
+    near = [np.nextafter(halves, np.float32(end)) for end in (-np.inf, np.inf)]
+    x = np.concatenate([halves, *near, np.float32([largest, 0])])
     model = rowwise_model(np.eye(x.size, dtype=np.int8), np.ones(x.size, np.float32), False)
-    given = {"x": x.astype(np.float32)[None]}
+    given = {"x": x[None]}
     (expected,), (found,) = run(model, None, given), run(swap(model), kernels, given)
     assert np.array_equal(found, expected)
 

@@ -1,5 +1,4 @@
-// What adapters add. A token's sums run over the depth, then over the rank, in their order, whatever tokens are beside
-// it.
+// What adapters add. The order of a token's sums depends on the shape of its adapter only, not on what tokens are beside it.
 #include "adapters.h"
 
 #include <algorithm>
@@ -13,7 +12,7 @@ namespace {
 constexpr int kMostVectors = 3;
 constexpr size_t kVectorRows = 8;
 // Tokens of an adapter from which on matrices are faster.
-constexpr size_t kWorthMatrices = 4;
+constexpr size_t kTokensWorthMatrices = 4;
 // Rows of a matrix that are asked for ahead of those that are multiplied. A step reads A once for each adapter; what lies
 // behind its end is asked for in vain.
 constexpr size_t kAhead = 64;
@@ -48,7 +47,7 @@ void some_rows(const Rows<T>& rows, size_t depth, const T* w, size_t stride, siz
   each<(int)kVectorRows>([&](auto i) {
     constexpr int kRows = i + 1;
     // More have matrices.
-    if constexpr (!kAsMatrices || kRows < (int)kWorthMatrices) {
+    if constexpr (!kAsMatrices || kRows < (int)kTokensWorthMatrices) {
       if (rows.count == (size_t)kRows) accumulate<kRows, NV, kAsMatrices>(rows, depth, w, stride, column, count);
     }
   });
@@ -129,7 +128,7 @@ template <typename T>
 void Adapters<T>::multiply(const Few& few) noexcept {
   const size_t depth = depth_ / kWide;
   const T* w = a_ + few.adapter * depth * inner_width_;
-  if (kWide == 2 && has_matrices() && few.count >= kWorthMatrices) {
+  if (kWide == 2 && has_matrices() && few.count >= kTokensWorthMatrices) {
     multiply_matrices(few, w);
   } else {
     Rows<T> rows{few.count, {}, {}, {}};
@@ -137,12 +136,9 @@ void Adapters<T>::multiply(const Few& few) noexcept {
       rows.x[i] = x_ + few.tokens[i] * depth;
       rows.y[i] = sums_ + few.tokens[i] * inner_width_;
     }
-    if constexpr (kWide == 2 && LIFECYCLE_MATRICES) {
-      if (has_matrices()) {
-        columns<true>(rows, depth, w, inner_width_, 0, inner_width_);
-      } else {
-        columns<false>(rows, depth, w, inner_width_, 0, inner_width_);
-      }
+    constexpr bool kMayHave = kWide == 2 && LIFECYCLE_MATRICES;
+    if (kMayHave && has_matrices()) {
+      columns<kMayHave>(rows, depth, w, inner_width_, 0, inner_width_);
     } else {
       columns<false>(rows, depth, w, inner_width_, 0, inner_width_);
     }

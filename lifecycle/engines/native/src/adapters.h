@@ -114,7 +114,7 @@ struct VectorOf<uint32_t> {
 // acc += x [MR, depth] times w [depth, 16 * NV columns of `stride`], or of one vector's first `count` columns where that
 // `kIsPart`. Sums run over the depth; or `kAsMatrices` they have the bits of those that matrices take of pairs: from
 // nothing those of low and those of high halves by themselves, over as many pairs as are multiplied at once, and then
-// both together to what was there. (To matrices, what is too small for a normal number is nothing.) Rows of w that are
+// both together to what was there; but for sums below 2^-126, which are nothing to matrices. Rows of w that are
 // `kAhead` of what is read are asked for. Pairs of x may be floats too, which saves parting them.
 template <bool kAsMatrices, bool kIsPart = false, size_t kAhead = 0, int MR, int NV, typename X, typename T>
 LIFECYCLE_INLINE void add_products(v16f (&acc)[MR][NV], const X* const* x, size_t depth, const T* w, size_t stride,

@@ -4,7 +4,8 @@
 namespace lifecycle {
 namespace {
 
-// Numbers of registers: sums of some tiles, rows, weights; and x · A, B and their sums.
+// Numbers of registers: sums of some tiles, rows, weights; and x · A, B and their sums, whose register has the shape of the
+// others' and holds sums of blocks before.
 constexpr int kSums = 0, kRows = 3, kWeights = 4, kInner = 5, kColumns = 6, kAdded = 7;
 
 // Of up to so many rows, so many fours of k and pairs of the rank at once.
@@ -48,8 +49,8 @@ void unpack(const Weights& w, size_t tile, int8_t* to) {
   const uint8_t* from = w.packed.get() + tile * w.tile_bytes();
   for (size_t b = 0; b < kBlockTiles * blocks; ++b) {
     constexpr int32_t kEach = 0x01010101;
-    const int32_t* zeros = w.zeros.get() + (tile * blocks + b) * kLanes;
-    const v16i zero = (w.zeros.get() == nullptr ? spread(w.zero) : load<v16i>(zeros)) * kEach;
+    const size_t place = (tile * blocks + b) * kLanes;
+    const v16i zero = (w.zeros.get() == nullptr ? spread(w.zero) : load<v16i>(w.zeros.get() + place)) * kEach;
     for (size_t pair = 0; pair < pairs; ++pair, from += 64, to += 128) {
       const v16i both = load<v16i>(from);
       store(to, (v64u)(both & 0x0f0f0f0f) - (v64u)zero);
@@ -64,7 +65,10 @@ void unpack(const Weights& w, size_t tile, int8_t* to) {
 ProductMatrices::ProductMatrices(size_t rows, const Weights& w, const Pairs* adapters)
     : Matrices(shapes(rows, fours_of(w), adapters == nullptr ? kMatrixRows : even_share(adapters->rank()))) {}
 
-bool fit_matrices(const Weights& w) { return has_matrices() && kStretch % (4 * fours_of(w)) == 0; }
+// Blocks begin where a stretch does, or lie within one.
+bool fit_matrices(const Weights& w) {
+  return has_matrices() && (w.is_rowwise || kStretch % w.block == 0 || w.block % kStretch == 0);
+}
 
 const int8_t* tiles_of(const Weights& w, size_t tile) {
   if (w.bits == 8) return reinterpret_cast<const int8_t*>(w.packed.get() + tile * w.tile_bytes());
@@ -131,7 +135,7 @@ void in_blocks(const Weights& w, const Rows& rows, size_t row, size_t count, siz
         constexpr int kRegister = kSumsOf[n];
         clear_matrix<kRegister>();
         for (size_t k = b * w.block; k < (b + 1) * w.block; k += step) {
-          load_matrix<kRows>(values + k / kStretch * kMatrixRows * kStretch + k % kStretch, kStretch);
+          load_matrix<kRows>(values + in_stretches(k, kMatrixRows * kStretch), kStretch);
           load_matrix<kWeights>(weights + k * kLanes, kMatrixBytes);
           if constexpr (kBits == 8) {
             multiply_bytes<kRegister, kRows, kWeights>();

@@ -97,7 +97,7 @@ LIFECYCLE_INLINE void adapt(v16f (&total)[MR], const Pairs& adapters, size_t row
   LIFECYCLE_UNROLL for (int i = 0; i < MR; ++i) total[i] += added[i][0];
 }
 
-// Asks for what `adapt` reads for some tiles: its rows lie pages apart, and would be waited for at the end of each tile.
+// Asks for what is read of adapters for some tiles: it would be waited for at the end of each.
 void expect_adapters(const Weights& w, const Pairs& adapters, size_t row, size_t count, size_t tile) {
   const size_t rank = adapters.rank(), wide = w.is_rowwise ? kRowwiseTiles : kBlockTiles;
   const size_t end = std::min(tile + wide, (w.columns + kLanes - 1) / kLanes);
@@ -209,7 +209,7 @@ void round_rows(const Run& run, const Weights& w, bool is_gated, const float* x,
       from_row = gated;
     }
     if (pairs != nullptr) as_pairs(from_row, w.depth, pairs + row * (w.depth / 2));
-    auto place = [&](size_t k) { return values + k / kStretch * stride + k % kStretch; };
+    auto place = [&](size_t k) { return values + in_stretches(k, stride); };
     for (size_t b = 0; b < blocks; ++b) {
       const size_t from = b * w.block, size = std::min(w.block, w.depth - from);
       rows.scales[row * blocks + b] = round_block(from_row + from, size, w.is_rowwise, place(from), stride,

@@ -72,8 +72,10 @@ std::shared_ptr<const Weights> shared(const std::vector<Tensor>& of, const std::
                                       const std::function<void(Weights&)>& make);
 
 // `count` values of a row as int8, in stretches that begin `stride` bytes apart, and their sum. What comes back is their
-// scale: the largest of them, in blocks divided by 127; 0 where all are 0, and NaN where a value is none.
+// scale: the largest of them, in blocks divided by 127; 0 where all are 0 (in blocks next to 0), and NaN where a value is
+// none. They begin where a stretch does, or lie within one.
 constexpr size_t kStretch = 64;
+inline size_t in_stretches(size_t k, size_t stride) { return k / kStretch * stride + k % kStretch; }
 float round_block(const float* x, size_t count, bool is_rowwise, int8_t* out, size_t stride, int32_t* total);
 
 // sum [width] = x + skip, and y = sum divided by its root mean square, times gamma.

@@ -7,9 +7,8 @@
 
 namespace lifecycle {
 
-// One block of a row as int8. `largest` comes back as it is, NaN where a value is none.
 float round_block(const float* x, size_t count, bool is_rowwise, int8_t* out, size_t stride, int32_t* total) {
-  auto place = [&](size_t k) { return out + k / kStretch * stride + k % kStretch; };
+  auto place = [&](size_t k) { return out + in_stretches(k, stride); };
   // The order of positive floats is that of their bits, with what is no number above them all.
   v16i most = {};
   size_t k = 0;

@@ -124,7 +124,7 @@ inline void expect(const void* from, size_t bytes) {
   for (size_t at = 0; at < bytes; at += 64) __builtin_prefetch(static_cast<const char*>(from) + at);
 }
 
-// A product that stays one where a sum follows: the compiler must not make both one operation, rounded once.
+// A product that stays one where a sum follows: with AVX512 the compiler must not make both one operation, rounded once.
 LIFECYCLE_INLINE v16f rounded_product(v16f x) {
 #if LIFECYCLE_AVX512
   asm("" : "+v"(x));
