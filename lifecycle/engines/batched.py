@@ -377,7 +377,8 @@ class BatchedEngine(Engine):
             events = self._progress.advance(state, rows, start, end)
         except MemoryError:
             events = [failed(state, "no memory to choose a token")]
-        self._generated_tokens += sum(event.token_id is not None for event in events)
+        for event in events:
+            self._generated_tokens += event.token_id is not None
         if events and events[-1].finish_reason is not None:
             self._scheduler.remove(state)
         return events

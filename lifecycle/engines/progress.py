@@ -74,10 +74,10 @@ class Progress:
         self, state: RequestState, draft: list[int], rows: Scan, start: int, end: int
     ) -> list[Event]:
         base, events = len(state.tokens), list[Event]()
-        at = 0
-        while start + at < end and state.tokens[base:] == draft[:at]:
+        at = start
+        while True:
             try:
-                choice = choose(rows, start + at, state.sampler)
+                choice = choose(rows, at, state.sampler)
                 events += self._append(state, choice)
             except RequestError as error:
                 events.append(failed(state, str(error), is_refused=True))
@@ -88,8 +88,10 @@ class Progress:
                 state.is_long = True
                 state.recompute()
                 return events
-            at = len(state.tokens) - base
-        return events
+            count = len(state.tokens) - base
+            at = start + count
+            if at >= end or state.tokens[base:] != draft[:count]:
+                return events
 
     def _append(self, state: RequestState, choice: Choice | None) -> list[Event]:
         """Give a request a token, and those that its constraint leaves no choice about."""
@@ -128,9 +130,12 @@ class Progress:
         """Why the newest token is the last one, if it is."""
         params, constraint = state.request.params, state.request.constraint
         count = len(state.tokens) - state.num_prompt
-        is_stopped = count >= params.min_tokens and any(
-            len(end) <= count and tuple(state.tokens[-len(end) :]) == end
-            for end in params.stop_sequences
+        is_stopped = bool(params.stop_sequences) and (
+            count >= params.min_tokens
+            and any(
+                len(end) <= count and tuple(state.tokens[-len(end) :]) == end
+                for end in params.stop_sequences
+            )
         )
         if is_stopped or (constraint is not None and constraint.is_complete):
             return FinishReason.STOP

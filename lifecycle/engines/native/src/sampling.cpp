@@ -155,6 +155,16 @@ bool scan_columns(const float* logits, size_t count, float* columns) {
   return !sum<int32_t>(is_none);
 }
 
+// The largest of some numbers.
+float top_of(const float* values, size_t count) {
+  v16f top = spread(-std::numeric_limits<float>::infinity());
+  size_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) top = larger(load<v16f>(values + i), top);
+  float most = largest(top);
+  for (; i < count; ++i) most = std::max(most, values[i]);
+  return most;
+}
+
 // The first of the largest logits, or of those that are no numbers, and its place.
 void scan_row(const float* logits, size_t count, int64_t* best, float* top, float* columns) {
   const float* found;
@@ -162,7 +172,7 @@ void scan_row(const float* logits, size_t count, int64_t* best, float* top, floa
     found = std::find_if(logits, logits + count, [](float value) { return value != value; });
   } else {
     const float* end = columns + columns_of(count);
-    const float* column = std::max_element((const float*)columns, end);
+    const float* column = std::find((const float*)columns, end, top_of(columns, columns_of(count)));
     found = std::find(logits + (column - columns) * (ptrdiff_t)kColumn, logits + count, *column);
   }
   *best = found - logits;
@@ -197,7 +207,7 @@ int32_t* largest_tokens(const float* logits, size_t count, const float* columns,
   const size_t num_columns = columns_of(count);
   int32_t* tokens = room<int32_t, kTokens>(count);
   int32_t* keys = room<int32_t, kKeys>(count);
-  const int64_t high = (int64_t)key_of<int32_t>(*std::max_element(columns, columns + num_columns)) + 1;
+  const int64_t high = (int64_t)key_of<int32_t>(top_of(columns, num_columns)) + 1;
   // As many columns have a logit at least as large as the bound, so the largest are among theirs.
   int32_t bound = kLowest;
   if (wanted <= num_columns) {
