@@ -130,12 +130,9 @@ class Progress:
         """Why the newest token is the last one, if it is."""
         params, constraint = state.request.params, state.request.constraint
         count = len(state.tokens) - state.num_prompt
-        is_stopped = bool(params.stop_sequences) and (
-            count >= params.min_tokens
-            and any(
-                len(end) <= count and tuple(state.tokens[-len(end) :]) == end
-                for end in params.stop_sequences
-            )
+        ends = params.stop_sequences if count >= params.min_tokens else ()
+        is_stopped = bool(ends) and any(
+            len(end) <= count and tuple(state.tokens[-len(end) :]) == end for end in ends
         )
         if is_stopped or (constraint is not None and constraint.is_complete):
             return FinishReason.STOP

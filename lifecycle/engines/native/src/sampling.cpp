@@ -289,10 +289,9 @@ size_t drawn(const float* weights, size_t count, double uniform) {
 // The chances of `count` tokens by their logits, the largest 1; padded to 16 with zeros.
 void weigh(const float* logits, size_t count, float temperature, float* weights) {
   const size_t full = count / kLanes * kLanes;
-  v16f last = spread(-std::numeric_limits<float>::infinity()), top = last;
+  v16f last = spread(-std::numeric_limits<float>::infinity());
   std::memcpy(&last, logits + full, (count - full) * sizeof(float));
-  for (size_t i = 0; i < full; i += kLanes) top = larger(load<v16f>(logits + i), top);
-  const float most = largest(larger(last, top)), factor = 1.0f / temperature;
+  const float most = top_of(logits, count), factor = 1.0f / temperature;
   for (size_t i = 0; i < full; i += kLanes) {
     store(weights + i, exponential((load<v16f>(logits + i) - most) * factor));
   }
