@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,13 +13,14 @@ from numpy.typing import NDArray
 from lifecycle.engines.adapters import PLACES, TOKENS, AdapterLayout
 from lifecycle.engines.backend import Row
 from lifecycle.engines.base import AdapterWeights
+from lifecycle.engines.packed_adapter import pack_adapter
 from lifecycle.engines.peft import PeftFolder
 from lifecycle.errors import EngineError
 
 MIN_WIDTH = 2
 """Rows of a product of the graph with slots (see `lifecycle.engines.adapters`)."""
-_MOST_HALF = float(np.uint32(0x7F7F8000).view(np.float32))
-"""From here on numbers round to infinity."""
+_CACHE_LINE = 64
+"""Bytes that memory gives at once."""
 _PATIENCE = 8
 """Weights of adapters without a token that are read in vain before the used ones are put side
 by side; that costs about as much as reading so many."""
@@ -39,23 +42,12 @@ def read_weights(folder: Path, layout: AdapterLayout) -> dict[str, NDArray[np.fl
     return found
 
 
-def as_pairs(matrix: NDArray[np.float32]) -> NDArray[np.uint16]:
-    """A matrix rounded to bfloat16, its rows two by two: [n, m] as [n / 2, m, 2], in the shape that it had."""
-    bits = matrix.view(np.uint32)
-    halves = ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
-    rows, columns = matrix.shape
-    return np.ascontiguousarray(halves.reshape(rows // 2, 2, columns).swapaxes(1, 2)).reshape(
-        rows, columns
-    )
-
-
-def as_tiles(matrix: NDArray[np.float32]) -> NDArray[np.uint16]:
-    """Such pairs with their columns 16 by 16: [n, m] as [m / 16, n / 2, 16, 2], in the shape that it had.
-
-    What is multiplied at once lies together: otherwise each of its rows would be on another page."""
-    rows, columns = matrix.shape
-    pairs = as_pairs(matrix).reshape(rows // 2, columns // 16, 32)
-    return np.ascontiguousarray(pairs.swapaxes(0, 1)).reshape(rows, columns)
+def _zeros(shape: tuple[int, ...], dtype: type[np.generic]) -> NDArray[Any]:
+    """Zeros that begin where a cache line does."""
+    count = math.prod(shape) * np.dtype(dtype).itemsize
+    raw = np.zeros(count + _CACHE_LINE, np.uint8)
+    begin = -raw.ctypes.data % _CACHE_LINE
+    return raw[begin : begin + count].view(dtype).reshape(shape)
 
 
 class AdapterBank:
@@ -65,23 +57,20 @@ class AdapterBank:
     so that those in use lie together; its number, by which it is known outside, does not.
     """
 
-    def __init__(self, layout: AdapterLayout, halved: Collection[str] = ()) -> None:
-        """Take the memory of all entries; the system gives it as they are filled. The `halved` inputs are
-        pairs of bfloat16s (A as `as_pairs` lays them out, B as `as_tiles` does), the others float32.
+    def __init__(self, layout: AdapterLayout, inputs: Collection[str] = ()) -> None:
+        """Take the memory of all entries; the system gives it as they are filled. `inputs` are the graph's, of
+        whose products some may take bytes.
 
         Raises:
             EngineError: there is not so much.
         """
         self._layout = layout
-        first = {product.a for product in layout.products}
-        self._halved = {name: as_pairs if name in first else as_tiles for name in halved}
-        """How the inputs of pairs are laid out."""
+        self._packed = [product for product in layout.products if product.packed in inputs]
+        packed = {product.packed for product in self._packed}
         try:
             self._arrays = {
-                name: np.zeros(
-                    (layout.slots + 1, *shape), np.uint16 if name in halved else np.float32
-                )
-                for name, shape in layout.shapes().items()
+                name: _zeros((layout.slots + 1, *shape), np.uint8 if name in packed else np.float32)
+                for name, shape in layout.shapes(packed).items()
             }
         except (MemoryError, ValueError) as error:
             raise EngineError(
@@ -99,15 +88,16 @@ class AdapterBank:
         Raises:
             EngineError: one is too large for it.
         """
-        for name in self._halved:
-            if np.abs(weights[name]).max(initial=0.0) >= _MOST_HALF:
+        found = dict[str, NDArray[Any]](weights)
+        for product in self._packed:
+            second = [found.pop(product.b(k)) for k in range(len(product.modules))]
+            try:
+                found[product.packed] = pack_adapter(found.pop(product.a), second)
+            except OverflowError:
                 raise EngineError(
-                    f"the adapter has a weight for '{name}' beyond what bfloat16 holds: it is damaged"
-                )
-        return {
-            name: self._halved[name](matrix) if name in self._halved else matrix
-            for name, matrix in weights.items()
-        }
+                    f"the adapter's weights for '{product.name}' are beyond what a float holds: it is damaged"
+                ) from None
+        return found
 
     def load(self, weights: AdapterWeights, instead_of: int = 0) -> int:
         """Take an adapter into a free entry, or into that of another one, by its number; its own is 1 or

@@ -11,8 +11,8 @@ plain graph (see `decoder`) and, for the N adapters at hand in a step:
 | `adapters.{product}.a` | float32 [N, in, modules * rank] | A of each module, transposed, one beside the other |
 | `adapters.{product}.b{k}` | float32 [N, rank, out] | B of module k, transposed and scaled |
 
-With our kernels the matrices of products of integers are pairs of bfloat16s instead (see `as_pairs`
-and `as_tiles` of `lifecycle.engines.adapter_bank`).
+With our kernels a product of integers has one input instead, `adapters.{product}`, uint8 [N, bytes] (see
+`lifecycle.engines.packed_adapter`).
 
 Keep Q at 2 or more: with one row the products take another way, whose sums differ in their last
 bits. With Q >= 2 what a row gets does not depend on the other rows of the step.
@@ -21,15 +21,19 @@ bits. With Q >= 2 what a row gets does not depend on the other rows of the step.
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from lifecycle.engines.packed_adapter import packed_bytes
 from lifecycle.errors import EngineError
 
 FILE = "adapters.json"
 GRAPH = "adapters.onnx"
 TOKENS, PLACES = "adapter_tokens", "adapter_places"
+FIRST = ".a"
+"""How the names of the matrices A end."""
 FORMAT = 1
 
 
@@ -56,13 +60,18 @@ class Product:
     graph has all of q, then all of k, then all of v."""
 
     @property
+    def packed(self) -> str:
+        """The input for all its matrices, in bytes."""
+        return f"adapters.{self.name}"
+
+    @property
     def a(self) -> str:
         """The input for the matrices A."""
-        return f"adapters.{self.name}.a"
+        return self.packed + FIRST
 
     def b(self, k: int) -> str:
         """The input for the matrix B of module `k`."""
-        return f"adapters.{self.name}.b{k}"
+        return f"{self.packed}.b{k}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,10 +84,15 @@ class AdapterLayout:
     """The largest rank of an adapter; smaller ones are filled up with zeros."""
     products: tuple[Product, ...]
 
-    def shapes(self) -> dict[str, tuple[int, int]]:
-        """The shape of each input for one adapter, by name."""
-        found: dict[str, tuple[int, int]] = {}
+    def shapes(self, inputs: Collection[str] = ()) -> dict[str, tuple[int, ...]]:
+        """The shape of each input for one adapter, by name; `inputs` are those of a graph, of whose products some
+        may take bytes."""
+        found: dict[str, tuple[int, ...]] = {}
         for product in self.products:
+            if product.packed in inputs:
+                columns = [module.rows for module in product.modules]
+                found[product.packed] = (packed_bytes(product.width, self.rank, columns),)
+                continue
             found[product.a] = (product.width, len(product.modules) * self.rank)
             for k, module in enumerate(product.modules):
                 found[product.b(k)] = (self.rank, module.rows)

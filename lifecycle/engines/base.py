@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from lifecycle.engines.stats import EngineStats
 
 StrPath = str | Path
-AdapterWeights = Mapping[str, NDArray[np.float32 | np.uint16]]
+AdapterWeights = Mapping[str, NDArray[np.float32 | np.uint8]]
 """What an adapter slot holds, as an engine keeps it."""
 
 

@@ -183,6 +183,11 @@ def field_of(number: int, value: bytes) -> bytes:
     return _number(number << 3 | _BYTES) + _number(len(value)) + value
 
 
+def number_of(number: int, value: int) -> bytes:
+    """A field that is a number, 0 or more."""
+    return _number(number << 3) + _number(value)
+
+
 def _number(value: int) -> bytes:
     found = bytearray()
     while value > 0x7F:

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -105,7 +105,7 @@ class OrtBackend:
 
     def __init__(
         self,
-        open_graph: Callable[[str, Mapping[str, Sequence[int]]], ort.InferenceSession],
+        open_graph: Callable[[str, AdapterLayout | None], ort.InferenceSession],
         info: DecoderInfo,
         options: EngineOptions,
         max_model_len: int,
@@ -115,10 +115,10 @@ class OrtBackend:
         self._layout = layout
         self._max_model_len = max_model_len
         self._long_offset = info.max_position_embeddings if info.long_context else 0
-        self._graph: _Graph | None = _Graph(open_graph(GRAPH, {}), "logits", info.vocab_size)
+        self._graph: _Graph | None = _Graph(open_graph(GRAPH, None), "logits", info.vocab_size)
         self._prefill: _Graph | None = None
         if info.prefill_scheme is not None:
-            self._prefill = _Graph(open_graph(PREFILL_GRAPH, {}), "logits", info.vocab_size)
+            self._prefill = _Graph(open_graph(PREFILL_GRAPH, None), "logits", info.vocab_size)
         self._adapted: _Graph | None = None
         """The graph with slots, once an adapter has been read."""
         self._hidden: _Graph | None = None
@@ -150,7 +150,7 @@ class OrtBackend:
 
     def hidden_states(self, rows: Sequence[Row]) -> NDArray[np.float32]:
         if self._hidden is None:
-            session = self._open_graph(HIDDEN_GRAPH, {})
+            session = self._open_graph(HIDDEN_GRAPH, None)
             self._hidden = _Graph(session, HIDDEN_STATES, self.hidden_size)
         return self._run(rows, self._hidden)
 
@@ -201,12 +201,10 @@ class OrtBackend:
         with self._opening:
             weights = read_weights(folder, self._layout)
             if self._adapted is None:
-                session = self._open_graph(ADAPTED, self._layout.shapes())
+                session = self._open_graph(ADAPTED, self._layout)
                 self._adapted = _Graph(session, "logits", self._graph.width)
             if self._bank is None:
-                inputs = self._adapted.session.get_inputs()
-                halved = [tensor.name for tensor in inputs if tensor.type == "tensor(uint16)"]
-                self._bank = AdapterBank(self._layout, halved)
+                self._bank = AdapterBank(self._layout, self._adapted.step_inputs)
             return self._bank.entry_of(weights)
 
     def load_adapter(self, weights: AdapterWeights, instead_of: int = 0) -> int:
@@ -263,7 +261,7 @@ def _backend(
     kernels: Path | None,
     layout: AdapterLayout | None = None,
 ) -> OrtBackend:
-    def open_graph(name: str, more: Mapping[str, Sequence[int]]) -> ort.InferenceSession:
+    def open_graph(name: str, slots: AdapterLayout | None) -> ort.InferenceSession:
         output = (HIDDEN_STATES, info.hidden_size) if name == HIDDEN_GRAPH else None
         if output and not (path / name).is_file():
             raise EngineError(
@@ -277,7 +275,7 @@ def _backend(
             whole_scores=_whole_scores(info, options, max_model_len),
             kernels=kernels,
         )
-        check_signature(session, info, path / name, more, output)
+        check_signature(session, info, path / name, slots, output)
         return session
 
     return OrtBackend(open_graph, info, options, max_model_len, layout)

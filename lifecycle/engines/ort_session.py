@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from lifecycle.engines.adapters import PLACES, TOKENS
+from lifecycle.engines.adapters import PLACES, TOKENS, AdapterLayout
 from lifecycle.engines.decoder import DecoderInfo
 from lifecycle.engines.limits import usable_cores
 from lifecycle.engines.native.swap import swap
@@ -140,11 +140,10 @@ def check_signature(
     session: ort.InferenceSession,
     info: DecoderInfo,
     graph: Path,
-    more: Mapping[str, Sequence[int]] | None = None,
+    slots: AdapterLayout | None = None,
     output: tuple[str, int] | None = None,
 ) -> None:
-    """Compare the inputs and outputs of a graph with its description; `more` inputs, by the last
-    two of their dimensions, belong to its adapter slots. `output` is what it gives besides its cache, and how wide that is;
+    """Compare the inputs and outputs of a graph with its description; `slots` are its adapters'. `output` is what it gives besides its cache, and how wide that is;
     by default logits.
 
     Raises:
@@ -158,9 +157,9 @@ def check_signature(
     cache_type = type_name(CACHE_TYPES[info.kv_dtype])
     inputs = {tensor.name: (tensor.type, *tensor.shape) for tensor in session.get_inputs()}
     outputs = {tensor.name: tensor.shape for tensor in session.get_outputs()}
-    more = more or {}
-    slots = {TOKENS, PLACES, *more} if more else set[str]()
-    wrong = {*STEP_INPUTS, *cache, *slots} ^ (inputs.keys() - {"position_ids"})
+    more = slots.shapes(inputs.keys()) if slots else {}
+    of_slots = {TOKENS, PLACES, *more} if slots else set[str]()
+    wrong = {*STEP_INPUTS, *cache, *of_slots} ^ (inputs.keys() - {"position_ids"})
     name, width = output or ("logits", info.vocab_size)
     wrong |= {name, *map(present_name, cache)} ^ outputs.keys()
     wrong |= {
@@ -168,7 +167,7 @@ def check_signature(
         for name in inputs.keys() & set(cache)
         if inputs[name][::2] != (cache_type, info.num_kv_heads, info.cache_width)
     }
-    wrong |= {n for n in inputs.keys() & more.keys() if inputs[n][2:] != tuple(more[n])}
+    wrong |= {n for n in inputs.keys() & more.keys() if inputs[n][2:] != more[n]}
     if outputs.get(name, [width])[-1] != width:
         wrong.add(name)
     if wrong:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from lifecycle.engines.onnx_file import field_of, spans
+from lifecycle.engines.onnx_file import field_of, number_of, spans
 
 _GRAPH, _OPSET = 7, 8
 """Fields of a model."""
@@ -85,10 +85,10 @@ class Node:
                 return bytes(value).decode()
         return ""
 
-    def set_flag(self, attribute: str) -> None:
-        """Give it an attribute that is 1."""
+    def set_integer(self, attribute: str, value: int) -> None:
+        """Give it an attribute that is a number, 0 or more."""
         name = field_of(1, attribute.encode())
-        self.attributes[attribute] = name + bytes([3 << 3, 1, 0xA0, 0x01, _INTEGER])
+        self.attributes[attribute] = name + number_of(3, value) + number_of(20, _INTEGER)
 
 
 class Graph:
@@ -142,12 +142,17 @@ class Graph:
         for name in filter(None, node.inputs):
             self._readers.setdefault(name, []).append(node)
 
-    def set_type(self, name: str, kind: int) -> None:
-        """Let an input have elements of another type."""
-        place = self._input_places[name]
-        (value,) = _below(self._rest[place], _INPUT)
-        self._rest[place] = memoryview(field_of(_INPUT, _with_type(value, (2, 1), kind)))
-        self.inputs[name] = (kind, self.inputs[name][1])
+    def replace_inputs(self, old: Iterable[str], new: str, kind: int, dims: Sequence[int]) -> None:
+        """Let the graph have an input instead of others, of a type and dimensions, 0 for any."""
+        sizes = b"".join(field_of(1, number_of(1, size) if size else b"") for size in dims)
+        tensor = number_of(1, kind) + field_of(2, sizes)
+        value = field_of(1, new.encode()) + field_of(2, field_of(1, tensor))
+        for name in old:
+            self._rest[self._input_places.pop(name)] = memoryview(b"")
+            del self.inputs[name]
+        self._rest.append(memoryview(field_of(_INPUT, value)))
+        self._input_places[new] = len(self._rest) - 1
+        self.inputs[new] = (kind, list(dims))
 
     def maker(self, name: str, operator: str) -> Node | None:
         """The node that makes a value, if it is such an operator."""
@@ -204,19 +209,6 @@ def _tensor(value: memoryview) -> tuple[int, list[int]]:
         kind = dict(_numbers(tensor)).get(1, 0)
         dims = [dict(_numbers(dimension)).get(1, 0) for dimension in _below(tensor, 2, 1)]
     return kind, dims
-
-
-def _with_type(message: memoryview, path: tuple[int, ...], kind: int) -> bytes:
-    """A message in which the type of elements, below the fields of a path, is another one."""
-    parts: list[bytes] = []
-    for number, value, span in spans(message):
-        if path and number == path[0] and value is not None:
-            parts.append(field_of(number, _with_type(value, path[1:], kind)))
-        elif not path and number == 1 and value is None:
-            parts.append(bytes([1 << 3, kind]))
-        else:
-            parts.append(bytes(message[span]))
-    return b"".join(parts)
 
 
 def _below(message: memoryview, *path: int) -> list[memoryview]:

@@ -10,15 +10,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from lifecycle.engines.adapters import PLACES, TOKENS
+from lifecycle.engines.adapters import FIRST, PLACES, TOKENS
 from lifecycle.engines.native.nodes import Graph, Node
+from lifecycle.engines.packed_adapter import packed_bytes
 
 DOMAIN = "lifecycle"
 ATTENTION, BLOCKS, ROWWISE = "PackedAttention", "MatMulNBits", "RowwiseMatMul"
 GATE, NORM, UPDATE = "Gate", "SkipNorm", "AdapterUpdate"
 _PRODUCTS = (BLOCKS, ROWWISE)
 
-_FLOAT, _INT8, _UINT16 = 1, 3, 4
+_FLOAT, _UINT8, _INT8 = 1, 2, 3
 """Types of elements, as protobuf numbers."""
 _PAST_KEY, _SCALES, _COUNTS = 3, (12, 13), 16
 _ATTENTION_INPUTS = {0, 3, 4, 5, 6, 7, 8, *_SCALES, _COUNTS}
@@ -132,7 +133,7 @@ def _swap_rowwise(graph: Graph, product: Node) -> None:
         if transposed is None:
             return
         new.inputs[1] = transposed.inputs[0]
-        new.set_flag("transposed")
+        new.set_integer("transposed", 1)
         if len(graph.readers(weight)) == 1:
             old.append(transposed)
     bias = _only_reader(graph, scaled, "Add")
@@ -252,7 +253,8 @@ def _swap_update(graph: Graph, gather: Node) -> None:
 
 
 def _join(graph: Graph, update: Node) -> None:
-    """Make one node of a product and what adapters add to it, whose weights are then pairs of bfloat16s."""
+    """Make one node of a product and what adapters add to it, which is computed in bytes then: they come as one input
+    (see `lifecycle.engines.packed_adapter`)."""
     x, base, first, places, *rest = update.inputs
     product = graph.made_by(base)
     if product is None or product.domain != DOMAIN or product.operator not in _PRODUCTS:
@@ -261,20 +263,28 @@ def _join(graph: Graph, update: Node) -> None:
     kinds = [graph.inputs.get(bank, (0, [])) for bank in banks]
     if (
         product.inputs[0] != x
+        or not first.endswith(FIRST)
         or graph.readers(base) != [update]
         or any(graph.readers(bank) != [update] for bank in banks)
-        # Values of the depth and of the rank are taken two by two, columns 16 by 16.
         or any(kind != _FLOAT or len(dims) != 3 or 0 in dims[1:] for kind, dims in kinds)
-        or any(dims[1] % 2 for _, dims in kinds)
+        # Columns are taken 16 by 16.
         or any(dims[2] % 16 for _, dims in kinds[1:])
     ):
         return
+    (_, (_, depth, _)), *parts = kinds
+    rank, columns = parts[0][1][1], [dims[2] for _, dims in parts]
     own = _OWN_INPUTS[product.operator]
     given = product.inputs + [""] * (own - len(product.inputs))
-    new = replace(product, inputs=[*given, first, places, *rest], outputs=update.outputs)
+    packed = first.removesuffix(FIRST)
+    attributes = dict(product.attributes)
+    new = replace(
+        product, inputs=[*given, packed, places], outputs=update.outputs, attributes=attributes
+    )
+    new.set_integer("rank", rank)
+    for k, count in enumerate(columns):
+        new.set_integer(f"part{k}", count)
     graph.replace([product], update, new)
-    for bank in banks:
-        graph.set_type(bank, _UINT16)
+    graph.replace_inputs(banks, packed, _UINT8, [0, packed_bytes(depth, rank, columns)])
 
 
 def _only_reader(graph: Graph, node: Node, operator: str) -> Node | None:
@@ -304,7 +314,7 @@ def _swap_gate(graph: Graph, gated: Node) -> None:
             product = readers[0]
             inputs = [split.inputs[0], *product.inputs[1:]]
             new = replace(product, inputs=inputs, attributes=dict(product.attributes))
-            new.set_flag("gated")
+            new.set_integer("gated", 1)
             graph.replace([split, act, gated], product, new)
         else:
             new = Node([split.inputs[0]], gated.outputs, gated.name, GATE, DOMAIN)

@@ -20,7 +20,6 @@ _TYPES = {
     np.dtype(np.float32): TensorProto.FLOAT,
     np.dtype(np.int8): TensorProto.INT8,
     np.dtype(np.uint8): TensorProto.UINT8,
-    np.dtype(np.uint16): TensorProto.UINT16,
     np.dtype(np.int32): TensorProto.INT32,
     np.dtype(np.int64): TensorProto.INT64,
 }
@@ -43,13 +42,32 @@ def in_vectors(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return compiled(folder, "-DLIFECYCLE_VECTORS", library.target_flag())
 
 
-@pytest.fixture(scope="session", params=["processor", "vectors", "plain"])
+@pytest.fixture(scope="session")
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The library of a processor with such registers, whose instructions are functions."""
+    folder = tmp_path_factory.mktemp("emulated")
+    return compiled(folder, "-DLIFECYCLE_EMULATED", library.target_flag())
+
+
+@pytest.fixture(scope="session", params=["processor", "emulated"])
+def in_matrices(request: pytest.FixtureRequest) -> Path:
+    """Libraries that use registers for matrices, the processor's where it has some."""
+    if request.param == "emulated":
+        return request.getfixturevalue("emulated")
+    return _of_processor()
+
+
+@pytest.fixture(scope="session", params=["processor", "vectors", "emulated", "plain"])
 def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The library as engines have it, and what other processors would make of it."""
-    if request.param == "vectors":
-        return request.getfixturevalue("in_vectors")
+    if request.param in ("vectors", "emulated"):
+        return request.getfixturevalue({"vectors": "in_vectors"}.get(request.param, request.param))
     if request.param == "plain":
         return compiled(tmp_path_factory.mktemp("plain"), "-DLIFECYCLE_PLAIN")
+    return _of_processor()
+
+
+def _of_processor() -> Path:
     found = library.kernels_for("native")
     assert found is not None
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,15 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from lifecycle.engines.adapter_bank import as_pairs, as_tiles
 from lifecycle.engines.adapters import PLACES, TOKENS
 from lifecycle.engines.native.swap import swap
+from lifecycle.engines.packed_adapter import pack_adapter, packed_bytes
 from lifecycle.graph.rounding import Grid
 from tests.engines.native.conftest import run
 from tests.engines.native.test_adapters import adapter_nodes
 from tests.engines.native.test_products import blocks_model, rowwise_model
 
 DEPTH, ADAPTERS = 72, 3
-LAYOUTS = {"a": as_pairs, "b": as_tiles}
 CASES = [([48], False), ([96, 16, 16], False), ([80, 80], True), ([16, 32, 64], True)]
 """Columns of the parts, and whether a product is split before they are added to."""
 
@@ -42,7 +42,7 @@ def adapted(
     # What came out of it is what adapters are added to.
     graph.node[-1].output[0] = "base"
     graph.node.extend(adapter_nodes(parts, is_split=is_split))
-    wide = {"a": (depth, rank * count)} | {f"b{k}": (rank, n) for k, n in enumerate(parts)}
+    wide = {"p.a": (depth, rank * count)} | {f"p.b{k}": (rank, n) for k, n in enumerate(parts)}
     for name, shape in wide.items():
         dims = [None, *shape]
         graph.input.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, dims))
@@ -55,72 +55,80 @@ def adapted(
     return proto.SerializeToString()
 
 
-def step(parts: list[int], owners: list[int], rank: int = 4) -> dict[str, NDArray[Any]]:
+def step(
+    parts: list[int], owners: list[int], rank: int = 4, depth: int = DEPTH
+) -> dict[str, NDArray[Any]]:
     """Inputs whose tokens belong to so and so many adapters; the first tokens are always the same."""
     rng = np.random.default_rng(2)
-    x = rng.standard_normal((200, DEPTH))[: len(owners)].astype(np.float32)
+    x = rng.standard_normal((200, depth))[: len(owners)].astype(np.float32)
     of = [[t for t, owner in enumerate(owners) if owner == n] for n in range(ADAPTERS)]
     width = max(2, *map(len, of))
     found: dict[str, NDArray[Any]] = {
         "x": x,
         TOKENS: np.array([group + [0] * (width - len(group)) for group in of], np.int64),
         PLACES: np.array([[owner, of[owner].index(t)] for t, owner in enumerate(owners)], np.int64),
-        "a": rng.standard_normal((ADAPTERS, DEPTH, rank * len(parts))).astype(np.float32),
+        "p.a": rng.standard_normal((ADAPTERS, depth, rank * len(parts))).astype(np.float32),
     }
     for k, columns in enumerate(parts):
-        found[f"b{k}"] = rng.standard_normal((ADAPTERS, rank, columns)).astype(np.float32)
+        found[f"p.b{k}"] = rng.standard_normal((ADAPTERS, rank, columns)).astype(np.float32)
     return found
 
 
-def paired(given: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+def packed(given: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
     """The same inputs as a joined product takes them."""
-    return {
-        name: np.stack([LAYOUTS[name[0]](matrix) for matrix in array])
-        if name[0] in LAYOUTS
-        else array
-        for name, array in given.items()
-        if name not in (TOKENS, PLACES)
-    } | {PLACES: given[PLACES], TOKENS: given[TOKENS]}
+    second = [given[name] for name in sorted(given) if name.startswith("p.b")]
+    banks = [pack_adapter(a, [b[n] for b in second]) for n, a in enumerate(given["p.a"])]
+    others = {name: array for name, array in given.items() if not name.startswith("p.")}
+    return {**others, "p": np.stack(banks)}
 
 
-def halved(array: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Values rounded to bfloat16 by hand."""
-    bits = array.astype(np.float32).view(np.uint32).astype(np.uint64)
-    rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16 << 16).astype(np.uint32)
-    return rounded.view(np.float32).astype(np.float64)
+def steps(values: NDArray[Any], axis: int = -1) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Values in steps of which the largest has 127, and how large a step is."""
+    size = np.abs(values.astype(np.float64)).max(axis, keepdims=True) / 127
+    return np.rint(values / size), size
 
 
-def updates(given: dict[str, NDArray[Any]], parts: list[int], rank: int = 4) -> NDArray[np.float64]:
+def updates(
+    given: dict[str, NDArray[Any]], parts: list[int], rank: int, block: int | None
+) -> NDArray[np.float64]:
     """What is added, from rounded values in float64."""
+    x = given["x"]
+    size = block or x.shape[1]
+    blocks = [math.prod(steps(x[:, at : at + size])) for at in range(0, x.shape[1], size)]
     rows: list[NDArray[np.float64]] = []
-    for t, (owner, _) in enumerate(given[PLACES]):
-        inner = halved((halved(given["x"][t]) @ halved(given["a"][owner])).astype(np.float32))
-        outer = [
-            inner[k * rank : (k + 1) * rank] @ halved(given[f"b{k}"][owner])
-            for k in range(len(parts))
-        ]
+    for row, (owner, _) in zip(np.concatenate(blocks, axis=1), given[PLACES], strict=True):
+        a, of_a = steps(given["p.a"][owner], axis=0)
+        outer: list[NDArray[np.float64]] = []
+        for k in range(len(parts)):
+            mine = slice(k * rank, (k + 1) * rank)
+            inner, b = (
+                steps(row @ a[:, mine]),
+                steps(given[f"p.b{k}"][owner] * of_a[0, mine, None], 0),
+            )
+            outer.append(inner[0] * inner[1] @ (b[0] * b[1]))
         rows.append(np.concatenate(outer))
     return np.array(rows)
 
 
-@pytest.mark.parametrize("rank", [4, 40])
+@pytest.mark.parametrize(("rank", "depth"), [(4, DEPTH), (40, DEPTH), (3, 71)])
 @pytest.mark.parametrize("block", [None, 32])
 @pytest.mark.parametrize(("parts", "is_split"), CASES)
 def test_what_is_added(
-    kernels: Path, parts: list[int], is_split: bool, block: int | None, rank: int
+    kernels: Path, parts: list[int], is_split: bool, block: int | None, rank: int, depth: int
 ) -> None:
-    model = adapted(parts, is_split=is_split, block=block, rank=rank)
+    model = adapted(parts, is_split=is_split, block=block, rank=rank, depth=depth)
     swapped = swap(model)
     assert b"AdapterUpdate" not in swapped and b"GatherND" not in swapped
     for owners in ([1], [0, 1, 2, 2, 0, 1, 1], [2] * 9, [0, 2] * 40):
-        given = step(parts, owners, rank)
-        none = given | {name: np.zeros_like(given[name]) for name in given if name[0] in "ab"}
-        (base,) = run(swapped, kernels, paired(none))
-        (found,) = run(swapped, kernels, paired(given))
-        expected = updates(given, parts, rank)
-        # Where x · A lies between two halves, it may be rounded to either.
+        given = step(parts, owners, rank, depth)
+        none = packed(given)
+        none["p"] = np.zeros_like(none["p"])
+        (base,) = run(swapped, kernels, none)
+        (found,) = run(swapped, kernels, packed(given))
+        expected = updates(given, parts, rank, block)
+        # A value halfway between two steps may go either way.
         np.testing.assert_allclose(found - base, expected, atol=0.02 * np.abs(expected).max())
-        assert np.abs(found - base - expected).mean() < 5e-4 * np.abs(expected).max()
+        assert np.abs(found - base - expected).mean() < 1e-4 * np.abs(expected).max()
         (exact,) = run(model, None, given)
         np.testing.assert_allclose(found, exact, atol=0.03 * np.abs(exact).max())
 
@@ -130,8 +138,9 @@ def test_without_adapters_the_bits_are_the_products(kernels: Path, block: int | 
     """The first adapter of a bank is zeros, for tokens without one."""
     model = adapted([48], is_split=False, block=block)
     given = step([48], [0, 1, 0, 2] * 5)
-    given["a"][0] = given["b0"][0] = 0
-    (found,) = run(swap(model), kernels, paired(given))
+    bank = packed(given)
+    bank["p"][0] = 0
+    (found,) = run(swap(model), kernels, bank)
     proto = onnx.load_from_string(model)
     proto.graph.output.append(
         helper.make_tensor_value_info("base", TensorProto.FLOAT, [None, None])
@@ -151,42 +160,70 @@ def test_no_token_changes_what_another_gets(
 ) -> None:
     swapped = swap(adapted(parts, is_split=is_split, block=block, rank=rank))
     owners = [0, 1, 2, 2] * 10 + [1] * 100
-    (together,) = run(swapped, kernels, paired(step(parts, owners, rank)))
+    (together,) = run(swapped, kernels, packed(step(parts, owners, rank)))
     for count in (1, 2, 5, 9, 12, 17, 63, 64, 65, 130):
         for threads in (1, 2, 4):
-            (alone,) = run(swapped, kernels, paired(step(parts, owners[:count], rank)), threads)
+            (alone,) = run(swapped, kernels, packed(step(parts, owners[:count], rank)), threads)
             assert np.array_equal(alone, together[:count])
 
 
-@pytest.mark.parametrize(
-    ("parts", "rank", "depth"),
-    [([48], 3, DEPTH), ([40], 4, DEPTH), ([32, 8], 4, DEPTH), ([48], 4, 71)],
-)
-def test_what_does_not_come_two_by_two_stays_apart(parts: list[int], rank: int, depth: int) -> None:
-    swapped = swap(adapted(parts, is_split=False, block=None, rank=rank, depth=depth))
+def test_an_adapter_has_the_same_bits_by_matrices(in_vectors: Path, in_matrices: Path) -> None:
+    """Of ranks that fill no whole matrix, too; and what is no number stays in its row."""
+    for block, rank in ((None, 16), (None, 70), (32, 5), (64, 16)):
+        swapped = swap(adapted([64, 32], is_split=False, block=block, rank=rank))
+        given = packed(step([64, 32], [1] * 40 + [0, 2] * 20, rank))
+        given["x"][3, 7] = np.nan
+        (expected,), (found,) = run(swapped, in_vectors, given), run(swapped, in_matrices, given)
+        assert np.isnan(found[3]).all() and np.isfinite(np.delete(found, 3, axis=0)).all()
+        assert np.array_equal(found, expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("parts", [[40], [32, 8]])
+def test_what_fills_no_tiles_stays_apart(parts: list[int]) -> None:
+    swapped = swap(adapted(parts, is_split=False, block=None))
     assert b"AdapterUpdate" in swapped and b"RowwiseMatMul" in swapped
     kinds = {
         i.name: i.type.tensor_type.elem_type for i in onnx.load_from_string(swapped).graph.input
     }
-    assert kinds["a"] == kinds["b0"] == TensorProto.FLOAT
+    assert kinds["p.a"] == kinds["p.b0"] == TensorProto.FLOAT
 
 
-def test_weights_as_pairs() -> None:
-    values = np.array([1, 1 + 2**-8, 1 + 3 * 2**-8, -3.14159, 1e-40, 3e38], np.float32)
-    matrix = np.stack([values, values[::-1]])
-    pairs = as_pairs(matrix)
-    assert pairs.shape == matrix.shape and pairs.dtype == np.uint16
-    columns = pairs.reshape(6, 2).astype(np.uint32) << 16
-    # Halves to even: 1 + 2^-8 lies between 1 and 1 + 2^-7.
-    expected = halved(matrix).T.astype(np.float32)
-    assert np.array_equal(columns.view(np.float32), expected)
-    assert list(expected[:3, 0]) == [1, 1, 1 + 2**-6]
+def test_a_joined_product_says_how_large_its_bank_is() -> None:
+    swapped = onnx.load_from_string(swap(adapted([96, 16, 16], is_split=True, block=None, rank=5)))
+    (bank,) = [i for i in swapped.graph.input if i.name.startswith("p")]
+    kind = bank.type.tensor_type
+    assert (bank.name, kind.elem_type) == ("p", TensorProto.UINT8)
+    assert kind.shape.dim[1].dim_value == packed_bytes(DEPTH, 5, [96, 16, 16])
+    onnx.checker.check_value_info(bank)
 
 
-def test_weights_in_tiles() -> None:
-    matrix = np.arange(4 * 48, dtype=np.float32).reshape(4, 48)
-    tiles = as_tiles(matrix)
-    assert tiles.shape == matrix.shape
-    found = (tiles.reshape(3, 2, 16, 2).astype(np.uint32) << 16).view(np.float32)
-    for tile, pair, column, half in ((0, 0, 0, 1), (1, 1, 5, 0), (2, 0, 15, 1)):
-        assert found[tile, pair, column, half] == matrix[2 * pair + half, 16 * tile + column]
+def test_weights_in_bytes() -> None:
+    """A by 16 columns and 4 of k, then B by 16 columns, 4 of the rank, and the scales of the columns."""
+    rng = np.random.default_rng(0)
+    depth, rank, parts = 10, 6, [32, 16]
+    a = rng.standard_normal((depth, 2 * rank)).astype(np.float32)
+    a[:, 3] = 0
+    second = [rng.standard_normal((rank, n)).astype(np.float32) for n in parts]
+    found = pack_adapter(a, second)
+    assert found.shape == (packed_bytes(depth, rank, parts),) and found.dtype == np.uint8
+    (of_a, size), inner = steps(np.where(a == 0, 1e-9, a), axis=0), 3 * 64
+    size[0, 3] = 0
+    for k, column in ((0, 0), (9, 11), (5, 3), (7, 10)):
+        wanted = 0 if column == 3 else of_a[k, column]
+        assert found[k // 4 * 64 + column * 4 + k % 4] - 128.0 == wanted
+    tile_bytes = 2 * 64 + 64
+    for part, r, column in ((0, 0, 0), (0, 5, 31), (1, 2, 7)):
+        mine = second[part] * size[0, part * rank : (part + 1) * rank, None]
+        of_b, size_b = steps(mine, axis=0)
+        tile = inner + (2 * part + column // 16) * tile_bytes
+        byte = found[tile + r // 4 * 64 + column % 16 * 4 + r % 4]
+        assert byte - 128.0 == of_b[r, column]
+        scale = found[tile + 128 + column % 16 * 4 :][:4].view(np.float32)[0]
+        np.testing.assert_allclose(scale, size_b[0, column], rtol=1e-6)
+
+
+def test_weights_beyond_all_bounds_are_refused() -> None:
+    a, b = np.full((8, 4), 1e30, np.float32), np.full((4, 16), 1e30, np.float32)
+    with pytest.raises(OverflowError):
+        pack_adapter(a, [b])
+    assert not pack_adapter(np.zeros_like(a), [np.zeros_like(b)]).view(np.uint8)[-64:].any()

@@ -23,13 +23,13 @@ def adapter_nodes(parts: list[int], *, is_split: bool) -> list[onnx.NodeProto]:
     count = len(parts)
     nodes = [
         helper.make_node("Gather", ["x", TOKENS], ["read"]),
-        helper.make_node("MatMul", ["read", "a"], ["inner"]),
+        helper.make_node("MatMul", ["read", "p.a"], ["inner"]),
     ]
     inner = [f"inner.{k}" for k in range(count)] if count > 1 else ["inner"]
     if count > 1:
         nodes.append(helper.make_node("Split", ["inner", "ranks"], inner, axis=-1))
     outer = [f"outer.{k}" for k in range(count)]
-    nodes += [helper.make_node("MatMul", [inner[k], f"b{k}"], [outer[k]]) for k in range(count)]
+    nodes += [helper.make_node("MatMul", [inner[k], f"p.b{k}"], [outer[k]]) for k in range(count)]
     if is_split:
         bases = [f"base.{k}" for k in range(count)]
         nodes.insert(0, helper.make_node("Split", ["base", "columns"], bases, axis=-1))
@@ -48,8 +48,8 @@ def adapter_model(parts: list[int], *, is_split: bool) -> bytes:
     """Those nodes as a model."""
     count = len(parts)
     flat, bank = np.zeros((1, 1), np.float32), np.zeros((1, 1, 1), np.float32)
-    inputs: dict[str, Any] = {"x": flat, "base": flat, "a": bank}
-    inputs |= {f"b{k}": bank for k in range(count)}
+    inputs: dict[str, Any] = {"x": flat, "base": flat, "p.a": bank}
+    inputs |= {f"p.b{k}": bank for k in range(count)}
     inputs |= {TOKENS: np.zeros((1, 1), np.int64), PLACES: np.zeros((1, 2), np.int64)}
     weights = {"ranks": np.full(count, RANK, np.int64), "columns": np.array(parts, np.int64)}
     return build(adapter_nodes(parts, is_split=is_split), inputs, weights, {"y": flat})
@@ -67,10 +67,10 @@ def inputs(parts: list[int], owners: list[int], seed: int = 0) -> dict[str, NDAr
         PLACES: np.array([[owner, of[owner].index(t)] for t, owner in enumerate(owners)], np.int64),
     }
     rng = np.random.default_rng(9)
-    found["a"] = rng.standard_normal((3, DEPTH, RANK * len(parts))).astype(np.float32)
+    found["p.a"] = rng.standard_normal((3, DEPTH, RANK * len(parts))).astype(np.float32)
     for k, columns in enumerate(parts):
-        found[f"b{k}"] = rng.standard_normal((3, RANK, columns)).astype(np.float32)
-    for name in ("a", *(f"b{k}" for k in range(len(parts)))):
+        found[f"p.b{k}"] = rng.standard_normal((3, RANK, columns)).astype(np.float32)
+    for name in ("p.a", *(f"p.b{k}" for k in range(len(parts)))):
         found[name] = found[name][: len(of)]
     return found
 

@@ -11,7 +11,6 @@ import pytest
 from numpy.typing import NDArray
 from onnx import helper
 
-from lifecycle.engines.native import library
 from lifecycle.engines.native.swap import DOMAIN, swap
 from lifecycle.graph.rounding import Grid, least_squares, quantize
 from tests.engines.native.conftest import build, run
@@ -187,7 +186,7 @@ def test_a_row_gets_the_same_bits_alone_and_among_others(kernels: Path, block: i
             assert np.array_equal(alone, together[:count])
 
 
-def test_matrices_have_the_bits_of_vectors(in_vectors: Path) -> None:
+def test_matrices_have_the_bits_of_vectors(in_vectors: Path, in_matrices: Path) -> None:
     """Sums of integers are exact, in whatever order, of depths that fill no whole matrix too."""
     rng = np.random.default_rng(3)
     shapes = [(12, 64, 48), (16, 72, 40), (33, 576, 100), (200, 1544, 48)]
@@ -198,7 +197,7 @@ def test_matrices_have_the_bits_of_vectors(in_vectors: Path) -> None:
         model = swap(rowwise_model(weight, scale, False, bias))
         x = rng.standard_normal((rows, depth)).astype(np.float32)
         (expected,) = run(model, in_vectors, {"x": x})
-        (found,) = run(model, library.kernels_for("native"), {"x": x})
+        (found,) = run(model, in_matrices, {"x": x})
         assert np.array_equal(found, expected)
 
 
@@ -206,7 +205,7 @@ def test_matrices_have_the_bits_of_vectors(in_vectors: Path) -> None:
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("block", [16, 32, 64, 128, 136])
 def test_matrices_have_the_bits_of_vectors_in_blocks(
-    in_vectors: Path, block: int, bits: int, symmetric: bool
+    in_vectors: Path, in_matrices: Path, block: int, bits: int, symmetric: bool
 ) -> None:
     rng = np.random.default_rng(block)
     for rows, depth, columns in ((32, 64, 48), (50, 300, 40), (97, 576, 100)):
@@ -215,7 +214,7 @@ def test_matrices_have_the_bits_of_vectors_in_blocks(
         model = swap(blocks_model(Grid(block, bits, symmetric), weight, bias)[0])
         x = rng.standard_normal((rows, depth)).astype(np.float32)
         (expected,) = run(model, in_vectors, {"x": x})
-        (found,) = run(model, library.kernels_for("native"), {"x": x})
+        (found,) = run(model, in_matrices, {"x": x})
         assert np.array_equal(found, expected)
 
 

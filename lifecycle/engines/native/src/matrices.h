@@ -3,14 +3,13 @@
 #pragma once
 
 #include <array>
-#include <utility>
 
 #include "simd.h"
 
-// Older Clangs call them by other names. LIFECYCLE_VECTORS is for tests: everything as a processor without such registers
-// computes it.
-#if LIFECYCLE_AVX512 && defined(__linux__) && !defined(LIFECYCLE_VECTORS) && \
-    ((defined(__AMX_INT8__) && defined(__AMX_BF16__)) || (defined(__AMXINT8__) && defined(__AMXBF16__)))
+// Older Clangs call them by other names. For tests, LIFECYCLE_VECTORS computes everything as a processor without such
+// registers does, LIFECYCLE_EMULATED as one with them, whose instructions are functions here.
+#if LIFECYCLE_AVX512 && defined(__linux__) && !defined(LIFECYCLE_VECTORS) && !defined(LIFECYCLE_EMULATED) && \
+    (defined(__AMX_INT8__) || defined(__AMXINT8__))
 #define LIFECYCLE_MATRICES 1
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -28,6 +27,8 @@ inline bool has_matrices() {
   constexpr long kAsk = 0x1023, kMatrices = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
   static const bool granted = syscall(SYS_arch_prctl, kAsk, kMatrices) == 0;
   return granted;
+#elif defined(LIFECYCLE_EMULATED)
+  return true;
 #else
   return false;
 #endif
@@ -36,40 +37,25 @@ inline bool has_matrices() {
 struct Shape {
   size_t rows, bytes;
 };
-
-// The registers of this thread as [rows, bytes] each, as long as this lives.
-class Matrices {
- public:
-  typedef std::array<Shape, 8> Shapes;
-  explicit Matrices(const Shapes& shapes) {
-#if LIFECYCLE_MATRICES
-    struct alignas(64) {
-      uint8_t palette = 1, start = 0, reserved[14] = {};
-      uint16_t bytes[16] = {};
-      uint8_t rows[16] = {};
-    } config;
-    size_t i = 0;
-    for (const Shape& shape : shapes) {
-      config.rows[i] = (uint8_t)shape.rows;
-      config.bytes[i++] = (uint16_t)shape.bytes;
-    }
-    asm volatile("ldtilecfg %0" ::"m"(config));
-#else
-    (void)shapes;
-#endif
-  }
-  ~Matrices() {
-#if LIFECYCLE_MATRICES
-    asm volatile("tilerelease");
-#endif
-  }
-  Matrices(const Matrices&) = delete;
-  Matrices& operator=(const Matrices&) = delete;
-};
+typedef std::array<Shape, 8> Shapes;
 
 // What follows is written as assembler, for compilers' intrinsics take no template arguments, and some of them do not
 // know that a register is read from memory. Strides are bytes from row to row.
 #if LIFECYCLE_MATRICES
+inline void configure(const Shapes& shapes) {
+  struct alignas(64) {
+    uint8_t palette = 1, start = 0, reserved[14] = {};
+    uint16_t bytes[16] = {};
+    uint8_t rows[16] = {};
+  } config;
+  size_t i = 0;
+  for (const Shape& shape : shapes) {
+    config.rows[i] = (uint8_t)shape.rows;
+    config.bytes[i++] = (uint16_t)shape.bytes;
+  }
+  asm volatile("ldtilecfg %0" ::"m"(config));
+}
+inline void release() { asm volatile("tilerelease"); }
 template <int R>
 LIFECYCLE_INLINE void clear_matrix() {
   asm volatile("tilezero %%tmm%c0" ::"i"(R));
@@ -92,32 +78,71 @@ template <int Sums, int Left, int Right>
 LIFECYCLE_INLINE void multiply_signed() {
   asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(Sums), "i"(Left), "i"(Right));
 }
-// Sums += pairs of bfloat16s [rows, n] times such [n, columns].
-template <int Sums, int Left, int Right>
-LIFECYCLE_INLINE void multiply_pairs() {
-  asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(Sums), "i"(Left), "i"(Right));
-}
 #else
+// The same as plain functions, as the processor's manual describes the instructions: tests of what is written with them
+// run on any processor.
+struct Matrix {
+  Shape shape;
+  alignas(64) uint8_t bytes[kMatrixRows][kMatrixBytes];
+};
+inline Matrix* matrices() {
+  thread_local Matrix all[8];
+  return all;
+}
+inline void configure(const Shapes& shapes) {
+  for (size_t i = 0; i < shapes.size(); ++i) matrices()[i] = {shapes[i], {}};
+}
+inline void release() { configure({}); }
 template <int R>
-void clear_matrix() {}
+void clear_matrix() {
+  std::memset(matrices()[R].bytes, 0, sizeof(Matrix::bytes));
+}
 template <int R>
-void load_matrix(const void*, size_t) {}
+void load_matrix(const void* from, size_t stride) {
+  Matrix& to = matrices()[R];
+  clear_matrix<R>();
+  for (size_t i = 0; i < to.shape.rows; ++i) {
+    std::memcpy(to.bytes[i], static_cast<const char*>(from) + i * stride, to.shape.bytes);
+  }
+}
 template <int R>
-void store_matrix(void*, size_t) {}
+void store_matrix(void* to, size_t stride) {
+  const Matrix& from = matrices()[R];
+  for (size_t i = 0; i < from.shape.rows; ++i) {
+    std::memcpy(static_cast<char*>(to) + i * stride, from.bytes[i], from.shape.bytes);
+  }
+}
+template <int Sums, int Left, int Right, typename Byte>
+void multiply_matrices() {
+  Matrix &sums = matrices()[Sums], &left = matrices()[Left], &right = matrices()[Right];
+  for (size_t i = 0; i < sums.shape.rows; ++i) {
+    for (size_t k = 0; k < left.shape.bytes; ++k) {
+      for (size_t j = 0; j < sums.shape.bytes / 4; ++j) {
+        int32_t sum;
+        std::memcpy(&sum, sums.bytes[i] + 4 * j, 4);
+        sum += (int8_t)left.bytes[i][k] * (Byte)right.bytes[k / 4][4 * j + k % 4];
+        std::memcpy(sums.bytes[i] + 4 * j, &sum, 4);
+      }
+    }
+  }
+}
 template <int Sums, int Signed, int Unsigned>
-void multiply_bytes() {}
+void multiply_bytes() {
+  multiply_matrices<Sums, Signed, Unsigned, uint8_t>();
+}
 template <int Sums, int Left, int Right>
-void multiply_signed() {}
-template <int Sums, int Left, int Right>
-void multiply_pairs() {}
+void multiply_signed() {
+  multiply_matrices<Sums, Left, Right, int8_t>();
+}
 #endif
 
-// f(0), f(1), .., f(N - 1), of numbers that are known to the compiler.
-template <int N, typename F>
-LIFECYCLE_INLINE void each(const F& f) {
-  [&]<int... I>(std::integer_sequence<int, I...>) {
-    (f(std::integral_constant<int, I>{}), ...);
-  }(std::make_integer_sequence<int, N>{});
-}
+// The registers of this thread as [rows, bytes] each, as long as this lives.
+class Matrices {
+ public:
+  explicit Matrices(const Shapes& shapes) { configure(shapes); }
+  ~Matrices() { release(); }
+  Matrices(const Matrices&) = delete;
+  Matrices& operator=(const Matrices&) = delete;
+};
 
 }  // namespace lifecycle

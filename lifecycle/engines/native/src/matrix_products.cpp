@@ -8,36 +8,64 @@ namespace {
 // others' and holds sums of blocks before.
 constexpr int kSums = 0, kRows = 3, kWeights = 4, kInner = 5, kColumns = 6, kAdded = 7;
 
-// Of up to so many rows, so many fours of k and pairs of the rank at once.
-Matrices::Shapes shapes(size_t rows, size_t fours, size_t pairs) {
+// Of up to so many rows, so many fours of k and of the rank at once.
+Shapes shapes(size_t rows, size_t fours, size_t of_rank) {
   const Shape sums{rows, kMatrixBytes};
-  return {sums, sums, sums, {rows, 4 * fours}, {fours, kMatrixBytes}, {rows, 4 * pairs}, {pairs, kMatrixBytes}, sums};
+  return {sums, sums, sums, {rows, 4 * fours}, {fours, kMatrixBytes}, {rows, 4 * of_rank}, {of_rank, kMatrixBytes}, sums};
+}
+
+// The largest number up to 16 that divides n: how many fours are multiplied at once.
+size_t even_share(size_t n) {
+  size_t share = std::clamp<size_t>(n, 1, kMatrixRows);
+  while (n % share != 0) --share;
+  return share;
 }
 
 // Fours of k that are multiplied at once.
 size_t fours_of(const Weights& w) { return w.is_rowwise ? kMatrixRows : even_share(w.block / 4); }
+
+// Sums of a tile of adapters for up to 16 rows, [rows, 16], with room for 16 rows more.
+void adapter_sums(const Adapters& adapters, size_t row, size_t count, size_t tile, int32_t* sums) {
+  const size_t part = adapters.shape.part_of(tile), fours = adapters.shape.fours(), share = even_share(fours);
+  for (size_t i = 0; i < count; i += adapters.owners.sharing(row + i, count - i)) {
+    const uint8_t* b = adapters.tile(adapters.owners.of(row + i), tile);
+    clear_matrix<kAdded>();
+    for (size_t g = 0; g < fours; g += share) {
+      load_matrix<kInner>(adapters.inner(row + i, part) + 4 * g, adapters.inner_bytes());
+      load_matrix<kColumns>(b + g * AdapterShape::kTileBytes, AdapterShape::kTileBytes);
+      multiply_bytes<kAdded, kInner, kColumns>();
+    }
+    // Rows of other adapters too; theirs come after them.
+    store_matrix<kAdded>(sums + i * kLanes, kMatrixBytes);
+  }
+}
 
 // y of some tiles, by what products(j, i) gives for a tile and a row.
 template <int kTiles, typename Products>
 LIFECYCLE_INLINE void finish(const Weights& w, const Rows& rows, size_t row, size_t count, size_t tile, float* y,
                              const Products& products) {
   const size_t columns = w.columns;
-  float added[kTiles][2 * kMatrixRows * kLanes];
-  if (rows.adapters != nullptr) {
-    rows.adapters->wait();
+  const Adapters* adapters = rows.adapters;
+  int32_t added[kTiles][2 * kMatrixRows * kLanes];
+  if (adapters != nullptr) {
+    adapters->wait();
     for (size_t j = 0; j < kTiles && (tile + j) * kLanes < columns; ++j) {
-      adapt_by_matrices(*rows.adapters, row, count, tile + j, added[j]);
+      adapter_sums(*adapters, row, count, tile + j, added[j]);
     }
   }
   for (size_t j = 0; j < kTiles; ++j) {
     const size_t column = (tile + j) * kLanes;
     if (column >= columns) break;
+    const size_t part = adapters == nullptr ? 0 : adapters->shape.part_of(tile + j);
     const float* bias = w.bias.get() == nullptr ? nullptr : w.bias.get() + column;
     float* to = y + row * columns + column;
     for (size_t i = 0; i < count; ++i, to += columns) {
       v16f total = products(j, i);
       if (bias != nullptr) total += load<v16f>(bias);
-      if (rows.adapters != nullptr) total += load<v16f>(added[j] + i * kLanes);
+      if (adapters != nullptr) {
+        const uint8_t* of = adapters->tile(adapters->owners.of(row + i), tile + j);
+        total = adapters->add(total, load<v16i>(added[j] + i * kLanes), row + i, part, of);
+      }
       put(to, total, columns - column);
     }
   }
@@ -62,8 +90,8 @@ void unpack(const Weights& w, size_t tile, int8_t* to) {
 }  // namespace
 
 // Without adapters, whatever shape theirs would have.
-ProductMatrices::ProductMatrices(size_t rows, const Weights& w, const Pairs* adapters)
-    : Matrices(shapes(rows, fours_of(w), adapters == nullptr ? kMatrixRows : even_share(adapters->rank()))) {}
+ProductMatrices::ProductMatrices(size_t rows, const Weights& w, const Adapters* adapters)
+    : Matrices(shapes(rows, fours_of(w), even_share(adapters == nullptr ? kMatrixRows : adapters->shape.fours()))) {}
 
 // Blocks begin where a stretch does, or lie within one.
 bool fit_matrices(const Weights& w) {
@@ -75,23 +103,6 @@ const int8_t* tiles_of(const Weights& w, size_t tile) {
   int8_t* bytes = scratch<int8_t, 15>(kBlockTiles * w.tile_bytes() * 2);
   unpack(w, tile, bytes);
   return bytes;
-}
-
-void adapt_by_matrices(const Pairs& adapters, size_t row, size_t count, size_t tile, float* added) {
-  const Pairs::Place place = adapters.place(tile * kLanes);
-  const size_t rank = adapters.rank(), share = even_share(rank);
-  const size_t inner_bytes = (size_t)(adapters.inner(row + 1, 0) - adapters.inner(row, 0)) * sizeof(uint32_t);
-  for (size_t i = 0; i < count; i += adapters.sharing(row + i, count - i)) {
-    const uint32_t* b = place.part.of(adapters.adapter_of(row + i), rank) + place.first;
-    clear_matrix<kAdded>();
-    for (size_t r = 0; r < rank; r += share) {
-      load_matrix<kInner>(adapters.inner(row + i, place.number) + r, inner_bytes);
-      load_matrix<kColumns>(b + r * kLanes, kMatrixBytes);
-      multiply_pairs<kAdded, kInner, kColumns>();
-    }
-    // Rows of other adapters too; theirs come after them.
-    store_matrix<kAdded>(added + i * kLanes, kMatrixBytes);
-  }
 }
 
 namespace {

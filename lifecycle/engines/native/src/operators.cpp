@@ -7,7 +7,7 @@
 #include <mutex>
 #include <optional>
 
-#include "adapters.h"
+#include "adapter_update.h"
 #include "attention.h"
 #include "products.h"
 
@@ -38,36 +38,52 @@ class Product {
   static constexpr size_t kOutputs = 1;
   static ort::Type output(size_t) { return ort::kFloat; }
 
+  // What a node says of its adapters are the `rank` and the columns of each part, `part0` and so on.
   Product(const ort::Api& api, const ort::Info* info, size_t own_inputs)
-      : api(api), own_inputs_(own_inputs), is_gated_(attribute<int64_t>(api, info, "gated", 0) != 0) {}
+      : api(api), own_inputs_(own_inputs), is_gated_(attribute<int64_t>(api, info, "gated", 0) != 0) {
+    adapted_.rank = (size_t)attribute<int64_t>(api, info, "rank", 0);
+    for (const char* part : {"part0", "part1", "part2"}) {
+      const int64_t columns = attribute<int64_t>(api, info, part, 0);
+      if (columns <= 0) break;
+      require(columns % kLanes == 0 && adapted_.rank > 0, "adapters of a width that is no multiple of 16");
+      adapted_.columns[adapted_.parts++] = (size_t)columns;
+    }
+  }
   void run(const Run& run) {
     Tensor x = run.input(0);
     const size_t depth = weights_->depth, columns = weights_->columns, count = rows_of(x, depth << is_gated_);
     Dims dims = x.dims;
     dims.back() = (int64_t)columns;
     float* y = static_cast<float*>(run.output(0, dims));
-    std::optional<Pairs> adapters;
-    if (run.input(own_inputs_)) adapters.emplace(run, own_inputs_, count, depth, columns, adapted_block());
+    std::optional<Adapters> adapters;
+    if (adapted_.parts > 0) adapters.emplace(run, own_inputs_, adapted_, count, kAdaptedBlock);
     product(run, *weights_, is_gated_, x.as<float>(), count, y, adapters ? &*adapters : nullptr);
   }
 
   const ort::Api& api;
 
  protected:
-  std::shared_ptr<const Weights> weights_;
+  void set_weights(std::shared_ptr<const Weights> weights) {
+    weights_ = std::move(weights);
+    adapted_.depth = weights_->depth;
+    require(adapted_.parts == 0 || adapted_.all_columns() == weights_->columns,
+            "adapters of another width than their product");
+  }
 
  private:
+  std::shared_ptr<const Weights> weights_;
   size_t own_inputs_;
   bool is_gated_;
+  AdapterShape adapted_;
 };
 
 // x [.., K], weights int8 [K, N], or [N, K] where `transposed`, their scales [N], and a bias [N].
 class RowwiseMatMul : public Product {
  public:
   static constexpr const char* kName = "RowwiseMatMul";
-  static constexpr size_t kOwn = 4, kInputs = kOwn + Pairs::kInputs;
+  static constexpr size_t kOwn = 4, kInputs = kOwn + Adapters::kInputs;
   static ort::Type input(size_t index) {
-    if (index >= kOwn) return Pairs::input(index - kOwn);
+    if (index >= kOwn) return Adapters::input(index - kOwn);
     return index == 1 ? ort::kInt8 : ort::kFloat;
   }
   static bool is_optional(size_t index) { return index >= 3; }
@@ -77,10 +93,10 @@ class RowwiseMatMul : public Product {
     require(given && scales && given.dims.size() == 2, "RowwiseMatMul needs constant weights");
     const bool transposed = attribute<int64_t>(api, info, "transposed", 0) != 0;
     require(given.size() > 0 && scales.size() == given.dims[!transposed], "RowwiseMatMul needs a scale for each column");
-    weights_ = shared({given, scales, bias}, {0, transposed, given.dims[0], given.dims[1]}, [&](Weights& w) {
+    set_weights(shared({given, scales, bias}, {0, transposed, given.dims[0], given.dims[1]}, [&](Weights& w) {
       fill(w, given, scales, transposed);
       w.set_bias(bias);
-    });
+    }));
     not_needed(given);
   }
 
@@ -105,7 +121,6 @@ class RowwiseMatMul : public Product {
         }
       }
     }
-    constexpr float kStep = 1.0f / 127;
     for (size_t n = 0; n < w.columns; ++n) w.scales.get()[n] = kStep * scales.as<float>()[n];
   }
 };
@@ -114,9 +129,9 @@ class RowwiseMatMul : public Product {
 class MatMulNBits : public Product {
  public:
   static constexpr const char* kName = "MatMulNBits";
-  static constexpr size_t kOwn = 6, kInputs = kOwn + Pairs::kInputs;
+  static constexpr size_t kOwn = 6, kInputs = kOwn + Adapters::kInputs;
   static ort::Type input(size_t index) {
-    if (index >= kOwn) return Pairs::input(index - kOwn);
+    if (index >= kOwn) return Adapters::input(index - kOwn);
     constexpr ort::Type kTypes[] = {ort::kFloat, ort::kUint8, ort::kFloat, ort::kUint8, ort::kInt32, ort::kFloat};
     return kTypes[index];
   }
@@ -135,7 +150,7 @@ class MatMulNBits : public Product {
             "MatMulNBits with weights of another shape");
     require(scales && scales.size() == columns * blocks, "MatMulNBits with scales of another size");
     require(!zeros || zeros.size() == columns * ((blocks * bits + 7) / 8), "MatMulNBits with other zero points");
-    weights_ = shared({given, scales, zeros, bias}, {1, depth, columns, bits, block}, [&](Weights& w) {
+    set_weights(shared({given, scales, zeros, bias}, {1, depth, columns, bits, block}, [&](Weights& w) {
       w.depth = (size_t)depth;
       w.columns = (size_t)columns;
       w.bits = (int)bits;
@@ -143,7 +158,7 @@ class MatMulNBits : public Product {
       w.zero = 1 << (bits - 1);
       fill(w, given, scales, zeros);
       w.set_bias(bias);
-    });
+    }));
     not_needed(given);
   }
 

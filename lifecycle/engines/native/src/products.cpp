@@ -8,8 +8,6 @@
 #include <algorithm>
 #include <optional>
 
-#include "simd.h"
-
 namespace lifecycle {
 namespace {
 
@@ -71,41 +69,37 @@ LIFECYCLE_INLINE void multiply(v16i (&acc)[MR][NR], const uint8_t* weights, size
 }
 
 // What adapters add to a tile of MR rows. A row has the same bits whether or not others have its adapter.
-template <bool kAsMatrices, int MR>
-LIFECYCLE_INLINE void adapt(v16f (&total)[MR], const Pairs& adapters, size_t row, size_t tile) {
-  const Pairs::Place place = adapters.place(tile * kLanes);
-  const size_t rank = adapters.rank();
-  std::conditional_t<kAsMatrices, const float*, const uint32_t*> inner[MR];
+template <int MR>
+LIFECYCLE_INLINE void adapt(v16f (&total)[MR], const Adapters& adapters, size_t row, size_t number) {
+  const size_t part = adapters.shape.part_of(number), fours = adapters.shape.fours();
+  const int8_t* inner = adapters.inner(row, part);
+  const size_t inner_bytes = adapters.inner_bytes();
+  if (adapters.owners.sharing(row, MR) == MR) {
+    const uint8_t* tile = adapters.tile(adapters.owners.of(row), number);
+    v16i sums[MR] = {};
+    for (size_t g = 0; g < fours; ++g) {
+      const v64u b = load<v64u>(tile + g * AdapterShape::kTileBytes);
+      LIFECYCLE_UNROLL for (int i = 0; i < MR; ++i) sums[i] = dot(sums[i], b, four_of(inner + i * inner_bytes, g));
+    }
+    LIFECYCLE_UNROLL for (int i = 0; i < MR; ++i) total[i] = adapters.add(total[i], sums[i], row + i, part, tile);
+    return;
+  }
   LIFECYCLE_UNROLL for (int i = 0; i < MR; ++i) {
-    if constexpr (kAsMatrices) {
-      inner[i] = adapters.inner_floats(row + i, place.number);
-    } else {
-      inner[i] = adapters.inner(row + i, place.number);
+    const uint8_t* tile = adapters.tile(adapters.owners.of(row + i), number);
+    v16i sums = {};
+    for (size_t g = 0; g < fours; ++g) {
+      sums = dot(sums, load<v64u>(tile + g * AdapterShape::kTileBytes), four_of(inner + i * inner_bytes, g));
     }
+    total[i] = adapters.add(total[i], sums, row + i, part, tile);
   }
-  auto matrix = [&](int i) { return place.part.of(adapters.adapter_of(row + i), rank) + place.first; };
-  v16f added[MR][1] = {};
-  if (adapters.sharing(row, MR) == MR) {
-    add_products<kAsMatrices>(added, inner, rank, matrix(0), kLanes);
-  } else {
-    LIFECYCLE_UNROLL for (int i = 0; i < MR; ++i) {
-      v16f one[1][1] = {};
-      add_products<kAsMatrices>(one, inner + i, rank, matrix(i), kLanes);
-      added[i][0] = one[0][0];
-    }
-  }
-  LIFECYCLE_UNROLL for (int i = 0; i < MR; ++i) total[i] += added[i][0];
 }
 
 // Asks for what is read of adapters for some tiles: it would be waited for at the end of each.
-void expect_adapters(const Weights& w, const Pairs& adapters, size_t row, size_t count, size_t tile) {
-  const size_t rank = adapters.rank(), wide = w.is_rowwise ? kRowwiseTiles : kBlockTiles;
-  const size_t end = std::min(tile + wide, (w.columns + kLanes - 1) / kLanes);
-  for (; tile < end; ++tile) {
-    const Pairs::Place place = adapters.place(tile * kLanes);
-    for (size_t i = 0; i < count; i += adapters.sharing(row + i, count - i)) {
-      expect(place.part.of(adapters.adapter_of(row + i), rank) + place.first, rank * kLanes * sizeof(uint32_t));
-    }
+void expect_adapters(const Weights& w, const Adapters& adapters, size_t row, size_t count, size_t tile) {
+  const size_t wide = w.is_rowwise ? kRowwiseTiles : kBlockTiles, all = w.columns / kLanes;
+  const size_t bytes = (std::min(tile + wide, all) - std::min(tile, all)) * adapters.shape.tile_bytes();
+  for (size_t i = 0; i < count; i += adapters.owners.sharing(row + i, count - i)) {
+    expect(adapters.tile(adapters.owners.of(row + i), tile), bytes);
   }
 }
 
@@ -155,13 +149,7 @@ void rows_by_tiles(const Weights& w, const Rows& rows, size_t row, size_t tile, 
       found[i] = total[i][j];
       if (w.bias.get() != nullptr) found[i] += load<v16f>(w.bias.get() + column);
     }
-    if (rows.adapters != nullptr) {
-      if (LIFECYCLE_MATRICES && has_matrices()) {
-        adapt<LIFECYCLE_MATRICES>(found, *rows.adapters, row, tile + j);
-      } else {
-        adapt<false>(found, *rows.adapters, row, tile + j);
-      }
-    }
+    if (rows.adapters != nullptr) adapt(found, *rows.adapters, row, tile + j);
     LIFECYCLE_UNROLL for (int i = 0; i < MR; ++i) {
       put(y + (row + i) * w.columns + column, found[i], w.columns - column);
     }
@@ -190,25 +178,19 @@ void some_rows(int count, const Weights& w, const Rows& rows, size_t row, size_t
   return some_rows<4, kBlockTiles>(count, w, rows, row, tile, y);
 }
 
-// The rows of a product as integers, and where there are adapters as pairs, of which they may take the first product
-// while the rows are at hand.
+// The rows of a product as integers, of which adapters may take their first product while they are at hand.
 void round_rows(const Run& run, const Weights& w, bool is_gated, const float* x, size_t count, const Rows& rows,
-                Pairs* adapters) {
-  const size_t blocks = w.blocks();
-  uint32_t* pairs = nullptr;
-  if (adapters != nullptr) adapters->begin(pairs = scratch<uint32_t, 13>(count * w.depth / 2));
+                Adapters* adapters) {
+  const size_t blocks = w.blocks(), stride = rows.stride();
+  if (adapters != nullptr) adapters->begin(rows);
   auto round_row = [&](size_t row) {
-    const size_t first = row / kMatrixRows * kMatrixRows;
-    int8_t* values = rows.in_matrices ? rows.values + first * rows.width + (row - first) * kStretch
-                                      : rows.values + row * rows.width;
-    const size_t stride = rows.in_matrices ? kMatrixRows * kStretch : kStretch;
+    int8_t* values = rows.row(row);
     const float* from_row = x + row * w.depth;
     if (is_gated) {
       float* gated = scratch<float, 10>(w.depth);
       gate_row(x + 2 * row * w.depth, w.depth, gated);
       from_row = gated;
     }
-    if (pairs != nullptr) as_pairs(from_row, w.depth, pairs + row * (w.depth / 2));
     auto place = [&](size_t k) { return values + in_stretches(k, stride); };
     for (size_t b = 0; b < blocks; ++b) {
       const size_t from = b * w.block, size = std::min(w.block, w.depth - from);
@@ -221,10 +203,9 @@ void round_rows(const Run& run, const Weights& w, bool is_gated, const float* x,
     }
   };
   if (adapters == nullptr || count < kOwnProducts) return run.rows(count, w.depth, round_row);
-  const size_t size = adapted_block();
-  run.parallel((count + size - 1) / size, [&](size_t block) {
-    const size_t from = block * size;
-    for (size_t row = from; row < std::min(count, from + size); ++row) round_row(row);
+  run.parallel((count + kAdaptedBlock - 1) / kAdaptedBlock, [&](size_t block) {
+    const size_t from = block * kAdaptedBlock;
+    for (size_t row = from; row < std::min(count, from + kAdaptedBlock); ++row) round_row(row);
     adapters->multiply_block(block);
   });
 }
@@ -232,11 +213,14 @@ void round_rows(const Run& run, const Weights& w, bool is_gated, const float* x,
 }  // namespace
 
 void product(const Run& run, const Weights& w, bool is_gated, const float* x, size_t count, float* y,
-             Pairs* adapters) {
+             Adapters* adapters) {
   if (count == 0) return;
   Rows rows;
   const size_t worth = w.is_rowwise ? kWorthMatrices : kWorthMatricesInBlocks;
   rows.in_matrices = count >= worth && fit_matrices(w);
+  rows.is_rowwise = w.is_rowwise;
+  rows.block = w.block;
+  rows.blocks = w.blocks();
   rows.width = w.blocks() * w.block;
   if (rows.in_matrices) rows.width = (rows.width + kStretch - 1) / kStretch * kStretch;
   // Matrices of rows are read whole, and may end behind the last row.

@@ -2,8 +2,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "products.h"
-#include "simd.h"
+#include "rows.h"
 
 namespace lifecycle {
 
@@ -28,7 +27,6 @@ float round_block(const float* x, size_t count, bool is_rowwise, int8_t* out, si
     *total = 0;
     return largest - largest;  // 0, or no number
   }
-  constexpr float kStep = 1.0f / 127;
   const float inverse = 127 / largest;
   v16i sums = {};
   int32_t rest_sum = 0;

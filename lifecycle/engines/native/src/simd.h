@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 // LIFECYCLE_PLAIN is for tests: everything as a processor without these instructions computes it.
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VNNI__) && !defined(LIFECYCLE_PLAIN)
@@ -12,12 +13,6 @@
 #include <immintrin.h>
 #else
 #define LIFECYCLE_AVX512 0
-#endif
-
-#if LIFECYCLE_AVX512 && defined(__AVX512BF16__)
-#define LIFECYCLE_BF16 1
-#else
-#define LIFECYCLE_BF16 0
 #endif
 
 #define LIFECYCLE_UNROLL _Pragma("GCC unroll 16")
@@ -157,62 +152,13 @@ LIFECYCLE_INLINE float float_of(uint32_t bits) {
   return found;
 }
 
-LIFECYCLE_INLINE v16f dot(v16f acc, v16f values, float value) { return acc + values * value; }
-
-// acc + the sums of two products each, of pairs of bfloat16s with a pair that all lanes share.
-LIFECYCLE_INLINE v16f dot(v16f acc, v16i pairs, uint32_t pair) {
-#if LIFECYCLE_BF16
-  return (v16f)_mm512_dpbf16_ps((__m512)acc, (__m512bh)pairs, (__m512bh)_mm512_set1_epi32((int32_t)pair));
-#else
-  constexpr int32_t kHigh = -65536;
-  acc += (v16f)(pairs & kHigh) * float_of(pair & (uint32_t)kHigh);
-  return acc + (v16f)(pairs << 16) * float_of(pair << 16);
-#endif
-}
-
-// Their halves as floats.
-LIFECYCLE_INLINE v16f low_half(v16i pairs) { return (v16f)(pairs << 16); }
-LIFECYCLE_INLINE v16f high_half(v16i pairs) { return (v16f)(pairs & -65536); }
-// Of a pair that all lanes share, or of two floats.
-LIFECYCLE_INLINE v16f low_half(const uint32_t* pair) { return low_half(spread((int32_t)*pair)); }
-LIFECYCLE_INLINE v16f high_half(const uint32_t* pair) { return high_half(spread((int32_t)*pair)); }
-LIFECYCLE_INLINE v16f low_half(const float* pair) { return spread(pair[0]); }
-LIFECYCLE_INLINE v16f high_half(const float* pair) { return spread(pair[1]); }
-
-// a * b + c, rounded once where there are matrices: both have to have the same bits.
+// a * b + c, rounded once where there are matrices, whose sums are added elsewhere: both have to have the same bits.
 LIFECYCLE_INLINE v16f multiply_add(v16f a, v16f b, v16f c) {
 #if LIFECYCLE_AVX512
   return (v16f)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 #else
   return a * b + c;
 #endif
-}
-
-// 32 values as pairs of bfloat16s, the nearest ones, halves to even, the first of a pair in its low half.
-LIFECYCLE_INLINE v16i as_pairs(v16f first, v16f second) {
-#if LIFECYCLE_BF16
-  return (v16i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
-#else
-  uint32_t values[2 * kLanes];
-  store(values, first);
-  store(values + kLanes, second);
-  v16i pairs;
-  for (int i = 0; i < 2 * kLanes; ++i) {
-    uint32_t& bits = values[i];
-    bits = (bits & 0x7fffffff) > 0x7f800000 ? bits | 0x400000 : bits + 0x7fff + (bits >> 16 & 1);
-  }
-  for (int i = 0; i < kLanes; ++i) pairs[i] = (int32_t)(values[2 * i] >> 16 | (values[2 * i + 1] & 0xffff0000));
-  return pairs;
-#endif
-}
-
-// An even number of them.
-inline void as_pairs(const float* x, size_t count, uint32_t* pairs) {
-  for (size_t k = 0; k < count; k += 2 * kLanes) {
-    const size_t left = count - k;
-    const v16f first = some(x + k, left), second = left > kLanes ? some(x + k + kLanes, left - kLanes) : v16f{};
-    put(pairs + k / 2, as_pairs(first, second), left / 2);
-  }
 }
 
 // x * 2^n of whole numbers n from -127 on.
@@ -237,6 +183,14 @@ LIFECYCLE_INLINE v16f exponential(v16f x) {
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.0f;
   return select(x < spread(-87.0f), v16f{}, scaled(p, n));
+}
+
+// f(0), f(1), .., f(N - 1), of numbers that are known to the compiler.
+template <int N, typename F>
+LIFECYCLE_INLINE void each(const F& f) {
+  [&]<int... I>(std::integer_sequence<int, I...>) {
+    (f(std::integral_constant<int, I>{}), ...);
+  }(std::make_integer_sequence<int, N>{});
 }
 
 // Rows of 16 values each as columns.
