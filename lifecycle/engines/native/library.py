@@ -13,10 +13,7 @@ import hashlib
 import logging
 import os
 import platform
-import shlex
-import shutil
 import stat
-import subprocess
 import tempfile
 import time
 from contextlib import suppress
@@ -25,27 +22,19 @@ from pathlib import Path
 from threading import Lock
 
 from lifecycle.engines.native import Kernels
+from lifecycle.engines.native.compiler import (
+    FLAGS,
+    SOURCES,
+    CompilerError,
+    compile_library,
+    find_compiler,
+    target_flag,
+)
 from lifecycle.errors import EngineError
 
 _log = logging.getLogger(__name__)
-_SOURCES = Path(__file__).parent / "src"
 _FAST = frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni"})
 """Instructions without which ours are not known to be faster."""
-FLAGS = (
-    "-std=c++20",
-    "-O3",
-    "-fPIC",
-    "-shared",
-    "-fvisibility=hidden",
-    "-fno-math-errno",
-    "-ffp-contract=fast",
-    # Vectors never cross the border of the library, and compilers' own headers leave values undefined on purpose.
-    "-Wno-psabi",
-    "-Wno-maybe-uninitialized",
-    "-Wno-uninitialized",
-)
-_LONGEST = 300
-"""Seconds that a compiler may take."""
 _LOCK = Lock()
 _OLD = 30 * 24 * 3600
 """Seconds after which libraries of other versions go."""
@@ -83,7 +72,7 @@ def why_not() -> str | None:
     if missing:
         return f"this processor has no {', '.join(missing)}"
     try:
-        if not is_compiled() and _compiler() is None:
+        if not is_compiled() and find_compiler() is None:
             return "there is no C++ compiler (c++, g++ or clang++, or the one that CXX names)"
     except EngineError as error:
         return str(error)
@@ -117,7 +106,7 @@ def library_path() -> Path:
 def _name() -> str:
     """Another one for other sources, flags and processors."""
     digest = hashlib.sha256()
-    for source in sorted(_SOURCES.iterdir()):
+    for source in sorted(SOURCES.iterdir()):
         digest.update(source.name.encode() + b"\0" + source.read_bytes())
     digest.update(repr((FLAGS, platform.machine(), sorted(instruction_sets()))).encode())
     return f"kernels-{digest.hexdigest()[:16]}.so"
@@ -182,7 +171,7 @@ def _loaded(path: Path) -> Path:
 
 def _compile(path: Path) -> None:
     """Compile the library, as a whole or not at all."""
-    compiler = _compiler()
+    compiler = find_compiler()
     if compiler is None:
         raise EngineError(
             "native kernels are compiled where they run, and there is no C++ compiler: install one "
@@ -191,22 +180,13 @@ def _compile(path: Path) -> None:
     _log.warning("compiling kernels for this processor, once: %s", path)
     with tempfile.TemporaryDirectory(prefix="compiling-", dir=path.parent) as scratch:
         made = Path(scratch) / path.name
-        sources = map(str, sorted(_SOURCES.glob("*.cpp")))
-        command = [*compiler, *FLAGS, target_flag(), *sources, "-o", str(made)]
         try:
-            done = subprocess.run(
-                command, capture_output=True, text=True, errors="replace", timeout=_LONGEST
-            )
-        except (OSError, subprocess.TimeoutExpired) as error:
-            raise EngineError(f"native kernels could not be compiled: {error}") from error
-        if done.returncode or not made.is_file():
-            lines = [line for line in done.stderr.splitlines() if "error" in line] or [
-                done.stderr.strip()[-500:]
-            ]
+            compile_library(compiler, [*FLAGS, target_flag()], made)
+        except CompilerError as error:
             raise EngineError(
-                f"native kernels could not be compiled with {' '.join(compiler)}: {lines[0]} "
+                f"native kernels could not be compiled with {' '.join(compiler)}: {error} "
                 "(CXX may name another compiler; it needs C++20)"
-            )
+            ) from error
         made.chmod(0o755)
         with made.open("rb") as library:
             os.fsync(library.fileno())
@@ -216,20 +196,6 @@ def _compile(path: Path) -> None:
         with suppress(OSError):
             if other != path and time.time() - other.stat().st_mtime > _OLD:
                 other.unlink()
-
-
-def target_flag() -> str:
-    """What tells a compiler to use all that this processor has."""
-    return "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native"
-
-
-def _compiler() -> list[str] | None:
-    """The command of a compiler."""
-    named = shlex.split(os.environ.get("CXX", ""))
-    for command in (named, ["c++"], ["g++"], ["clang++"]):
-        if command and shutil.which(command[0]):
-            return command
-    return None
 
 
 def _folder() -> Path:

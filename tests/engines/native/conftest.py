@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from lifecycle.engines.native import library
+from lifecycle.engines.native.compiler import FLAGS, compile_library, target_flag
 from lifecycle.engines.native.swap import DOMAIN
 
 Arrays = Mapping[str, NDArray[Any]]
@@ -28,10 +28,8 @@ _TYPES = {
 def compiled(folder: Path, *flags: str) -> Path:
     """The kernels with other flags, fast to compile."""
     made = folder / "kernels.so"
-    sources = sorted((Path(library.__file__).parent / "src").glob("*.cpp"))
-    own = [flag for flag in library.FLAGS if flag != "-O3"]
-    command = ["c++", *own, "-O1", *flags, *map(str, sources), "-o", str(made)]
-    subprocess.run(command, check=True)
+    own = [flag for flag in FLAGS if flag != "-O3"]
+    compile_library(["c++"], [*own, "-O1", *flags], made)
     return made
 
 
@@ -39,14 +37,14 @@ def compiled(folder: Path, *flags: str) -> Path:
 def in_vectors(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The library of a processor with the same vectors and no registers for matrices."""
     folder = tmp_path_factory.mktemp("vectors")
-    return compiled(folder, "-DLIFECYCLE_VECTORS", library.target_flag())
+    return compiled(folder, "-DLIFECYCLE_VECTORS", target_flag())
 
 
 @pytest.fixture(scope="session")
 def emulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The library of a processor with such registers, whose instructions are functions."""
     folder = tmp_path_factory.mktemp("emulated")
-    return compiled(folder, "-DLIFECYCLE_EMULATED", library.target_flag())
+    return compiled(folder, "-DLIFECYCLE_EMULATED", target_flag())
 
 
 @pytest.fixture(scope="session", params=["processor", "emulated"])

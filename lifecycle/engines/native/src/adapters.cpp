@@ -6,6 +6,8 @@ Owners::Owners(const Tensor& places, size_t tokens, size_t adapters, size_t bloc
   require((size_t)places.size() == 2 * tokens, "not one adapter for each token");
   all_ = scratch<Few, 11>(tokens);
   begins_ = scratch<size_t, 12>(tokens / block + 2);
+  runs_ = scratch<uint32_t, 18>(tokens);
+  for (size_t t = tokens; t-- > 0;) runs_[t] = t + 1 < tokens && of(t + 1) == of(t) ? runs_[t + 1] + 1 : 1;
   for (size_t t = 0; t < tokens; ++t) {
     if (t % block == 0) begins_[t / block] = count_;
     require(places_[2 * t] >= 0 && of(t) < adapters, "a token of an adapter that is not there");
@@ -23,9 +25,12 @@ Owners::Owners(const Tensor& places, size_t tokens, size_t adapters, size_t bloc
 
 namespace {
 
+// What stands for 0.
+constexpr int32_t kZero = 128;
+
 // The number of adapters in a bank.
 size_t adapters_of(const Tensor& bank, const AdapterShape& shape) {
-  require(bank.dims.size() == 2 && (size_t)bank.dims[1] == shape.bytes(), "adapters of another shape than their product");
+  require(bank.dims.size() == 2 && (size_t)bank.dims[1] == shape.bytes, "adapters of another shape than their product");
   return (size_t)bank.dims[0];
 }
 
@@ -76,7 +81,7 @@ void inner_products(const Rows& rows, const size_t* tokens, size_t depth, const 
       const size_t place = tokens[i] * rows.blocks + b;
       const float scale = rows.scales[place] * (rows.is_rowwise ? kStep : 1);
       LIFECYCLE_UNROLL for (int j = 0; j < NT; ++j) {
-        v16i sum = spread(-128 * rows.sums[place]);
+        v16i sum = spread(-kZero * rows.sums[place]);
         LIFECYCLE_UNROLL for (int part = 0; part < kParts; ++part) sum += acc[part][i][j];
         total[i][j] = multiply_add(to_float(sum), spread(scale), total[i][j]);
       }
@@ -95,13 +100,13 @@ Adapters::Adapters(const Run& run, size_t first, const AdapterShape& shape, size
   // Matrices of rows are read whole, and may end behind the last token.
   values_ = scratch<int8_t, 13>((tokens + kMatrixRows) * inner_bytes());
   scales_ = scratch<float, 14>(tokens * shape.parts);
-  sums_ = scratch<int32_t, 16>(tokens * shape.parts);
-  inner_ = scratch<float, 17>(tokens * shape.inner_tiles() * kLanes);
+  zeros_ = scratch<int32_t, 16>(tokens * shape.parts);
+  inner_ = scratch<float, 17>(tokens * shape.inner_tiles * kLanes);
 }
 
 void Adapters::multiply(const Owners::Few& few) noexcept {
-  const size_t tiles = shape.inner_tiles(), width = tiles * kLanes, tile_bytes = shape.inner_tile_bytes();
-  const uint8_t* a = bank_ + few.adapter * shape.bytes();
+  const size_t tiles = shape.inner_tiles, width = tiles * kLanes, tile_bytes = shape.inner_tile_bytes;
+  const uint8_t* a = bank_ + few.adapter * shape.bytes;
   for (size_t tile = 0, some; tile < tiles; tile += some) {
     some = std::min<size_t>(kMostTiles, tiles - tile);
     each<(int)Owners::kMostRows>([&](auto i) {
@@ -117,12 +122,14 @@ void Adapters::multiply(const Owners::Few& few) noexcept {
 
 // x · A of a token as integers.
 void Adapters::round(size_t token) noexcept {
-  const float* inner = inner_ + token * shape.inner_tiles() * kLanes;
+  const float* inner = inner_ + token * shape.inner_tiles * kLanes;
   for (size_t part = 0; part < shape.parts; ++part) {
     const size_t at = token * shape.parts + part;
-    int8_t* to = values_ + token * inner_bytes() + part * 4 * shape.fours();
-    std::memset(to + shape.rank, 0, 4 * shape.fours() - shape.rank);
-    scales_[at] = round_block(inner + part * shape.rank, shape.rank, false, to, kStretch, sums_ + at);
+    int8_t* to = values_ + token * inner_bytes() + part * 4 * shape.fours;
+    std::memset(to + shape.rank, 0, 4 * shape.fours - shape.rank);
+    int32_t sum;
+    scales_[at] = round_block(inner + part * shape.rank, shape.rank, false, to, kStretch, &sum);
+    zeros_[at] = kZero * sum;
   }
 }
 

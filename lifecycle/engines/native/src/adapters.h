@@ -25,11 +25,7 @@ class Owners {
 
   size_t of(size_t token) const { return (size_t)places_[2 * token]; }
   // How many tokens from one on have the same, of `count`.
-  size_t sharing(size_t token, size_t count) const {
-    size_t i = 1;
-    while (i < count && of(token + i) == of(token)) ++i;
-    return i;
-  }
+  size_t sharing(size_t token, size_t count) const { return std::min(count, (size_t)runs_[token]); }
   size_t count() const { return count_; }
   const Few& few(size_t i) const { return all_[i]; }
   // Where a block begins among them; there is one more, which is the end.
@@ -37,6 +33,7 @@ class Owners {
 
  private:
   const int64_t* places_;
+  uint32_t* runs_;  // how many from each token on
   Few* all_;
   size_t* begins_;
   size_t count_ = 0;
@@ -50,15 +47,19 @@ struct AdapterShape {
 
   // The columns of a product are those of some parts, each a multiple of 16, whose products with A and B are their own.
   size_t depth = 0, rank = 0, parts = 0, columns[kMostParts] = {};
+  // In bytes: a tile of A, all of them, a tile of B, and an adapter; fours of the rank, and tiles of A.
+  size_t inner_tile_bytes = 0, inner_bytes = 0, tile_bytes = 0, bytes = 0, fours = 0, inner_tiles = 0;
 
-  size_t width() const { return parts * rank; }
-  size_t fours() const { return (rank + 3) / 4; }
-  size_t inner_tiles() const { return (width() + kLanes - 1) / kLanes; }
-  size_t inner_tile_bytes() const { return (depth + 3) / 4 * kTileBytes; }
-  size_t inner_bytes() const { return inner_tiles() * inner_tile_bytes(); }
-  size_t tile_bytes() const { return fours() * kTileBytes + kLanes * sizeof(float); }
+  // To be called when all of the first line is known.
+  void measure() {
+    fours = (rank + 3) / 4;
+    inner_tiles = (parts * rank + kLanes - 1) / kLanes;
+    inner_tile_bytes = (depth + 3) / 4 * kTileBytes;
+    inner_bytes = inner_tiles * inner_tile_bytes;
+    tile_bytes = fours * kTileBytes + kLanes * sizeof(float);
+    bytes = inner_bytes + all_columns() / kLanes * tile_bytes;
+  }
   size_t all_columns() const { return columns[0] + columns[1] + columns[2]; }
-  size_t bytes() const { return inner_bytes() + all_columns() / kLanes * tile_bytes(); }
   // To which part a tile belongs.
   size_t part_of(size_t tile) const {
     size_t part = 0;
@@ -89,36 +90,34 @@ class Adapters {
 
   // B of 16 columns.
   const uint8_t* tile(size_t adapter, size_t number) const {
-    return bank_ + adapter * shape.bytes() + shape.inner_bytes() + number * shape.tile_bytes();
+    return bank_ + adapter * shape.bytes + shape.inner_bytes + number * shape.tile_bytes;
   }
   // x · A of a token and a part as integers, [rank] and zeros up to a multiple of 4; those of the next token lie
   // `inner_bytes` behind.
   const int8_t* inner(size_t token, size_t part) const {
-    return values_ + token * inner_bytes() + part * 4 * shape.fours();
+    return values_ + token * inner_bytes() + part * 4 * shape.fours;
   }
-  size_t inner_bytes() const { return shape.parts * 4 * shape.fours(); }
+  size_t inner_bytes() const { return shape.parts * 4 * shape.fours; }
   // total + what their sums with a tile of B amount to.
   LIFECYCLE_INLINE v16f add(v16f total, v16i sums, size_t token, size_t part, const uint8_t* tile) const {
     const size_t at = token * shape.parts + part;
-    const v16f scale = load<v16f>(tile + shape.fours() * AdapterShape::kTileBytes) * scales_[at];
-    return multiply_add(to_float(sums - spread(kZero * sums_[at])), scale, total);
+    const v16f scale = load<v16f>(tile + shape.fours * AdapterShape::kTileBytes) * scales_[at];
+    return multiply_add(to_float(sums - spread(zeros_[at])), scale, total);
   }
 
   const AdapterShape shape;
   const Owners owners;
 
  private:
-  static constexpr int32_t kZero = 128;
-
   void multiply(const Owners::Few& few) noexcept;
   void round(size_t token) noexcept;
 
   const uint8_t* bank_;
   const Rows* rows_ = nullptr;
-  float* inner_;    // x · A, [tokens, 16 * inner_tiles]
+  float* inner_;    // x · A, [tokens, 16 * tiles of A]
   int8_t* values_;  // the same as integers
   float* scales_;   // [tokens, parts]
-  int32_t* sums_;   // [tokens, parts]
+  int32_t* zeros_;  // what of their sums with B comes of what stands for 0, [tokens, parts]
   // What is read often has to lie in other cache lines than what is written.
   alignas(64) std::atomic<size_t> next_{0};
   std::atomic<size_t> done_{0};

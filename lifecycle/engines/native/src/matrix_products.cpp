@@ -26,7 +26,7 @@ size_t fours_of(const Weights& w) { return w.is_rowwise ? kMatrixRows : even_sha
 
 // Sums of a tile of adapters for up to 16 rows, [rows, 16], with room for 16 rows more.
 void adapter_sums(const Adapters& adapters, size_t row, size_t count, size_t tile, int32_t* sums) {
-  const size_t part = adapters.shape.part_of(tile), fours = adapters.shape.fours(), share = even_share(fours);
+  const size_t part = adapters.shape.part_of(tile), fours = adapters.shape.fours, share = even_share(fours);
   for (size_t i = 0; i < count; i += adapters.owners.sharing(row + i, count - i)) {
     const uint8_t* b = adapters.tile(adapters.owners.of(row + i), tile);
     clear_matrix<kAdded>();
@@ -91,7 +91,7 @@ void unpack(const Weights& w, size_t tile, int8_t* to) {
 
 // Without adapters, whatever shape theirs would have.
 ProductMatrices::ProductMatrices(size_t rows, const Weights& w, const Adapters* adapters)
-    : Matrices(shapes(rows, fours_of(w), even_share(adapters == nullptr ? kMatrixRows : adapters->shape.fours()))) {}
+    : Matrices(shapes(rows, fours_of(w), even_share(adapters == nullptr ? kMatrixRows : adapters->shape.fours))) {}
 
 // Blocks begin where a stretch does, or lie within one.
 bool fit_matrices(const Weights& w) {

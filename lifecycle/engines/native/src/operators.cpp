@@ -66,6 +66,7 @@ class Product {
   void set_weights(std::shared_ptr<const Weights> weights) {
     weights_ = std::move(weights);
     adapted_.depth = weights_->depth;
+    adapted_.measure();
     require(adapted_.parts == 0 || adapted_.all_columns() == weights_->columns,
             "adapters of another width than their product");
   }

@@ -71,7 +71,7 @@ LIFECYCLE_INLINE void multiply(v16i (&acc)[MR][NR], const uint8_t* weights, size
 // What adapters add to a tile of MR rows. A row has the same bits whether or not others have its adapter.
 template <int MR>
 LIFECYCLE_INLINE void adapt(v16f (&total)[MR], const Adapters& adapters, size_t row, size_t number) {
-  const size_t part = adapters.shape.part_of(number), fours = adapters.shape.fours();
+  const size_t part = adapters.shape.part_of(number), fours = adapters.shape.fours;
   const int8_t* inner = adapters.inner(row, part);
   const size_t inner_bytes = adapters.inner_bytes();
   if (adapters.owners.sharing(row, MR) == MR) {
@@ -97,7 +97,7 @@ LIFECYCLE_INLINE void adapt(v16f (&total)[MR], const Adapters& adapters, size_t 
 // Asks for what is read of adapters for some tiles: it would be waited for at the end of each.
 void expect_adapters(const Weights& w, const Adapters& adapters, size_t row, size_t count, size_t tile) {
   const size_t wide = w.is_rowwise ? kRowwiseTiles : kBlockTiles, all = w.columns / kLanes;
-  const size_t bytes = (std::min(tile + wide, all) - std::min(tile, all)) * adapters.shape.tile_bytes();
+  const size_t bytes = (std::min(tile + wide, all) - std::min(tile, all)) * adapters.shape.tile_bytes;
   for (size_t i = 0; i < count; i += adapters.owners.sharing(row + i, count - i)) {
     expect(adapters.tile(adapters.owners.of(row + i), tile), bytes);
   }
