@@ -58,10 +58,10 @@ void inner_products(const Rows& rows, const size_t* tokens, size_t depth, const 
       const size_t fours = (std::min(end, (k / kStretch + 1) * kStretch) - k) / 4, at = in_stretches(k, stride);
       const uint8_t* from = a + k / 4 * AdapterShape::kTileBytes;
       auto multiply = [&](size_t g, int part) __attribute__((always_inline)) {
-        v64u w[NT];
+        v16i w[NT];
         LIFECYCLE_UNROLL for (int j = 0; j < NT; ++j) {
           const uint8_t* four = from + j * tile_bytes + g * AdapterShape::kTileBytes;
-          w[j] = load<v64u>(four);
+          w[j] = load<v16i>(four);
           __builtin_prefetch(four + kAhead);
         }
         LIFECYCLE_UNROLL for (int i = 0; i < MR; ++i) {
@@ -100,7 +100,7 @@ Adapters::Adapters(const Run& run, size_t first, const AdapterShape& shape, size
   // Matrices of rows are read whole, and may end behind the last token.
   values_ = scratch<int8_t, 13>((tokens + kMatrixRows) * inner_bytes());
   scales_ = scratch<float, 14>(tokens * shape.parts);
-  zeros_ = scratch<int32_t, 16>(tokens * shape.parts);
+  offsets_ = scratch<int32_t, 16>(tokens * shape.parts);
   inner_ = scratch<float, 17>(tokens * shape.inner_tiles * kLanes);
 }
 
@@ -129,7 +129,7 @@ void Adapters::round(size_t token) noexcept {
     std::memset(to + shape.rank, 0, 4 * shape.fours - shape.rank);
     int32_t sum;
     scales_[at] = round_block(inner + part * shape.rank, shape.rank, false, to, kStretch, &sum);
-    zeros_[at] = kZero * sum;
+    offsets_[at] = -kZero * sum;
   }
 }
 

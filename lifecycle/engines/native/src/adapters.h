@@ -102,7 +102,7 @@ class Adapters {
   LIFECYCLE_INLINE v16f add(v16f total, v16i sums, size_t token, size_t part, const uint8_t* tile) const {
     const size_t at = token * shape.parts + part;
     const v16f scale = load<v16f>(tile + shape.fours * AdapterShape::kTileBytes) * scales_[at];
-    return multiply_add(to_float(sums - spread(zeros_[at])), scale, total);
+    return multiply_add(to_float(sums + spread(offsets_[at])), scale, total);
   }
 
   const AdapterShape shape;
@@ -114,10 +114,10 @@ class Adapters {
 
   const uint8_t* bank_;
   const Rows* rows_ = nullptr;
-  float* inner_;    // x · A, [tokens, 16 * tiles of A]
-  int8_t* values_;  // the same as integers
-  float* scales_;   // [tokens, parts]
-  int32_t* zeros_;  // what of their sums with B comes of what stands for 0, [tokens, parts]
+  float* inner_;      // x · A, [tokens, 16 * tiles of A]
+  int8_t* values_;    // the same as integers
+  float* scales_;     // [tokens, parts]
+  int32_t* offsets_;  // what their sums with B get for what stands for 0, [tokens, parts]
   // What is read often has to lie in other cache lines than what is written.
   alignas(64) std::atomic<size_t> next_{0};
   std::atomic<size_t> done_{0};

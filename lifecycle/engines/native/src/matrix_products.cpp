@@ -122,7 +122,7 @@ void rowwise(const Weights& w, const Rows& rows, size_t row, size_t count, size_
   int32_t sums[kRowwiseTiles][kMatrixRows * kLanes];
   each<kRowwiseTiles>([&](auto j) { store_matrix<kSums + j>(sums[j], kMatrixBytes); });
   finish<kRowwiseTiles>(w, rows, row, count, tile, y, [&](size_t j, size_t i) {
-    const v16i sum = load<v16i>(sums[j] + i * kLanes) - spread(w.zero * rows.sums[row + i]);
+    const v16i sum = load<v16i>(sums[j] + i * kLanes) + spread(rows.offsets[row + i]);
     // The order of ONNX Runtime's nodes: bits are the same.
     return rounded_product(to_float(sum) * load<v16f>(w.scales.get() + (tile + j) * kLanes) * rows.scales[row + i]);
   });

@@ -11,8 +11,9 @@
 namespace lifecycle {
 namespace {
 
-// Rows and tiles at once: their sums, of which blocks have two kinds, fill three quarters of the registers.
-constexpr int kRowwiseRows = 8, kBlockRows = 6;
+// Rows at once: their sums, of which blocks have two kinds, fill three quarters of the registers. So many that they are
+// all there are have their second kind in memory in blocks, which takes less time than two shares of them.
+constexpr int kRowwiseRows = 8, kBlockRows = 6, kAllBlockRows = 8;
 constexpr size_t kMostTasks = 32;
 // Fewer rows take as long in vectors: both wait for the weights. In blocks, most of the time goes into what follows their
 // sums.
@@ -39,9 +40,9 @@ LIFECYCLE_INLINE void multiply(v16i (&acc)[MR][NR], const uint8_t* weights, size
                                const int8_t* rows, size_t row_bytes, size_t groups) {
   if constexpr (kBits == 8) {
     for (size_t g = 0; g < groups; ++g) {
-      v64u w[NR];
+      v16i w[NR];
       LIFECYCLE_UNROLL for (int j = 0; j < NR; ++j) {
-        w[j] = load<v64u>(weights + j * tile_bytes + 64 * g);
+        w[j] = load<v16i>(weights + j * tile_bytes + 64 * g);
         ahead(weights + (j + NR) * tile_bytes + 64 * g);
       }
       LIFECYCLE_UNROLL for (int i = 0; i < MR; ++i) {
@@ -51,12 +52,12 @@ LIFECYCLE_INLINE void multiply(v16i (&acc)[MR][NR], const uint8_t* weights, size
     }
   } else {
     for (size_t g = 0; g < groups; g += 2) {
-      v64u low[NR], high[NR];
+      v16i low[NR], high[NR];
       LIFECYCLE_UNROLL for (int j = 0; j < NR; ++j) {
         const v16i both = load<v16i>(weights + j * tile_bytes + 32 * g);
         ahead(weights + (j + NR) * tile_bytes + 32 * g);
-        low[j] = (v64u)(both & 0x0f0f0f0f);
-        high[j] = (v64u)((both >> 4) & 0x0f0f0f0f);
+        low[j] = both & 0x0f0f0f0f;
+        high[j] = (both >> 4) & 0x0f0f0f0f;
       }
       LIFECYCLE_UNROLL for (int i = 0; i < MR; ++i) {
         const int32_t first = four_of(rows + i * row_bytes, g);
@@ -78,7 +79,7 @@ LIFECYCLE_INLINE void adapt(v16f (&total)[MR], const Adapters& adapters, size_t 
     const uint8_t* tile = adapters.tile(adapters.owners.of(row), number);
     v16i sums[MR] = {};
     for (size_t g = 0; g < fours; ++g) {
-      const v64u b = load<v64u>(tile + g * AdapterShape::kTileBytes);
+      const v16i b = load<v16i>(tile + g * AdapterShape::kTileBytes);
       LIFECYCLE_UNROLL for (int i = 0; i < MR; ++i) sums[i] = dot(sums[i], b, four_of(inner + i * inner_bytes, g));
     }
     LIFECYCLE_UNROLL for (int i = 0; i < MR; ++i) total[i] = adapters.add(total[i], sums[i], row + i, part, tile);
@@ -88,7 +89,7 @@ LIFECYCLE_INLINE void adapt(v16f (&total)[MR], const Adapters& adapters, size_t 
     const uint8_t* tile = adapters.tile(adapters.owners.of(row + i), number);
     v16i sums = {};
     for (size_t g = 0; g < fours; ++g) {
-      sums = dot(sums, load<v64u>(tile + g * AdapterShape::kTileBytes), four_of(inner + i * inner_bytes, g));
+      sums = dot(sums, load<v16i>(tile + g * AdapterShape::kTileBytes), four_of(inner + i * inner_bytes, g));
     }
     total[i] = adapters.add(total[i], sums, row + i, part, tile);
   }
@@ -103,8 +104,11 @@ void expect_adapters(const Weights& w, const Adapters& adapters, size_t row, siz
   }
 }
 
+// Whether weights are row-wise, in blocks, or in blocks of which each has what stands for its 0.
+enum class Kind { kRowwise, kBlocks, kBlocksWithZeros };
+
 // MR rows times NR tiles from tile `tile` on.
-template <int kBits, int MR, int NR>
+template <int kBits, Kind kKind, int MR, int NR>
 void rows_by_tiles(const Weights& w, const Rows& rows, size_t row, size_t tile, float* y) {
   const size_t groups = w.block / 4, blocks = w.blocks();
   const size_t tile_bytes = w.tile_bytes(), block_bytes = groups * 64 * kBits / 8;
@@ -116,13 +120,14 @@ void rows_by_tiles(const Weights& w, const Rows& rows, size_t row, size_t tile, 
   v16f total[MR][NR] = {};
   for (size_t b = 0; b < blocks; ++b) {
     v16i acc[MR][NR];
-    const int32_t* sums = rows.sums + b;
     LIFECYCLE_UNROLL for (int i = 0; i < MR; ++i) {
+      const size_t place = (row + i) * blocks + b;
       LIFECYCLE_UNROLL for (int j = 0; j < NR; ++j) {
-        acc[i][j] = w.zeros.get() == nullptr
-                        ? spread(-w.zero * sums[(row + i) * blocks])
-                        : load<v16i>(w.zeros.get() + ((tile + j) * blocks + b) * kLanes) *
-                              -sums[(row + i) * blocks];
+        if constexpr (kKind == Kind::kBlocksWithZeros) {
+          acc[i][j] = load<v16i>(w.zeros.get() + ((tile + j) * blocks + b) * kLanes) * -rows.sums[place];
+        } else {
+          acc[i][j] = spread(rows.offsets[place]);
+        }
       }
     }
     multiply<kBits, MR, NR>(acc, weights + b * block_bytes, tile_bytes, values + b * w.block, rows.width,
@@ -132,13 +137,14 @@ void rows_by_tiles(const Weights& w, const Rows& rows, size_t row, size_t tile, 
       LIFECYCLE_UNROLL for (int i = 0; i < MR; ++i) {
         const float of_row = rows.scales[(row + i) * blocks + b];
         // Row-wise, the order of ONNX Runtime's nodes: bits are the same.
-        if (w.is_rowwise) {
+        if constexpr (kKind == Kind::kRowwise) {
           total[i][j] = rounded_product(to_float(acc[i][j]) * scale * of_row);
         } else {
           total[i][j] = multiply_add(to_float(acc[i][j]), scale * of_row, total[i][j]);
         }
       }
     }
+    if constexpr (kKind != Kind::kRowwise && MR > kBlockRows) asm volatile("" : "+m"(total));
   }
   if (rows.adapters != nullptr) rows.adapters->wait();
   LIFECYCLE_UNROLL for (int j = 0; j < NR; ++j) {
@@ -156,26 +162,23 @@ void rows_by_tiles(const Weights& w, const Rows& rows, size_t row, size_t tile, 
   }
 }
 
-template <int kBits, int NR>
+template <int kBits, Kind kKind>
 void some_rows(int count, const Weights& w, const Rows& rows, size_t row, size_t tile, float* y) {
-  switch (count) {
-    case 1: return rows_by_tiles<kBits, 1, NR>(w, rows, row, tile, y);
-    case 2: return rows_by_tiles<kBits, 2, NR>(w, rows, row, tile, y);
-    case 3: return rows_by_tiles<kBits, 3, NR>(w, rows, row, tile, y);
-    case 4: return rows_by_tiles<kBits, 4, NR>(w, rows, row, tile, y);
-    case 5: return rows_by_tiles<kBits, 5, NR>(w, rows, row, tile, y);
-    case 6: return rows_by_tiles<kBits, 6, NR>(w, rows, row, tile, y);
-  }
-  if constexpr (NR == kRowwiseTiles) {
-    if (count == 7) return rows_by_tiles<kBits, 7, NR>(w, rows, row, tile, y);
-    return rows_by_tiles<kBits, 8, NR>(w, rows, row, tile, y);
-  }
+  constexpr bool kIsRowwise = kKind == Kind::kRowwise;
+  each<kIsRowwise ? kRowwiseRows : kAllBlockRows>([&](auto i) {
+    if (count != i + 1) return;
+    rows_by_tiles<kBits, kKind, i + 1, kIsRowwise ? kRowwiseTiles : kBlockTiles>(w, rows, row, tile, y);
+  });
 }
 
 void some_rows(int count, const Weights& w, const Rows& rows, size_t row, size_t tile, float* y) {
-  if (w.is_rowwise) return some_rows<8, kRowwiseTiles>(count, w, rows, row, tile, y);
-  if (w.bits == 8) return some_rows<8, kBlockTiles>(count, w, rows, row, tile, y);
-  return some_rows<4, kBlockTiles>(count, w, rows, row, tile, y);
+  if (w.is_rowwise) return some_rows<8, Kind::kRowwise>(count, w, rows, row, tile, y);
+  if (w.zeros.get() != nullptr) {
+    if (w.bits == 8) return some_rows<8, Kind::kBlocksWithZeros>(count, w, rows, row, tile, y);
+    return some_rows<4, Kind::kBlocksWithZeros>(count, w, rows, row, tile, y);
+  }
+  if (w.bits == 8) return some_rows<8, Kind::kBlocks>(count, w, rows, row, tile, y);
+  return some_rows<4, Kind::kBlocks>(count, w, rows, row, tile, y);
 }
 
 // The rows of a product as integers, of which adapters may take their first product while they are at hand.
@@ -194,8 +197,9 @@ void round_rows(const Run& run, const Weights& w, bool is_gated, const float* x,
     auto place = [&](size_t k) { return values + in_stretches(k, stride); };
     for (size_t b = 0; b < blocks; ++b) {
       const size_t from = b * w.block, size = std::min(w.block, w.depth - from);
-      rows.scales[row * blocks + b] = round_block(from_row + from, size, w.is_rowwise, place(from), stride,
-                                                  rows.sums + row * blocks + b);
+      const size_t at = row * blocks + b;
+      rows.scales[at] = round_block(from_row + from, size, w.is_rowwise, place(from), stride, rows.sums + at);
+      rows.offsets[at] = -w.zero * rows.sums[at];
     }
     // What is behind the last value is multiplied too.
     for (size_t k = w.depth; k < rows.width; k = (k / kStretch + 1) * kStretch) {
@@ -227,10 +231,12 @@ void product(const Run& run, const Weights& w, bool is_gated, const float* x, si
   rows.values = scratch<int8_t, 0>((count + kMatrixRows) * rows.width);
   rows.scales = scratch<float, 1>((count + kMatrixRows) * w.blocks());
   rows.sums = scratch<int32_t, 2>((count + kMatrixRows) * w.blocks());
+  rows.offsets = scratch<int32_t, 4>((count + kMatrixRows) * w.blocks());
   rows.adapters = adapters;
   round_rows(run, w, is_gated, x, count, rows, adapters);
   const size_t wide = w.is_rowwise ? kRowwiseTiles : kBlockTiles;
-  const size_t most_rows = rows.in_matrices ? kMatrixRows : w.is_rowwise ? kRowwiseRows : kBlockRows;
+  const size_t most_in_blocks = count <= (size_t)kAllBlockRows ? kAllBlockRows : kBlockRows;
+  const size_t most_rows = rows.in_matrices ? kMatrixRows : w.is_rowwise ? kRowwiseRows : most_in_blocks;
   const size_t groups = w.tiles() / wide;
   const size_t room = kMatrixRoom / rows.width / kMatrixRows * kMatrixRows;
   const size_t at_once = rows.in_matrices ? std::max(kRowsAtOnce, room) : kRowsAtOnce;

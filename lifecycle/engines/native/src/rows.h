@@ -16,6 +16,7 @@ struct Rows {
   int8_t* values = nullptr;  // [rows, width], or for matrices [rows / 16, width / 64, 16, 64]
   float* scales = nullptr;   // [rows, blocks]
   int32_t* sums = nullptr;   // [rows, blocks]
+  int32_t* offsets = nullptr;  // what a sum of products gets for what stands for 0 in the weights, [rows, blocks]
   size_t width = 0, block = 0, blocks = 0;
   bool is_rowwise = false, in_matrices = false;
   const Adapters* adapters = nullptr;  // of these rows

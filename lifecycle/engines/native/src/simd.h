@@ -133,14 +133,13 @@ LIFECYCLE_INLINE v16f rounded(v16f x) {
   return (x + magic) - magic;
 }
 
-// acc + the sums of four products each, of 64 unsigned with 4 signed bytes that all lanes share.
-LIFECYCLE_INLINE v16i dot(v16i acc, v64u weights, int32_t four) {
+// acc + the sums of four products each, of the unsigned bytes of weights with 4 signed ones that all lanes share.
+LIFECYCLE_INLINE v16i dot(v16i acc, v16i weights, int32_t four) {
 #if LIFECYCLE_AVX512
   return (v16i)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)weights, _mm512_set1_epi32(four));
 #else
-  const v16i words = (v16i)weights;
   LIFECYCLE_UNROLL for (int k = 0; k < 4; ++k) {
-    acc += ((words >> (8 * k)) & 255) * (int32_t)(int8_t)((uint32_t)four >> (8 * k));
+    acc += ((weights >> (8 * k)) & 255) * (int32_t)(int8_t)((uint32_t)four >> (8 * k));
   }
   return acc;
 #endif
