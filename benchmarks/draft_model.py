@@ -1,4 +1,4 @@
-"""What a draft model is worth: decoding with and without, in turns in one process.
+"""What a draft model is worth: decoding with and without, a few steps at a time in one process.
 
     python -m benchmarks.draft_model --draft STORIES260K [--turns 5] [--batch 1 4 8] [--tokens 300] [--json]
 
@@ -41,6 +41,8 @@ from lifecycle.graph.targets import Cpu
 SCHEMES = {"int8-rowwise": Int8Rowwise(8), "int4": Blockwise(32)}
 TASKS = {"likes": 0.0, "drawn": 1.0, "wrong": 0.0}
 HEAD = 64
+STEPS, PAUSE = 16, 0.005
+"""Of a turn of an engine, and seconds before it."""
 Weights = dict[str, NDArray[np.float32]]
 
 
@@ -184,9 +186,7 @@ def compare(
         params = SamplingParams(
             max_tokens=tokens, temperature=temperature, seed=turn, ignore_eos=True
         )
-        order = pair if turn % 2 else pair[::-1]
-        runs = {id(engine): decode(engine, batch, params) for engine in order}
-        (plain, said), (guessed, same) = (runs[id(engine)] for engine in pair)
+        (plain, said), (guessed, same) = decode(pair, batch, params)
         if said != same:
             raise RuntimeError("a text is another one with guesses")
         # In the first turn the engine finds out what its guesses are worth.
@@ -201,18 +201,30 @@ def compare(
 
 
 def decode(
-    engine: OnnxEngine, batch: int, params: SamplingParams
-) -> tuple[float, dict[str, list[int]]]:
-    """Seconds from the first tokens to the last, and the texts."""
-    said: dict[str, list[int]] = {}
-    for n in range(batch):
-        engine.submit(Request(str(n), [1, 403, 407, 261, 378][: n % 5 + 1], params))
-    start = time.perf_counter()
-    while engine.num_running or engine.num_waiting:
-        for event in engine.step():
-            if event.token_id is not None:
-                said.setdefault(event.request_id, []).append(event.token_id)
-    return time.perf_counter() - start, said
+    engines: Sequence[OnnxEngine], batch: int, params: SamplingParams
+) -> list[tuple[float, dict[str, list[int]]]]:
+    """Seconds that each engine takes, and its texts. They take turns of a few steps, for how fast a machine is changes
+    within seconds."""
+    seconds, said = [0.0] * len(engines), [dict[str, list[int]]() for _ in engines]
+    for engine in engines:
+        for n in range(batch):
+            engine.submit(Request(str(n), [1, 403, 407, 261, 378][: n % 5 + 1], params))
+    order = list(range(len(engines)))
+    while any(engine.num_running or engine.num_waiting for engine in engines):
+        order.reverse()
+        for which in order:
+            engine = engines[which]
+            # Until then threads of the other one wait for work on the same cores.
+            time.sleep(PAUSE)
+            start = time.perf_counter()
+            for _ in range(STEPS):
+                for event in engine.step():
+                    if event.token_id is not None:
+                        said[which].setdefault(event.request_id, []).append(event.token_id)
+                if not (engine.num_running or engine.num_waiting):
+                    break
+            seconds[which] += time.perf_counter() - start
+    return list(zip(seconds, said, strict=True))
 
 
 if __name__ == "__main__":

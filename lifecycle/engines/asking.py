@@ -36,6 +36,9 @@ _LEAST = 0.1
 """Share of a step that guesses have to be expected to save. Less may be an error of the measurement."""
 _LEAST_SAVED, _NEWEST = 0.05, 0.1
 """Steps that a step with guesses has to have saved on average, and the weight of the newest one in it."""
+_SURE = 0.985
+"""Share of what steps seem to take without guesses that is sure to be saved, less by how irregular they are: who asks
+whenever guesses seem to pay asks most when steps without were measured too long."""
 _LONG = 64
 """Tokens that a request is expected to bring yet; if it has brought more, so many."""
 _OUTLIER = 3.0
@@ -87,9 +90,9 @@ class Asking:
         self._is_behind = False
         """Whether the model has run since the last step without it."""
 
-    def begin(self, pace: Pace, *, is_alone: bool) -> bool:
-        """Before each step: count what the last one has gained; whether the model may be asked now.
-        `is_alone` says whether the step computes no prompts: those take their steps in any case, and
+    def begin(self, pace: Pace, num_decode: int, *, is_alone: bool) -> bool:
+        """Before each step of so many decoding tokens: count what the last one has gained; whether the model may be
+        asked now. `is_alone` says whether the step computes no prompts: those take their steps in any case, and
         who decodes beside them saves none by guesses."""
         self._settle(pace)
         step = pace.decode_seconds(1)
@@ -98,7 +101,8 @@ class Asking:
         self._start = _START * step
         self._balance = min(self._balance, _MOST * step)
         self.costs.pace.context = self.model.pace.context = pace.context
-        if self._since_plain >= (_CLOSE_EVERY if self._saved < _CLOSE else _PLAIN_EVERY):
+        every = _CLOSE_EVERY if self._saved < _CLOSE else _PLAIN_EVERY
+        if self._since_plain >= every or (not self._plain_left and pace.is_doubted(num_decode)):
             self._since_plain, self._plain_left = 0, _PLAIN
         if self._plain_left:
             self._plain_left -= 1
@@ -183,8 +187,11 @@ class Asking:
             guesses = self.model.propose(chosen, self._room(num_decode, pace))
             num_guessed = sum(map(len, guesses))
             seconds = self.model.pace.seconds - before
-            base = pace.decode_seconds(num_decode + num_other) or 0.0
-            self._asked = _Asked(num_decode, plain, base, num_guessed, seconds, right, is_usual)
+            sure = _SURE * (1.0 - pace.noise)
+            base = sure * (pace.decode_seconds(num_decode + num_other) or 0.0)
+            self._asked = _Asked(
+                num_decode, sure * plain, base, num_guessed, seconds, right, is_usual
+            )
             self._is_behind = True
         for (state, _), guess in zip(chosen, guesses, strict=True):
             state.draft, state.guesser = guess, state.asked

@@ -17,6 +17,10 @@ _LENGTHS = (4, 3, 2)
 """Tokens at the end of a text that are looked for earlier in it, the longest first."""
 _WEIGHT = 0.15
 """Of one more guess in the share of right ones."""
+_LEAST = 0.03
+"""Share of the time of a token that guesses have to be expected to save: less may be an error of the measurement."""
+_FINE = 6
+"""Up to so many guesses of a step each number is weighed, then each that is a sixth part more."""
 _DRIFT = 0.01
 """How fast the share returns to that of all requests while nothing is guessed: a text that was its own may
 begin to quote."""
@@ -135,18 +139,23 @@ def choose_lengths(
         offers: of the requests for which something can be guessed.
         num_decode: tokens of the step without guesses; each gives one.
         costs: of the draft model, where it may be asked.
+
+    Of many guesses only every so many are weighed: that takes time too, and how long steps of a size take is known the
+    better the fewer sizes there are.
     """
     lengths, best = [0] * len(offers), [0] * len(offers)
     seconds = pace.decode_seconds(num_decode)
     if seconds is None:
         return Lengths(best, 0.0)
     without = seconds
-    plain = least = seconds / num_decode
+    plain = seconds / num_decode
+    least = (1 - _LEAST) * plain
     # The likeliest guess that is left first; each is less likely than the one before it.
     left = [(-offer.acceptance, i) for i, offer in enumerate(offers) if offer.most]
     heapify(left)
     given, tokens = float(num_decode), num_decode
     asking, asked = list[int](), 0.0
+    weighed = num_decode + 1
     while left:
         chance, i = left[0]
         tokens += 1
@@ -162,6 +171,9 @@ def choose_lengths(
             heapreplace(left, (chance * offers[i].acceptance, i))
         else:
             heappop(left)
+        if tokens < weighed and left:
+            continue
+        weighed = tokens + max((tokens - num_decode) // _FINE, 1)
         if costs is not None and asking:
             seconds = costs.step_seconds(tokens, pace)
         else:
@@ -170,4 +182,4 @@ def choose_lengths(
         seconds = max(seconds, without)
         if (seconds + asked) / given < least:
             least, best = (seconds + asked) / given, lengths.copy()
-    return Lengths(best, plain - least)
+    return Lengths(best, plain - least if any(best) else 0.0)

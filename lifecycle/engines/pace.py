@@ -8,10 +8,16 @@ from math import sqrt
 
 _WEIGHT, _PROMPT_WEIGHT = 0.2, 0.4
 """Of a new measurement in the running mean; a prompt's tokens cost more the further it is."""
-_OUTLIER = 2.0
-"""A measurement counts as at most so many times the mean: a machine may be busy for a moment."""
+_NEWEST, _DOUBT = 0.5, 0.05
+"""Of a new measurement where the last one is long past, or of texts so much longer or shorter that what steps take with
+those of now may be wrong by such a share."""
+_OUTLIER, _SLOW = 2.0, 1.25
+"""A measurement of a prompt, or of a decoding step, counts as at most so many times the mean: a machine may be busy for a
+moment. Where one such step made others seem long, guesses would seem to save them."""
 _SLOPE_WEIGHT = 0.002
 """Of a new measurement in what longer texts cost, which changes little; noise is most of what a single one says."""
+_NOISE_WEIGHT = 0.02
+"""Of how far a new measurement is off."""
 _FAR = 4.0
 """How many times as long or short other texts may make a step at most, whatever measurements say."""
 _OLD, _LOOK_EVERY = 512, 64
@@ -27,6 +33,20 @@ class _Mean:
 
     seconds: float
     context: float
+
+    def note(self, seconds: float, context: float, weight: float) -> None:
+        self.seconds += weight * (seconds - self.seconds)
+        self.context += weight * (context - self.context)
+
+
+@dataclass(slots=True)
+class _Steps(_Mean):
+    """Those of one size."""
+
+    at: float
+    """Seconds of all steps when they were measured last."""
+    before: _Mean
+    """A mean that is slow to follow: the farther back it is, the better a new measurement says what texts cost."""
 
 
 class _Slope:
@@ -49,11 +69,14 @@ class _Slope:
         return self._products / self._squares if self._squares else 0.0
 
     @property
+    def error(self) -> float:
+        """Two standard errors of it."""
+        return 2 * sqrt(self._errors / self._count / self._squares) if self._squares else 0.0
+
+    @property
     def value(self) -> float:
         """Seconds for a token, or less: two standard errors below what was measured."""
-        if not self._squares:
-            return 0.0
-        return max(self._mean - 2 * sqrt(self._errors / self._count / self._squares), 0.0)
+        return max(self._mean - self.error, 0.0)
 
 
 class Pace:
@@ -69,7 +92,7 @@ class Pace:
         """
         self.max_stall = max_stall
         self._has_prompt_graph = has_prompt_graph
-        self._decode: dict[int, _Mean] = {}
+        self._decode: dict[int, _Steps] = {}
         self.context: float = 0
         """Tokens that stand before those of the next step: keys and values are read of each."""
         self._context_seconds = _Slope()
@@ -85,6 +108,8 @@ class Pace:
         rows take other kernels, a graph for prompts reads its weights. It follows the prompts as they grow."""
         self._first: tuple[int, float] | None = None
         """Tokens and seconds of the last step of prompts alone before any other."""
+        self.noise = 0.0
+        """By what share of it a decoding step takes longer or shorter than expected, on average."""
         self.seconds = 0.0
         """Of all steps together."""
 
@@ -107,14 +132,35 @@ class Pace:
             self._note_prompt(0, *first)
 
     def _note_decode(self, num_decode: int, seconds: float) -> None:
-        before = self._decode.get(num_decode)
-        if before is None:
-            self._decode[num_decode] = _Mean(seconds, self.context)
+        known = self._decode.get(num_decode)
+        if known is None:
+            before = _Mean(seconds, self.context)
+            self._decode[num_decode] = _Steps(seconds, self.context, self.seconds, before)
             return
-        seconds = min(seconds, _OUTLIER * self._now(before))
+        idle = max(self.seconds - seconds - known.at, 0.0)
+        steps = 1 + idle / known.seconds if known.seconds else 1.0
+        weight = min(1 - (1 - _WEIGHT) ** steps, _NEWEST)
+        if self._is_doubted(known):
+            weight = _NEWEST
+        if expected := self._now(known):
+            off = min(abs(seconds - expected) / expected, _SLOW - 1)
+            self.noise += _NOISE_WEIGHT * (off - self.noise)
+        seconds = min(seconds, _SLOW * expected)
+        before = known.before
         self._context_seconds.note(self.context - before.context, seconds - before.seconds)
-        before.seconds += _WEIGHT * (seconds - before.seconds)
-        before.context += _WEIGHT * (self.context - before.context)
+        before.note(seconds, self.context, _WEIGHT)
+        known.note(seconds, self.context, weight)
+        known.at = self.seconds
+
+    def is_doubted(self, num_decode: int) -> bool:
+        """Whether steps with so many decoding tokens were measured with texts so much longer or shorter that what they
+        take now cannot be told."""
+        mean = self._decode.get(num_decode)
+        return mean is not None and self._is_doubted(mean)
+
+    def _is_doubted(self, mean: _Mean) -> bool:
+        wrong = self._context_seconds.error * abs(self.context - mean.context)
+        return wrong > _DOUBT * mean.seconds
 
     def _now(self, mean: _Mean) -> float:
         """What a step takes with the texts as long as they are."""

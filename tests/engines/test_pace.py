@@ -125,3 +125,53 @@ def test_texts_of_one_length_say_nothing_of_others() -> None:
     expected = pace.decode_seconds(2)
     assert expected is not None
     assert expected >= 0.0025
+
+
+def measured(seconds: float, count: int = 40) -> Pace:
+    """A machine on which a step of 2 took so long, a few times."""
+    pace = Pace()
+    for _ in range(count):
+        pace.note(2, 0, seconds)
+    return pace
+
+
+def test_one_slow_step_says_little_and_many_say_all() -> None:
+    pace = measured(0.010)
+    pace.note(2, 0, 0.050)
+    assert pace.decode_seconds(2) == pytest.approx(0.0105)
+    for _ in range(20):
+        pace.note(2, 0, 0.020)
+    assert pace.decode_seconds(2) == pytest.approx(0.020, rel=0.02)
+
+
+def test_what_was_measured_long_ago_counts_less() -> None:
+    pace = measured(0.010)
+    pace.seconds += 1.0
+    pace.note(2, 0, 0.008)
+    assert pace.decode_seconds(2) == pytest.approx(0.009)
+    pace.note(2, 0, 0.008)
+    assert pace.decode_seconds(2) == pytest.approx(0.0088)
+
+
+def test_steps_are_in_doubt_once_texts_are_others() -> None:
+    """Until some have been made with those."""
+    rng = np.random.default_rng(0)
+    pace = Pace()
+    for pace.context in range(0, 1600, 8):
+        pace.note(8, 0, (0.005 + 2e-6 * pace.context) * rng.normal(1, 0.05))
+    assert not pace.is_doubted(8) and not pace.is_doubted(3)
+    pace.context = 0
+    assert pace.is_doubted(8)
+    for _ in range(4):
+        pace.note(8, 0, 0.005)
+    assert not pace.is_doubted(8)
+    assert pace.decode_seconds(8) == pytest.approx(0.005, rel=0.05)
+
+
+def test_noise_is_how_far_steps_are_off() -> None:
+    rng = np.random.default_rng(0)
+    assert measured(0.010).noise == 0.0
+    pace = Pace()
+    for _ in range(1000):
+        pace.note(1, 0, 0.010 * rng.normal(1, 0.05))
+    assert pace.noise == pytest.approx(0.045, abs=0.015)
