@@ -214,6 +214,8 @@ def decode(
         order.reverse()
         for which in order:
             engine = engines[which]
+            if not (engine.num_running or engine.num_waiting):
+                continue
             # Until then threads of the other one wait for work on the same cores.
             time.sleep(PAUSE)
             start = time.perf_counter()

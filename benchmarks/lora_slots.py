@@ -96,8 +96,7 @@ def measure(plain: OnnxEngine, engine: OnnxEngine, rounds: int) -> dict[str, flo
     order = random.Random(0)
     for _ in range(rounds):
         # What a step finds in the caches is what another has left: not always the same one.
-        for name in order.sample(list(steps), len(steps)):
-            step = steps[name]
+        for name, step in order.sample(list(steps.items()), len(steps)):
             # Binds what is new and warms the caches of the processor alike for all.
             for _ in range(1 if "prefill" in name else 2):
                 step()

@@ -36,7 +36,7 @@ _LEAST = 0.1
 """Share of a step that guesses have to be expected to save. Less may be an error of the measurement."""
 _LEAST_SAVED, _NEWEST = 0.05, 0.1
 """Steps that a step with guesses has to have saved on average, and the weight of the newest one in it."""
-_SURE = 0.985
+_SURE = 0.97
 """Share of what steps seem to take without guesses that is sure to be saved, less by how irregular they are: who asks
 whenever guesses seem to pay asks most when steps without were measured too long."""
 _LONG = 64
@@ -54,9 +54,9 @@ class _Asked(NamedTuple):
 
     num_decode: int
     plain: float
-    """Seconds that the step was expected to take without guesses,"""
+    """Seconds that the step would have taken without guesses, as far as that is sure,"""
     base: float
-    """and with those that are not the model's."""
+    """and that it was expected to take with those that are not the model's."""
     num_guessed: int
     seconds: float
     """What the model took."""
@@ -87,8 +87,9 @@ class Asking:
         self._has_saved = 2 * _LEAST
         """What they have saved on average; at first it is expected."""
         self._rest = self._resting = self._num_idle = 0
-        self._is_behind = False
-        """Whether the model has run since the last step without it."""
+        self._is_behind = self._is_doubted = False
+        """Whether the model has run since the last step without it, and whether what steps take was in doubt before the
+        last one."""
 
     def begin(self, pace: Pace, num_decode: int, *, is_alone: bool) -> bool:
         """Before each step of so many decoding tokens: count what the last one has gained; whether the model may be
@@ -102,7 +103,9 @@ class Asking:
         self._balance = min(self._balance, _MOST * step)
         self.costs.pace.context = self.model.pace.context = pace.context
         every = _CLOSE_EVERY if self._saved < _CLOSE else _PLAIN_EVERY
-        if self._since_plain >= every or (not self._plain_left and pace.is_doubted(num_decode)):
+        # Once: where requests guess from their own texts, no step may be made that ends the doubt.
+        was_doubted, self._is_doubted = self._is_doubted, pace.is_doubted(num_decode)
+        if self._since_plain >= every or (self._is_doubted and not was_doubted):
             self._since_plain, self._plain_left = 0, _PLAIN
         if self._plain_left:
             self._plain_left -= 1
@@ -188,7 +191,7 @@ class Asking:
             num_guessed = sum(map(len, guesses))
             seconds = self.model.pace.seconds - before
             sure = _SURE * (1.0 - pace.noise)
-            base = sure * (pace.decode_seconds(num_decode + num_other) or 0.0)
+            base = pace.decode_seconds(num_decode + num_other) or 0.0
             self._asked = _Asked(
                 num_decode, sure * plain, base, num_guessed, seconds, right, is_usual
             )

@@ -20,7 +20,7 @@ _WEIGHT = 0.15
 _LEAST = 0.03
 """Share of the time of a token that guesses have to be expected to save: less may be an error of the measurement."""
 _FINE = 6
-"""Up to so many guesses of a step each number is weighed, then each that is a sixth part more."""
+"""Up to twice as many guesses of a step each number is weighed, then each that is a sixth part more."""
 _DRIFT = 0.01
 """How fast the share returns to that of all requests while nothing is guessed: a text that was its own may
 begin to quote."""

@@ -8,12 +8,12 @@ from math import sqrt
 
 _WEIGHT, _PROMPT_WEIGHT = 0.2, 0.4
 """Of a new measurement in the running mean; a prompt's tokens cost more the further it is."""
-_NEWEST, _DOUBT = 0.5, 0.05
-"""Of a new measurement where the last one is long past, or of texts so much longer or shorter that what steps take with
-those of now may be wrong by such a share."""
+_NEWEST, _LONG_AGO, _DOUBT = 0.5, 16, 0.05
+"""Of a new measurement where so many steps were made since the last one, or where that was of texts so much longer or
+shorter that what steps take now may be wrong by such a share."""
 _OUTLIER, _SLOW = 2.0, 1.25
-"""A measurement of a prompt, or of a decoding step, counts as at most so many times the mean: a machine may be busy for a
-moment. Where one such step made others seem long, guesses would seem to save them."""
+"""A measurement counts as at most so many times the mean, one of a usual decoding step as the second: a machine may be
+busy for a moment. Where one such step made others seem long, guesses would seem to save them."""
 _SLOPE_WEIGHT = 0.002
 """Of a new measurement in what longer texts cost, which changes little; noise is most of what a single one says."""
 _NOISE_WEIGHT = 0.02
@@ -46,7 +46,7 @@ class _Steps(_Mean):
     at: float
     """Seconds of all steps when they were measured last."""
     before: _Mean
-    """A mean that is slow to follow: the farther back it is, the better a new measurement says what texts cost."""
+    """A mean that always follows slowly: the farther back it is, the better a new measurement says what texts cost."""
 
 
 class _Slope:
@@ -57,6 +57,9 @@ class _Slope:
 
     def note(self, tokens: float, seconds: float) -> None:
         """A step had so many tokens more before it than others, and took so much longer."""
+        if abs(tokens) < 1:
+            # Where windows are full texts grow no more: what is left of a difference is an error of the computation.
+            return
         error = seconds - self._mean * tokens
         kept = 1 - _SLOPE_WEIGHT
         self._products = kept * self._products + tokens * seconds
@@ -137,19 +140,17 @@ class Pace:
             before = _Mean(seconds, self.context)
             self._decode[num_decode] = _Steps(seconds, self.context, self.seconds, before)
             return
-        idle = max(self.seconds - seconds - known.at, 0.0)
-        steps = 1 + idle / known.seconds if known.seconds else 1.0
-        weight = min(1 - (1 - _WEIGHT) ** steps, _NEWEST)
-        if self._is_doubted(known):
-            weight = _NEWEST
-        if expected := self._now(known):
+        is_usual = self.seconds - known.at <= _LONG_AGO * known.seconds
+        is_usual = is_usual and not self._is_doubted(known)
+        expected = self._now(known)
+        if is_usual and expected:
             off = min(abs(seconds - expected) / expected, _SLOW - 1)
             self.noise += _NOISE_WEIGHT * (off - self.noise)
-        seconds = min(seconds, _SLOW * expected)
+        seconds = min(seconds, (_SLOW if is_usual else _OUTLIER) * expected)
         before = known.before
         self._context_seconds.note(self.context - before.context, seconds - before.seconds)
         before.note(seconds, self.context, _WEIGHT)
-        known.note(seconds, self.context, weight)
+        known.note(seconds, self.context, _WEIGHT if is_usual else _NEWEST)
         known.at = self.seconds
 
     def is_doubted(self, num_decode: int) -> bool:

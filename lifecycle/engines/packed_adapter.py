@@ -34,6 +34,8 @@ def pack_adapter(a: NDArray[np.float32], parts: Sequence[NDArray[np.float32]]) -
     Raises:
         OverflowError: the weights are too large for that.
     """
+    if not np.isfinite(a).all():
+        raise OverflowError
     first, of_columns = _rounded(a)
     found = [_tiles(first).ravel()]
     for b, sizes in zip(parts, of_columns.reshape(len(parts), -1, 1), strict=True):
@@ -52,7 +54,9 @@ def _rounded(matrix: NDArray[np.float32]) -> tuple[NDArray[np.uint8], NDArray[np
     """A matrix by columns in 8 bits, and their scales."""
     scales = np.abs(matrix).max(axis=0) / np.float32(_MOST)
     steps = np.divide(matrix, scales, out=np.zeros_like(matrix), where=scales > 0)
-    return (np.rint(steps) + _ZERO).astype(np.uint8), scales
+    # Where numbers are so small that a scale has few digits, it may be too small for the largest of them.
+    whole = np.clip(np.rint(steps), -_MOST, _MOST)
+    return (whole + _ZERO).astype(np.uint8), scales
 
 
 def _tiles(matrix: NDArray[np.uint8]) -> NDArray[np.uint8]:

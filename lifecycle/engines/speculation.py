@@ -14,7 +14,7 @@ from lifecycle.engines.state import RequestState
 
 _IDLE, _REST = 16, 3
 """Looks at all texts without a guess that is worth its time, and the steps that are made after each further one without
-looking: it takes 1 to 3 % of a step. After four times as many looks, twice as many steps."""
+looking: it takes 1 to 3 % of a step. After twice as many looks, twice as many steps."""
 
 
 class Speculation:
@@ -80,7 +80,7 @@ class Speculation:
             asking.charge(time.perf_counter() - begun - computed)
         has_guesses = any(state.draft for state in decoding)
         self._num_idle = 0 if has_guesses else self._num_idle + 1
-        self._resting = _REST * ((self._num_idle >= _IDLE) + (self._num_idle >= 4 * _IDLE))
+        self._resting = _REST * min(self._num_idle // _IDLE, 2)
         self._skipped = 0
 
     def note(self, pace: Pace, num_decode: int, num_prompt: int, seconds: float) -> None:

@@ -45,17 +45,10 @@ def compile_library(compiler: Sequence[str], flags: Sequence[str], made: Path) -
     sources = sorted(SOURCES.glob("*.cpp"), key=lambda path: path.stat().st_size, reverse=True)
     with TemporaryDirectory(prefix="objects-", dir=made.parent) as folder:
         objects = [Path(folder) / f"{source.stem}.o" for source in sources]
+        commands = [[*compiler, *flags, "-c", str(source)] for source in sources]
         with ThreadPoolExecutor(usable_cores()) as pool:
-            parts = [
-                pool.submit(_run, [*compiler, *flags, "-c", str(source)], part)
-                for source, part in zip(sources, objects, strict=True)
-            ]
-            try:
-                for part in parts:
-                    part.result()
-            except CompilerError:
-                pool.shutdown(cancel_futures=True)
-                raise
+            # The first that fails keeps those from running that wait.
+            list(pool.map(_run, commands, objects))
         _run([*compiler, "-shared", *map(str, objects)], made)
 
 

@@ -271,8 +271,10 @@ def _join(graph: Graph, update: Node) -> None:
         or any(dims[2] % 16 for _, dims in kinds[1:])
     ):
         return
-    (_, (_, depth, _)), *parts = kinds
+    (_, (_, depth, inner)), *parts = kinds
     rank, columns = parts[0][1][1], [dims[2] for _, dims in parts]
+    if inner != rank * len(parts) or any(dims[1] != rank for _, dims in parts):
+        return
     own = _OWN_INPUTS[product.operator]
     given = product.inputs + [""] * (own - len(product.inputs))
     packed = first.removesuffix(FIRST)

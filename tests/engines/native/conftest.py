@@ -55,11 +55,11 @@ def in_matrices(request: pytest.FixtureRequest) -> Path:
     return _of_processor()
 
 
-@pytest.fixture(scope="session", params=["processor", "vectors", "emulated", "plain"])
+@pytest.fixture(scope="session", params=["processor", "in_vectors", "emulated", "plain"])
 def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The library as engines have it, and what other processors would make of it."""
-    if request.param in ("vectors", "emulated"):
-        return request.getfixturevalue({"vectors": "in_vectors"}.get(request.param, request.param))
+    if request.param in ("in_vectors", "emulated"):
+        return request.getfixturevalue(request.param)
     if request.param == "plain":
         return compiled(tmp_path_factory.mktemp("plain"), "-DLIFECYCLE_PLAIN")
     return _of_processor()

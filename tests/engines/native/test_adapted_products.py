@@ -197,6 +197,32 @@ def test_a_joined_product_says_how_large_its_bank_is() -> None:
     onnx.checker.check_value_info(bank)
 
 
+@pytest.mark.parametrize(
+    ("attribute", "value"),
+    [("rank", -1), ("rank", 2**62), ("rank", 2**60 + 16), ("rank", 0), ("part0", 2**62), ("part0", 40),
+     ("part0", 64), ("part0", 0)],
+)  # fmt: skip
+def test_what_a_node_says_of_its_adapters_is_checked(
+    kernels: Path, attribute: str, value: int
+) -> None:
+    """A graph may come from anybody: no number in it leads out of the bank."""
+    proto = onnx.load_from_string(swap(adapted([48], is_split=False, block=None)))
+    (node,) = [node for node in proto.graph.node if node.op_type == "RowwiseMatMul"]
+    for found in node.attribute:
+        if found.name == attribute:
+            found.i = value
+    given = packed(step([48], [0, 1, 2]))
+    with pytest.raises(Exception, match="adapters of"):
+        run(proto.SerializeToString(), kernels, given)
+
+
+def test_matrices_that_do_not_fit_together_stay_apart() -> None:
+    proto = onnx.load_from_string(adapted([32, 16], is_split=False, block=None))
+    (second,) = [i for i in proto.graph.input if i.name == "p.b1"]
+    second.type.tensor_type.shape.dim[1].dim_value = 5
+    assert b"AdapterUpdate" in swap(proto.SerializeToString())
+
+
 def test_weights_in_bytes() -> None:
     """A by 16 columns and 4 of k, then B by 16 columns, 4 of the rank, and the scales of the columns."""
     rng = np.random.default_rng(0)
@@ -224,6 +250,7 @@ def test_weights_in_bytes() -> None:
 
 def test_weights_beyond_all_bounds_are_refused() -> None:
     a, b = np.full((8, 4), 1e30, np.float32), np.full((4, 16), 1e30, np.float32)
-    with pytest.raises(OverflowError):
-        pack_adapter(a, [b])
+    for first in (a, np.full_like(a, np.inf), np.full_like(a, np.nan)):
+        with pytest.raises(OverflowError):
+            pack_adapter(first, [b])
     assert not pack_adapter(np.zeros_like(a), [np.zeros_like(b)]).view(np.uint8)[-64:].any()

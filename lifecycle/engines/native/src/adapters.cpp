@@ -36,8 +36,8 @@ size_t adapters_of(const Tensor& bank, const AdapterShape& shape) {
 
 // Tiles of A that are multiplied together.
 constexpr int kMostTiles = 3;
-// Bytes of A that are asked for ahead of those that are multiplied. A step reads A once for each adapter; what lies behind
-// its end is asked for in vain.
+// Bytes of A that are asked for ahead of those that are multiplied. A step that decodes reads A once for each adapter; what
+// lies behind its end is asked for in vain.
 constexpr size_t kAhead = 2048;
 
 // found [tokens, `width`] of MR tokens = their rows of x times NT tiles of A.
@@ -94,8 +94,8 @@ void inner_products(const Rows& rows, const size_t* tokens, size_t depth, const 
 
 }  // namespace
 
-Adapters::Adapters(const Run& run, size_t first, const AdapterShape& shape, size_t tokens, size_t block)
-    : shape(shape), owners(run.input(first + 1), tokens, adapters_of(run.input(first), shape), block),
+Adapters::Adapters(const Run& run, size_t first, const AdapterShape& shape, size_t tokens)
+    : shape(shape), owners(run.input(first + 1), tokens, adapters_of(run.input(first), shape), kBlock),
       bank_(run.input(first).as<uint8_t>()) {
   // Matrices of rows are read whole, and may end behind the last token.
   values_ = scratch<int8_t, 13>((tokens + kMatrixRows) * inner_bytes());

@@ -20,7 +20,7 @@ class Owners {
   };
 
   // places [tokens, 2]: the adapter of each, below `adapters`, and what is of no use here. Those of one adapter are put
-  // together within blocks of so many tokens, as many as a product takes at once.
+  // together, up to kMostRows, within blocks of so many tokens.
   Owners(const Tensor& places, size_t tokens, size_t adapters, size_t block);
 
   size_t of(size_t token) const { return (size_t)places_[2 * token]; }
@@ -73,13 +73,13 @@ struct AdapterShape {
 class Adapters {
  public:
   // Inputs of a kernel from `first` on: the bank, and the places of `Owners`.
-  static constexpr size_t kInputs = 2;
+  static constexpr size_t kInputs = 2, kBlock = Owners::kMostRows;
   static ort::Type input(size_t index) { return index == 0 ? ort::kUint8 : ort::kInt64; }
 
-  Adapters(const Run& run, size_t first, const AdapterShape& shape, size_t tokens, size_t block);
+  Adapters(const Run& run, size_t first, const AdapterShape& shape, size_t tokens);
   // Before anything else: x.
   void begin(const Rows& rows) { rows_ = &rows; }
-  // Computes x · A of a block of tokens; either all blocks or none.
+  // Computes x · A of a block of kBlock tokens; either all blocks or none.
   void multiply_block(size_t block);
   // Or of whatever nobody else has begun.
   void multiply_rest();

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <array>
+#include <cstdlib>
 
 #include "simd.h"
 
@@ -27,7 +28,7 @@ inline bool has_matrices() {
   constexpr long kAsk = 0x1023, kMatrices = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
   static const bool granted = syscall(SYS_arch_prctl, kAsk, kMatrices) == 0;
   return granted;
-#elif defined(LIFECYCLE_EMULATED)
+#elif defined(LIFECYCLE_EMULATED) && LIFECYCLE_AVX512
   return true;
 #else
   return false;
@@ -80,7 +81,7 @@ LIFECYCLE_INLINE void multiply_signed() {
 }
 #else
 // The same as plain functions, as the processor's manual describes the instructions: tests of what is written with them
-// run on any processor.
+// run without them. What they would refuse ends the process.
 struct Matrix {
   Shape shape;
   alignas(64) uint8_t bytes[kMatrixRows][kMatrixBytes];
@@ -89,10 +90,19 @@ inline Matrix* matrices() {
   thread_local Matrix all[8];
   return all;
 }
-inline void configure(const Shapes& shapes) {
-  for (size_t i = 0; i < shapes.size(); ++i) matrices()[i] = {shapes[i], {}};
+inline void allow(bool holds) {
+  if (!holds) std::abort();
 }
-inline void release() { configure({}); }
+inline void configure(const Shapes& shapes) {
+  for (size_t i = 0; i < shapes.size(); ++i) {
+    const Shape shape = shapes[i];
+    allow(shape.rows - 1 < kMatrixRows && shape.bytes - 1 < kMatrixBytes && shape.bytes % 4 == 0);
+    matrices()[i] = {shape, {}};
+  }
+}
+inline void release() {
+  for (size_t i = 0; i < 8; ++i) matrices()[i] = {};
+}
 template <int R>
 void clear_matrix() {
   std::memset(matrices()[R].bytes, 0, sizeof(Matrix::bytes));
@@ -115,6 +125,8 @@ void store_matrix(void* to, size_t stride) {
 template <int Sums, int Left, int Right, typename Byte>
 void multiply_matrices() {
   Matrix &sums = matrices()[Sums], &left = matrices()[Left], &right = matrices()[Right];
+  allow(sums.shape.rows != 0 && left.shape.rows == sums.shape.rows && right.shape.bytes == sums.shape.bytes &&
+        left.shape.bytes == 4 * right.shape.rows);
   for (size_t i = 0; i < sums.shape.rows; ++i) {
     for (size_t k = 0; k < left.shape.bytes; ++k) {
       for (size_t j = 0; j < sums.shape.bytes / 4; ++j) {

@@ -41,13 +41,18 @@ class Product {
   // What a node says of its adapters are the `rank` and the columns of each part, `part0` and so on.
   Product(const ort::Api& api, const ort::Info* info, size_t own_inputs)
       : api(api), own_inputs_(own_inputs), is_gated_(attribute<int64_t>(api, info, "gated", 0) != 0) {
-    adapted_.rank = (size_t)attribute<int64_t>(api, info, "rank", 0);
+    // Below these no product of two of them can be too large for an integer.
+    constexpr int64_t kMostRank = 1 << 16, kMostColumns = INT32_MAX;
+    const int64_t rank = attribute<int64_t>(api, info, "rank", 0);
     for (const char* part : {"part0", "part1", "part2"}) {
       const int64_t columns = attribute<int64_t>(api, info, part, 0);
-      if (columns <= 0) break;
-      require(columns % kLanes == 0 && adapted_.rank > 0, "adapters of a width that is no multiple of 16");
+      if (columns == 0) break;
+      require(rank > 0 && rank <= kMostRank, "adapters of a rank that none has");
+      require(columns > 0 && columns < kMostColumns && columns % kLanes == 0,
+              "adapters of a width that is no multiple of 16");
       adapted_.columns[adapted_.parts++] = (size_t)columns;
     }
+    adapted_.rank = (size_t)rank;
   }
   void run(const Run& run) {
     Tensor x = run.input(0);
@@ -56,7 +61,10 @@ class Product {
     dims.back() = (int64_t)columns;
     float* y = static_cast<float*>(run.output(0, dims));
     std::optional<Adapters> adapters;
-    if (adapted_.parts > 0) adapters.emplace(run, own_inputs_, adapted_, count, kAdaptedBlock);
+    if (run.input(own_inputs_)) {
+      require(adapted_.parts > 0, "adapters of a product that says nothing of theirs");
+      adapters.emplace(run, own_inputs_, adapted_, count);
+    }
     product(run, *weights_, is_gated_, x.as<float>(), count, y, adapters ? &*adapters : nullptr);
   }
 

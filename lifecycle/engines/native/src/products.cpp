@@ -207,9 +207,9 @@ void round_rows(const Run& run, const Weights& w, bool is_gated, const float* x,
     }
   };
   if (adapters == nullptr || count < kOwnProducts) return run.rows(count, w.depth, round_row);
-  run.parallel((count + kAdaptedBlock - 1) / kAdaptedBlock, [&](size_t block) {
-    const size_t from = block * kAdaptedBlock;
-    for (size_t row = from; row < std::min(count, from + kAdaptedBlock); ++row) round_row(row);
+  run.parallel((count + Adapters::kBlock - 1) / Adapters::kBlock, [&](size_t block) {
+    const size_t from = block * Adapters::kBlock;
+    for (size_t row = from; row < std::min(count, from + Adapters::kBlock); ++row) round_row(row);
     adapters->multiply_block(block);
   });
 }

@@ -45,9 +45,6 @@ const int8_t* tiles_of(const Weights& weights, size_t tile);
 void rows_by_matrices(const Weights& weights, const Rows& rows, size_t row, size_t count, size_t tile,
                       const int8_t* tiles, float* y);
 
-// Of so many tokens those of one adapter are put together.
-constexpr size_t kAdaptedBlock = Owners::kMostRows;
-
 // y [count, columns] = x [count, depth] times the weights. Where it `is_gated` the input is [gate, up], 2 * depth wide,
 // and silu(gate) * up is multiplied. What adapters add is added, where there are any.
 void product(const Run& run, const Weights& weights, bool is_gated, const float* x, size_t count, float* y,
