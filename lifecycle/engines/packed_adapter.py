@@ -2,7 +2,7 @@
 
 Products of integers have rounded their input already, so x · A is one of integers too, over the same rows; x · A is then
 rounded for each token, and multiplied with B. Weights of an adapter rounded to 8 bits are farther from what was trained
-by a few thousandths of what it adds; the weights that it is added to were rounded as well, and are many times as large.
+by some hundredths of what it adds; the weights that it is added to were rounded as well, and are many times as large.
 
 A and B of a product are one row of bytes, 128 standing for 0; see `AdapterShape` of the kernels for how they lie.
 """
