@@ -1,12 +1,12 @@
-"""Decode speed beside the onnxruntime-genai Generator, on a 135M-parameter Llama in int4.
+"""Speed beside the onnxruntime-genai Generator, on a 135M-parameter Llama in int4: decoding, and a prompt.
 
-    python -m benchmarks.engine_decode --pairs 9 --json
+    python -m benchmarks.engine_decode [--pairs 9] [--kernels onnxruntime] [--json]
 
 Both run the same random weights: the peer the graph of its own builder (block 32,
 accuracy_level 4, every matrix in 4 bits), this project its own export, either with every matrix
 in 4 bits and blocks of 32 too or as the stage `quantize` makes it by default: larger blocks, and
-the output head in row-wise int8. They take turns, one after another, in one run; the ratio is the median over the turns. Above 1,
-this project is faster.
+the output head in row-wise int8. `--kernels onnxruntime` gives both graphs the same kernels, those of the runtime. They
+take turns, one after another, in one run; the ratio is the median over the turns. Above 1, this project is faster.
 """
 
 from __future__ import annotations
@@ -18,12 +18,15 @@ import subprocess
 import time
 from pathlib import Path
 
+import numpy as np
+
 from benchmarks.arguments import add_threads, parser_of
 from benchmarks.batch import decoding
 from benchmarks.peers import Worker, cache_dir, environment
 from benchmarks.random_llama import SMOLLM2_135M, kept_llama
 from lifecycle.engines.base import Engine, EngineOptions
 from lifecycle.engines.ort import OnnxEngine
+from lifecycle.engines.requests import SamplingParams
 from lifecycle.graph.blockwise import Blockwise
 from lifecycle.graph.export import export_decoder
 from lifecycle.graph.int8 import Int8Rowwise
@@ -32,7 +35,7 @@ from lifecycle.graph.targets import Cpu
 from lifecycle.stages.quantize import Quantize
 
 PEER = ["onnxruntime-genai==0.18.0", "onnxruntime==1.32.0"]
-PROMPT = 128
+PROMPT, LONG_PROMPT = 128, 512
 
 
 def decode(engine: Engine, batch: int, tokens: int) -> float:
@@ -48,7 +51,7 @@ def our_models(folder: Path, checkpoint: Path) -> dict[str, Path]:
     """The checkpoint as int4, exported by the code that is measured: as the peer's builder stores
     it, and as the stage makes it by default."""
     default = {name: field.default for name, field in Quantize.model_fields.items()}
-    int8 = Int8Rowwise(default["weight_bits"])
+    int8 = Int8Rowwise(8)
     exceptions: dict[str, Scheme | None] = dict.fromkeys(default["int8"], int8)
     full = folder / "fp32"
     made = {name: folder / name.replace(" ", "-") for name in ("int4 alike", "int4 by default")}
@@ -95,23 +98,37 @@ def write_tokenizer(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
+def prefill(engine: Engine) -> float:
+    """Seconds until a long prompt has its first token."""
+    prompt = np.random.default_rng(0).integers(3, 1000, LONG_PROMPT).tolist()
+    start = time.perf_counter()
+    engine.generate([prompt], SamplingParams(max_tokens=1, ignore_eos=True))
+    return time.perf_counter() - start
+
+
 def compare(
-    engines: dict[str, Engine], peer: Worker, batch: int, pairs: int, tokens: int
+    engines: dict[str, Engine], peer: Worker, batch: int | None, pairs: int, tokens: int
 ) -> dict[str, dict[str, float]]:
-    """Tokens per second of each and of the peer at one batch size, and the ratios."""
+    """Tokens per second of each and of the peer at one batch size, or of a prompt where it is None, and the ratios."""
     seconds: dict[str, list[float]] = {name: [] for name in engines}
     theirs: list[float] = []
     # The first turn warms all up.
     for _ in range(pairs + 1):
         for name, engine in engines.items():
-            seconds[name].append(decode(engine, batch, tokens))
-        theirs.append(peer.ask(batch=batch, prompt=PROMPT, tokens=tokens)["seconds"])
+            seconds[name].append(
+                prefill(engine) if batch is None else decode(engine, batch, tokens)
+            )
+        if batch is None:
+            theirs.append(peer.ask(batch=1, prompt=LONG_PROMPT, tokens=0)["first"])
+        else:
+            theirs.append(peer.ask(batch=batch, prompt=PROMPT, tokens=tokens)["seconds"])
+    count = LONG_PROMPT if batch is None else batch * tokens
     found: dict[str, dict[str, float]] = {}
     for name, ours in seconds.items():
         ratios = [peer_s / our_s for our_s, peer_s in zip(ours[1:], theirs[1:], strict=True)]
         found[name] = {
-            "ours": batch * tokens / statistics.median(ours[1:]),
-            "peer": batch * tokens / statistics.median(theirs[1:]),
+            "ours": count / statistics.median(ours[1:]),
+            "peer": count / statistics.median(theirs[1:]),
             "ratio": statistics.median(ratios),
             "lowest": min(ratios),
             "highest": max(ratios),
@@ -124,26 +141,26 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=9)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--kernels", choices=("auto", "onnxruntime"), default="auto")
     add_threads(parser)
     args = parser.parse_args()
     folder = cache_dir() / "llama-135m"
     checkpoint = kept_llama(folder, SMOLLM2_135M)
     python = environment("onnxruntime-genai", PEER)
     peer_folder = peer_model(folder, checkpoint, python, args.threads)
-    options = EngineOptions(max(args.batch), threads=args.threads)
+    options = EngineOptions(max(args.batch), threads=args.threads, kernels=args.kernels)
     made = our_models(folder, checkpoint)
     engines: dict[str, Engine] = {n: OnnxEngine.open(path, options) for n, path in made.items()}
     with Worker(python, "peer_genai.py", str(peer_folder)) as peer:
-        result = {
-            batch: compare(engines, peer, batch, args.pairs, args.tokens) for batch in args.batch
-        }
+        work: dict[str, int | None] = {f"batch {n}": n for n in args.batch} | {"prefill": None}
+        result = {n: compare(engines, peer, b, args.pairs, args.tokens) for n, b in work.items()}
     if args.json:
         print(json.dumps(result))
         return
-    for batch, by_model in result.items():
+    for what, by_model in result.items():
         for name, r in by_model.items():
             print(
-                f"batch {batch}, {name}: {r['ours']:.1f} tokens/s, onnxruntime-genai "
+                f"{what}, {name}: {r['ours']:.1f} tokens/s, onnxruntime-genai "
                 f"{r['peer']:.1f}; ratio {r['ratio']:.2f} ({r['lowest']:.2f} to {r['highest']:.2f})"
             )
 

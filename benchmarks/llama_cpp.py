@@ -62,7 +62,7 @@ WORK = {
 def our_models(folder: Path, checkpoint: Path) -> dict[str, Path]:
     """The checkpoint as the stage `quantize` makes it by default, by the code that is measured."""
     default = {name: field.default for name, field in Quantize.model_fields.items()}
-    int8 = Int8Rowwise(default["weight_bits"])
+    int8 = Int8Rowwise(8)
     int4 = Blockwise(default["block_size"])
     shutil.rmtree(folder, ignore_errors=True)
     source, made = folder / "fp32", {name: folder / name for name in ("int8-rowwise", "int4")}

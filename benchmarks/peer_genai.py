@@ -3,7 +3,7 @@
     python peer_genai.py MODEL_FOLDER
 
 A request is `{"batch", "prompt", "tokens"}`: sequences, prompt tokens of each, new tokens of
-each; the answer is `{"seconds"}` for the new tokens after the first.
+each; the answer is `{"seconds", "first"}` for the new tokens after the first, and for that one.
 """
 
 import json
@@ -14,8 +14,8 @@ import numpy as np
 import onnxruntime_genai as genai
 
 
-def decode(model: genai.Model, batch: int, prompt: int, tokens: int) -> float:
-    """Seconds for `tokens` decode steps of `batch` sequences."""
+def decode(model: genai.Model, batch: int, prompt: int, tokens: int) -> dict[str, float]:
+    """Seconds for `tokens` decode steps of `batch` sequences, and for their prompts with a token each."""
     length = prompt + tokens + 1
     params = genai.GeneratorParams(model)
     params.set_search_options(
@@ -23,18 +23,19 @@ def decode(model: genai.Model, batch: int, prompt: int, tokens: int) -> float:
     )
     generator = genai.Generator(model, params)
     rng = np.random.default_rng(0)
+    begun = time.perf_counter()
     generator.append_tokens(rng.integers(3, 1000, (batch, prompt), dtype=np.int32))
     generator.generate_next_token()
     start = time.perf_counter()
     for _ in range(tokens):
         generator.generate_next_token()
-    return time.perf_counter() - start
+    return {"seconds": time.perf_counter() - start, "first": start - begun}
 
 
 def main() -> None:
     model = genai.Model(sys.argv[1])
     for line in sys.stdin:
-        print(json.dumps({"seconds": decode(model, **json.loads(line))}), flush=True)
+        print(json.dumps(decode(model, **json.loads(line))), flush=True)
 
 
 if __name__ == "__main__":

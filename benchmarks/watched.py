@@ -64,11 +64,11 @@ class Watched:
         self.held[target] = stop
         self._backend.copy_cache(source, target, stop)
 
-    def forget(self, slot: int, before: int | None = None) -> None:
+    def forget(self, slot: int, start: int = 0, stop: int | None = None) -> None:
         """As `CacheBackend.forget`."""
-        if before is None:
-            self.held[slot] = 0
-        self._backend.forget(slot, before)
+        if stop is None:
+            self.held[slot] = min(start, self.held[slot])
+        self._backend.forget(slot, start, stop)
 
     @property
     def bytes_per_token(self) -> int:

@@ -123,7 +123,7 @@ class CacheBackend(Backend, Protocol):
         """Let a slot hold the first `stop` tokens that another one holds."""
         ...
 
-    def forget(self, slot: int, before: int | None = None) -> None:
-        """Give memory back: that of all that a slot holds, or of what it holds before a token that
-        nothing looks back beyond."""
+    def forget(self, slot: int, start: int = 0, stop: int | None = None) -> None:
+        """Give back the memory of what a slot holds of its tokens `start` to `stop`, or from `start` on: nothing
+        looks at it any more."""
         ...

@@ -41,9 +41,6 @@ from lifecycle.engines.state import RequestState
 from lifecycle.engines.stats import EngineStats
 from lifecycle.errors import EngineError, RequestError
 
-_FORGET_EVERY = 256
-"""Tokens of a request between two times that memory behind its window is given back."""
-
 
 class BatchedEngine(Engine):
     """An `Engine` over a `Backend`; subclasses only know how to open one."""
@@ -83,7 +80,8 @@ class BatchedEngine(Engine):
         self._cache = backend if isinstance(backend, CacheBackend) else None
         self._window = sliding_window
         self._progress = Progress(eos_token_ids, max_model_len, long_context)
-        self._pace = Pace(options.max_stall, has_prompt_graph=has_prompt_graph)
+        guesses = options.draft_tokens > 0
+        self._pace = Pace(options.max_stall, has_prompt_graph=has_prompt_graph, has_guesses=guesses)
         if self._cache is None and draft is None:
             options = replace(options, draft_tokens=0)
         self._speculation = Speculation(options, max_model_len, draft and DraftModel(draft))
@@ -114,21 +112,25 @@ class BatchedEngine(Engine):
 
     def step(self) -> list[Event]:
         events, self._cancelled = self._cancelled + self._expired(), []
-        batch = self._schedule()
-        if not batch:
-            return events
-        begun = time.perf_counter()
+        batch: Batch = []
         try:
+            batch = self._schedule()
+            if not batch:
+                return events
+            begun = time.perf_counter()
             logits = self._backend.forward([row for _, row in batch])
+            self._account(batch, time.perf_counter() - begun)
+            found = self._passes.scan(logits)
         except (EngineError, MemoryError) as error:
-            for state, _ in batch:
+            # Before there are rows, nobody knows whose they would have been.
+            concerned = [state for state, _ in batch] or list(self._scheduler.states())
+            for state in concerned:
                 self._scheduler.remove(state)
             text = str(error) or "no memory for the step"
-            return events + [failed(state, text) for state, _ in batch]
-        self._account(batch, time.perf_counter() - begun)
+            return events + [failed(state, text) for state in concerned]
         # See `choose`; entering this takes longer than choosing a token.
         with np.errstate(over="ignore"):
-            return events + self._tell_all(batch, self._passes.scan(logits))
+            return events + self._tell_all(batch, found)
 
     @property
     def num_running(self) -> int:
@@ -345,19 +347,10 @@ class BatchedEngine(Engine):
             self._scheduler.waiting.serve(state.request.tenant, count)
             if self._prefixes is not None:
                 self._prefixes.keep(state, row)
-            self._forget_old(state)
+            self._scheduler.forget_old(state)
         self._steps += 1
         self._prompt_tokens += num_prompt
         self._speculation.note(self._pace, num_decode, num_prompt, seconds)
-
-    def _forget_old(self, state: RequestState) -> None:
-        """Give back the memory of what no token looks back on any more, now and then."""
-        if self._window is None or self._cache is None:
-            return
-        before = state.num_computed - self._window
-        if before - state.num_forgotten >= _FORGET_EVERY:
-            self._cache.forget(state.slot, before)
-            state.num_forgotten = before
 
     def _tell_all(self, batch: Batch, rows: Scan) -> list[Event]:
         """What the requests of a step get from its logits."""

@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from threading import Lock
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import onnxruntime as ort
@@ -36,14 +36,14 @@ from lifecycle.engines.draft_pair import check_pair
 from lifecycle.engines.layout import Inputs, advance, pack
 from lifecycle.engines.limits import context_length
 from lifecycle.engines.native.library import kernels_for
-from lifecycle.engines.native.sampling import native_passes
-from lifecycle.engines.native.swap import computes_by_token
+from lifecycle.engines.native.sampling import Columns, native_passes
+from lifecycle.engines.native.swap import LOGITS, computes_by_token
+from lifecycle.engines.ort_binding import Binding, BoundGraph, Output
 from lifecycle.engines.ort_session import (
     CACHE_TYPES,
     cache_names,
     check_signature,
     open_session,
-    present_name,
 )
 from lifecycle.engines.packed_weights import PROVIDERS
 from lifecycle.engines.prompt_graph import run_parts
@@ -79,8 +79,9 @@ class OnnxEngine(BatchedEngine):
         max_model_len = context_length(options, info.max_position_embeddings)
         kernels = _kernels(options, providers or info.providers)
         layout = AdapterLayout.load(path)
+        backend = _backend(path, info, options, max_model_len, providers, kernels, layout)
         engine = cls(
-            _backend(path, info, options, max_model_len, providers, kernels, layout),
+            backend,
             options=options,
             vocab_size=info.vocab_size,
             max_model_len=max_model_len,
@@ -90,7 +91,7 @@ class OnnxEngine(BatchedEngine):
             has_prompt_graph=info.prefill_scheme is not None,
             cuts_freely=_cuts_freely(path, info, options, kernels, layout),
             draft=_draft(path, info, options, max_model_len, providers),
-            passes=native_passes(kernels) if kernels is not None else NUMPY,
+            passes=NUMPY if kernels is None else native_passes(kernels, backend.columns_of),
         )
         engine.kernels = "onnxruntime" if kernels is None else "native"
         return engine
@@ -115,13 +116,15 @@ class OrtBackend:
         self._layout = layout
         self._max_model_len = max_model_len
         self._long_offset = info.max_position_embeddings if info.long_context else 0
-        self._graph: _Graph | None = _Graph(open_graph(GRAPH, None), "logits", info.vocab_size)
-        self._prefill: _Graph | None = None
+        self._graph: BoundGraph | None = BoundGraph(
+            open_graph(GRAPH, None), LOGITS, info.vocab_size
+        )
+        self._prefill: BoundGraph | None = None
         if info.prefill_scheme is not None:
-            self._prefill = _Graph(open_graph(PREFILL_GRAPH, None), "logits", info.vocab_size)
-        self._adapted: _Graph | None = None
+            self._prefill = BoundGraph(open_graph(PREFILL_GRAPH, None), LOGITS, info.vocab_size)
+        self._adapted: BoundGraph | None = None
         """The graph with slots, once an adapter has been read."""
-        self._hidden: _Graph | None = None
+        self._hidden: BoundGraph | None = None
         """The graph without a head, once hidden states have been asked for."""
         self.hidden_size = info.hidden_size
         self._bank: AdapterBank | None = None
@@ -142,6 +145,8 @@ class OrtBackend:
         self._inputs: Inputs = {}
         self._step: object = None
         """What the last step was bound to: its graph, slots and adapters."""
+        self._output: Output | None = None
+        """What the last step gave."""
 
     def forward(self, rows: Sequence[Row]) -> NDArray[np.float32]:
         if self._prefill is None:
@@ -151,10 +156,10 @@ class OrtBackend:
     def hidden_states(self, rows: Sequence[Row]) -> NDArray[np.float32]:
         if self._hidden is None:
             session = self._open_graph(HIDDEN_GRAPH, None)
-            self._hidden = _Graph(session, HIDDEN_STATES, self.hidden_size)
+            self._hidden = BoundGraph(session, HIDDEN_STATES, self.hidden_size)
         return self._run(rows, self._hidden)
 
-    def _run(self, rows: Sequence[Row], graph: _Graph | None = None) -> NDArray[np.float32]:
+    def _run(self, rows: Sequence[Row], graph: BoundGraph | None = None) -> NDArray[np.float32]:
         """What a graph makes of rows; None takes the one that their adapters need."""
         try:
             return self._compute(rows, graph)
@@ -164,7 +169,7 @@ class OrtBackend:
             text = str(error) or "no memory for the step"
             raise EngineError(f"ONNX Runtime failed: {text}") from error
 
-    def _compute(self, rows: Sequence[Row], graph: _Graph | None) -> NDArray[np.float32]:
+    def _compute(self, rows: Sequence[Row], graph: BoundGraph | None) -> NDArray[np.float32]:
         entries = None
         if graph is None:
             if self._bank is not None and any(row.adapter for row in rows):
@@ -183,9 +188,14 @@ class OrtBackend:
             for name in graph.step_inputs & self._inputs.keys():
                 binding.binding.bind_cpu_input(name, self._inputs[name])
         self._step = step
-        found = binding.fetch(len(self._inputs["logit_index"]))
+        self._output = binding.fetch(len(self._inputs["logit_index"]))
         graph.session.run_with_iobinding(binding.binding)
-        return found
+        return self._output.values
+
+    def columns_of(self, logits: NDArray[np.float32]) -> Columns | None:
+        """Those of what the last step gave, if its graph tells them; None for other logits."""
+        output = self._output
+        return output.columns if output is not None and output.values is logits else None
 
     @property
     def adapter_slots(self) -> int:
@@ -202,7 +212,7 @@ class OrtBackend:
             weights = read_weights(folder, self._layout)
             if self._adapted is None:
                 session = self._open_graph(ADAPTED, self._layout)
-                self._adapted = _Graph(session, "logits", self._graph.width)
+                self._adapted = BoundGraph(session, LOGITS, self._graph.width)
             if self._bank is None:
                 self._bank = AdapterBank(self._layout, self._adapted.step_inputs)
             return self._bank.entry_of(weights)
@@ -231,21 +241,21 @@ class OrtBackend:
     def copy_cache(self, source: int, target: int, stop: int) -> None:
         self.cache.copy(source, target, stop)
 
-    def forget(self, slot: int, before: int | None = None) -> None:
-        self.cache.forget(slot, before)
+    def forget(self, slot: int, start: int = 0, stop: int | None = None) -> None:
+        self.cache.forget(slot, start, stop)
 
     def close(self) -> None:
         self._graph = self._prefill = self._adapted = self._hidden = None
-        self._bank = self._step = None
+        self._bank = self._step = self._output = None
         self.cache.clear()
 
-    def _binding(self, graph: _Graph, num_rows: int, entries: range | None) -> _Binding:
+    def _binding(self, graph: BoundGraph, num_rows: int, entries: range | None) -> Binding:
         """What a step of `num_rows` rows over some adapters is bound to."""
         key = (num_rows, entries)
         if key not in graph.bindings:
             if len(graph.bindings) >= _MAX_BINDINGS:
                 graph.bindings.clear()
-            binding = _Binding(graph, self.cache.rows(num_rows))
+            binding = Binding(graph, self.cache.rows(num_rows))
             if self._bank is not None and entries is not None:
                 binding.bind(self._bank.weights(entries))
             graph.bindings[key] = binding
@@ -275,7 +285,7 @@ def _backend(
             whole_scores=_whole_scores(info, options, max_model_len),
             kernels=kernels,
         )
-        check_signature(session, info, path / name, slots, output)
+        check_signature(session, info, path / name, slots, output, is_native=kernels is not None)
         return session
 
     return OrtBackend(open_graph, info, options, max_model_len, layout)
@@ -349,43 +359,3 @@ def _draft(
     kernels = _kernels(options, providers or draft.providers)
     backend = _backend(folder, draft, options, most, providers, kernels)
     return Draft(backend, most, draft.long_context)
-
-
-class _Graph:
-    """A session, and what it has been bound to by rows and adapters."""
-
-    def __init__(self, session: ort.InferenceSession, output: str, width: int) -> None:
-        """`output` is what it gives besides its cache, [L, width]."""
-        self.session, self.output, self.width = session, output, width
-        self.step_inputs = {i.name for i in session.get_inputs()}
-        self.bindings: dict[tuple[int, range | None], _Binding] = {}
-
-
-class _Binding:
-    """The cache and the output of steps over so many slots, bound once."""
-
-    def __init__(self, graph: _Graph, cache: dict[str, NDArray[Any]]) -> None:
-        self.binding = ort.IOBinding(graph.session)
-        self._output = graph.output
-        for name, array in cache.items():
-            value = ort.OrtValue.ortvalue_from_numpy(array)
-            self.binding.bind_ortvalue_input(name, value)
-            self.binding.bind_ortvalue_output(present_name(name), value)
-        self._found = np.empty((0, graph.width), np.float32)
-        self._bound_rows = -1
-
-    def bind(self, weights: AdapterWeights) -> None:
-        """Bind inputs that stay where they are."""
-        for name, array in weights.items():
-            self.binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
-
-    def fetch(self, count: int) -> NDArray[np.float32]:
-        """Where the next run writes `count` rows of its output."""
-        if count > len(self._found):
-            self._found = np.empty((count, self._found.shape[1]), np.float32)
-        found = self._found[:count]
-        if count != self._bound_rows:
-            self._bound_rows = count
-            address = found.ctypes.data
-            self.binding.bind_output(self._output, "cpu", 0, np.float32, found.shape, address)
-        return found

@@ -20,7 +20,7 @@ import onnxruntime as ort
 from lifecycle.engines.adapters import PLACES, TOKENS, AdapterLayout
 from lifecycle.engines.decoder import DecoderInfo
 from lifecycle.engines.limits import usable_cores
-from lifecycle.engines.native.swap import swap
+from lifecycle.engines.native.swap import LOGITS, TOPS, swap
 from lifecycle.engines.onnx_file import check_external_data
 from lifecycle.engines.packed_weights import PROVIDERS, open_packed
 from lifecycle.errors import EngineError
@@ -142,9 +142,11 @@ def check_signature(
     graph: Path,
     slots: AdapterLayout | None = None,
     output: tuple[str, int] | None = None,
+    *,
+    is_native: bool = False,
 ) -> None:
-    """Compare the inputs and outputs of a graph with its description; `slots` are its adapters'. `output` is what it gives besides its cache, and how wide that is;
-    by default logits.
+    """Compare the inputs and outputs of a graph with its description; `slots` are its adapters'. `output` is what it
+    gives besides its cache, and how wide that is; by default logits, beside which native kernels tell of the largest.
 
     Raises:
         EngineError: names the first tensor that is missing, unknown or of another shape.
@@ -157,10 +159,12 @@ def check_signature(
     cache_type = type_name(CACHE_TYPES[info.kv_dtype])
     inputs = {tensor.name: (tensor.type, *tensor.shape) for tensor in session.get_inputs()}
     outputs = {tensor.name: tensor.shape for tensor in session.get_outputs()}
+    if is_native:
+        outputs.pop(TOPS, None)
     more = slots.shapes(inputs.keys()) if slots else {}
     of_slots = {TOKENS, PLACES, *more} if slots else set[str]()
     wrong = {*STEP_INPUTS, *cache, *of_slots} ^ (inputs.keys() - {"position_ids"})
-    name, width = output or ("logits", info.vocab_size)
+    name, width = output or (LOGITS, info.vocab_size)
     wrong |= {name, *map(present_name, cache)} ^ outputs.keys()
     wrong |= {
         name

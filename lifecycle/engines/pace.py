@@ -18,6 +18,8 @@ _SLOPE_WEIGHT = 0.002
 """Of a new measurement in what longer texts cost, which changes little; noise is most of what a single one says."""
 _NOISE_WEIGHT = 0.02
 """Of how far a new measurement is off."""
+_EVERY = 4
+"""Of how many decoding steps of one size one is measured, where nothing is guessed: that takes 0.3 % of a short one."""
 _FAR = 4.0
 """How many times as long or short other texts may make a step at most, whatever measurements say."""
 _OLD, _LOOK_EVERY = 512, 64
@@ -47,6 +49,8 @@ class _Steps(_Mean):
     """Seconds of all steps when they were measured last."""
     before: _Mean
     """A mean that always follows slowly: the farther back it is, the better a new measurement says what texts cost."""
+    num_passed: int = 0
+    """Steps since then that were not measured."""
 
 
 class _Slope:
@@ -86,14 +90,22 @@ class Pace:
     """Running means: of decoding steps by their number of tokens, and of what prompts add to a step, which is
     so much for any token and so much for each."""
 
-    def __init__(self, max_stall: float | None = None, *, has_prompt_graph: bool = False) -> None:
+    def __init__(
+        self,
+        max_stall: float | None = None,
+        *,
+        has_prompt_graph: bool = False,
+        has_guesses: bool = True,
+    ) -> None:
         """
         Args:
             max_stall: how many times as long prompts may make a step; None is no bound.
             has_prompt_graph: prompts have a graph of their own, and share no weights with what decodes
                 beside them.
+            has_guesses: what steps take decides on guesses too, so each is measured.
         """
         self.max_stall = max_stall
+        self._every = 1 if has_guesses else _EVERY
         self._has_prompt_graph = has_prompt_graph
         self._decode: dict[int, _Steps] = {}
         self.context: float = 0
@@ -123,8 +135,14 @@ class Pace:
         if num_prompt:
             self._note_prompt(num_decode, num_prompt, seconds)
             return
-        if num_decode not in self._decode:
+        known = self._decode.get(num_decode)
+        if known is None:
             insort(self._known, num_decode)
+        elif self._first is None:
+            known.num_passed += 1
+            if known.num_passed < self._every:
+                return
+            known.num_passed = 0
         self._note_decode(num_decode, seconds)
         self._last[num_decode] = self._num_noted
         self._num_noted += 1

@@ -97,10 +97,10 @@ class PrefixCache:
                 return
         try:
             block = self._backend.read_cache(row.slot, start, stop)
+            # What a failing device left must end the request that it failed, not all that begin like it.
+            is_broken = block.dtype.kind == "f" and not np.isfinite(block).all()
         except COPY_ERRORS:
             return
-        # What a failing device left must end the request that it failed, not all that begin like it.
-        is_broken = block.dtype.kind == "f" and not np.isfinite(block).all()
         if is_broken or block.nbytes > self._budget:
             return
         self._add(key, _Kept(block, tokens, family))

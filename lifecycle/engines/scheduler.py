@@ -18,8 +18,12 @@ from itertools import chain
 from math import inf
 
 from lifecycle.engines.backend import COPY_ERRORS, Block, CacheBackend, Row
+from lifecycle.engines.leaving import Leaving
 from lifecycle.engines.line import WaitingLine
 from lifecycle.engines.state import GRAIN, RequestState
+
+_FORGET_EVERY = 256
+"""Tokens of a request between two times that memory behind its window is given back."""
 
 Batch = list[tuple[RequestState, Row]]
 Reuse = Callable[[RequestState], None]
@@ -50,6 +54,8 @@ class Scheduler:
         """
         self._prefill_chunk = prefill_chunk
         self._cache = cache
+        # A bounded cache has no room for what nobody needs.
+        self._leaving = Leaving(cache) if cache is not None and max_cache_tokens == inf else None
         self._max_cache_tokens = max_cache_tokens
         self._window = inf if window is None else window
         self._reuse = reuse
@@ -95,6 +101,15 @@ class Scheduler:
         self._parked.pop(state.request.id, None)
         self.waiting.leave(state)
 
+    def forget_old(self, state: RequestState) -> None:
+        """Give back the memory of what no token looks back on any more, now and then."""
+        if self._cache is None or self._window == inf:
+            return
+        before = int(state.num_computed - self._window)
+        if before - state.num_forgotten >= _FORGET_EVERY:
+            self._cache.forget(state.slot, stop=before)
+            state.num_forgotten = before
+
     def find(self, request_id: str) -> RequestState | None:
         """A request by its id."""
         return self.running.get(request_id) or self.waiting.get(request_id)
@@ -116,6 +131,8 @@ class Scheduler:
             budget = min(budget, max(room, GRAIN))
         self._add_prompts(batch, budget)
         self._fit(batch)
+        if self._leaving is not None:
+            self._leaving.give_back(self.running.values())
         return batch
 
     def share(self, leader: RequestState) -> list[RequestState]:
@@ -186,7 +203,7 @@ class Scheduler:
                 state.parked = None
                 if state.num_forgotten:
                     # What was put aside has zeros there.
-                    self._cache.forget(state.slot, state.num_forgotten)
+                    self._cache.forget(state.slot, stop=state.num_forgotten)
             except COPY_ERRORS:
                 state.recompute()
 
@@ -250,7 +267,11 @@ class Scheduler:
             return None
 
     def _release(self, state: RequestState) -> None:
-        if self._cache is not None:
+        if self._leaving is not None:
+            self._leaving.add(state.slot, len(state.tokens))
+            if not self.running:
+                self._leaving.give_back_all()
+        elif self._cache is not None:
             self._cache.forget(state.slot)
         if self._on_release is not None:
             self._on_release(state.slot)

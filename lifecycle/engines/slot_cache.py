@@ -70,15 +70,17 @@ class SlotCache:
         for array in self._arrays.values():
             array[target, :, :stop] = array[source, :, :stop]
 
-    def forget(self, slot: int, before: int | None = None) -> None:
-        """Give back the memory of a slot, or of its tokens before one; they are zeros then."""
+    def forget(self, slot: int, start: int = 0, stop: int | None = None) -> None:
+        """Give back the memory of a slot's tokens `start` to `stop`, or from `start` on: of the whole pages among
+        them, which are zeros then."""
         for memory, array in zip(self._memory, self._arrays.values(), strict=True):
-            row = array.strides[0]
-            if before is None:
+            row, head, token = array.strides[:3]
+            if start == 0 and stop is None:
                 _give_back(memory, slot * row, row)
                 continue
-            for head in range(array.shape[1]):
-                _give_back(memory, slot * row + head * array.strides[1], before * array.strides[2])
+            end = head if stop is None else stop * token
+            for begin in range(slot * row, (slot + 1) * row, head):
+                _give_back(memory, begin + start * token, end - start * token)
 
     def clear(self) -> None:
         """Let go of all memory, once no graph is bound to it."""
@@ -97,8 +99,9 @@ def lazy_memory(size: int) -> mmap.mmap:
 
 
 def _give_back(memory: mmap.mmap, start: int, size: int) -> None:
-    """Let whole pages from `start`, the beginning of one, be zeros again that take no memory. Only
-    Linux promises that."""
-    size = size // mmap.PAGESIZE * mmap.PAGESIZE
-    if size and sys.platform == "linux":
-        memory.madvise(mmap.MADV_DONTNEED, start, size)
+    """Let the whole pages among `size` bytes from `start` on be zeros again that take no memory. Only Linux promises
+    that."""
+    first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
+    size = (start + size - first) // mmap.PAGESIZE * mmap.PAGESIZE
+    if size > 0 and sys.platform == "linux":
+        memory.madvise(mmap.MADV_DONTNEED, first, size)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from lifecycle.evaluation.gates import METRICS, Bound, judge
+from lifecycle.evaluation.gates import METRICS, NOT_QUALITY, Bound, judge
 
 Objective = Literal["latency", "throughput", "size"]
 
@@ -27,8 +27,8 @@ class Trial:
 
 
 def quality_metric(bound: Mapping[str, str]) -> str | None:
-    """The first metric of a bound that is about quality, not about speed or size."""
-    return next((name for name in bound if METRICS[name].measure not in ("speed", "size")), None)
+    """The first metric of a bound that is about quality."""
+    return next((name for name in bound if METRICS[name].measure not in NOT_QUALITY), None)
 
 
 def holding(trials: Sequence[Trial], bound: Mapping[str, str]) -> list[Trial]:

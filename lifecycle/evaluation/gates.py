@@ -13,7 +13,7 @@ from typing import Any, Literal, cast
 from lifecycle.errors import GateError
 from lifecycle.pipeline.suggest import did_you_mean
 
-Measure = Literal["perplexity", "accuracy", "agreement", "speed", "size"]
+Measure = Literal["perplexity", "accuracy", "agreement", "invariance", "speed", "size"]
 """What an evaluation can be asked to do; each gives one metric or several."""
 
 BY_DEFAULT: tuple[Measure, ...] = ("perplexity", "accuracy", "agreement")
@@ -36,11 +36,16 @@ METRICS: Mapping[str, Metric] = {
     "top1_agreement": Metric("agreement", needs_reference=True),
     "kl": Metric("agreement", needs_reference=True),
     "logit_max_diff": Metric("agreement", needs_reference=True),
+    "batch_invariance": Metric("invariance", needs_reference=False),
+    "batch_max_diff": Metric("invariance", needs_reference=False),
     "tokens_per_second": Metric("speed", needs_reference=False),
     "speed": Metric("speed", needs_reference=True),
     "bytes": Metric("size", needs_reference=False),
     "size": Metric("size", needs_reference=True),
 }
+
+NOT_QUALITY: tuple[Measure, ...] = ("invariance", "speed", "size")
+"""What tells nothing of how much is lost beside a reference."""
 
 DIFFERENCES = ("max_relative_error", "cosine", "top1_agreement", "size", "speed")
 """What a comparison of two graphs measures; the speed only where it is asked for."""

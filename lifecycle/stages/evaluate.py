@@ -41,7 +41,9 @@ class Evaluate(Stage):
     With a reference there are also `perplexity_ratio` (model / reference) and `accuracy_drop`
     (reference - model).
 
-    `speed` and `size` are measured where a gate or `metrics` asks for them: `tokens_per_second`
+    Some are measured where a gate or `metrics` asks for them. `invariance` goes on with texts alone and beside
+    others: `batch_invariance` is the share of texts that get the same tokens, and `batch_max_diff` the largest
+    difference of the log-probabilities of these. `speed` and `size` are `tokens_per_second`
     of `batch` requests that decode together and `bytes` of the weights, and beside a reference
     `speed` (model / reference, the two taking turns) and `size` (model / reference). A report
     with a speed is not the same bytes twice.
@@ -59,7 +61,7 @@ class Evaluate(Stage):
     split: Split = "test"
     """Which part of the data."""
     metrics: list[Measure] | None = Field(default=None, min_length=1)
-    """`perplexity`, `accuracy`, `agreement`, `speed`, `size`; by default the first three, as far
+    """`perplexity`, `accuracy`, `agreement`, `invariance`, `speed`, `size`; by default the first three, as far
     as model, data and reference allow, and what the gates need."""
     gates: Annotated[dict[str, str], BeforeValidator(spelled_gates)] = Field(default={})
     """Bounds by metric, such as `{perplexity_ratio: "<= 1.02", accuracy: ">= 55 %", speed:
@@ -152,6 +154,7 @@ class Evaluate(Stage):
         wanted: set[Measure],
     ) -> Findings:
         from lifecycle.evaluation.findings import Findings
+        from lifecycle.evaluation.invariance import compare_batches
         from lifecycle.evaluation.measure import ask, score
         from lifecycle.evaluation.samples import question, ranked_rows, select, supervised, windows
 
@@ -159,11 +162,15 @@ class Evaluate(Stage):
         tokenizers = [subject.tokenizer for subject in subjects]
         context = min(self.max_length, *(subject.engine.max_model_len for subject in subjects))
         found = Findings()
-        if wanted & {"perplexity", "agreement"}:
-            ctx.progress.phase("scoring")
+        if wanted & {"perplexity", "agreement", "invariance"}:
             build = partial(windows, length=context) if isinstance(data, Text) else supervised
             samples = select(rows, tokenizers, build, context, self.max_samples)
-            found |= score(subjects, samples, ctx.progress)
+            if wanted & {"perplexity", "agreement"}:
+                ctx.progress.phase("scoring")
+                found |= score(subjects, samples, ctx.progress)
+            if "invariance" in wanted:
+                ctx.progress.phase("alone and together")
+                found |= compare_batches(subjects[0], [s for s, *_ in samples.items], ctx.progress)
         if "accuracy" in wanted:
             ctx.progress.phase("answering")
             questions = select(rows, tokenizers, question, context, self.max_generated)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self, get_args
@@ -24,6 +25,18 @@ SchemeName = Literal[
 ]
 _BLOCKS = ("int4", "int8", "mixed")
 """Schemes that store weights in blocks."""
+_ONLY_FOR: Mapping[str, tuple[str, ...]] = {
+    "method": _BLOCKS,
+    "symmetric": _BLOCKS,
+    "block_size": _BLOCKS,
+    "weight_bits": ("int8-rowwise", "int4", "mixed", "int8-static"),
+    "int8": ("int4",),
+    "distill": ("int4", "mixed"),
+    "smooth": ("int8-rowwise",),
+    "calibrate": ("int8-static",),
+    "percentile": ("int8-static",),
+}
+"""Settings that not every scheme reads."""
 _PARTS = {"mixed": ("int4", "int8-rowwise")}
 """Schemes that are made of others."""
 
@@ -108,10 +121,11 @@ class Quantize(Stage):
     block_size: Literal[16, 32, 64, 128] = 64
     """For `int4`, `int8` and `mixed`: how many weights share a scale. Smaller blocks are finer, larger
     ones are faster and take less memory."""
-    weight_bits: Literal[7, 8] = 7
+    weight_bits: Literal[7, 8] | None = None
     """For `int8-rowwise`, also of parts of `int4` and `mixed`, and `int8-static`: bits used of each
     weight. 7 is right on every processor; 8 is a little finer, but overflows on x86 without VNNI
-    instructions (`lifecycle doctor` shows them)."""
+    instructions (`lifecycle doctor` shows them). Null takes 8 where this host has them, and 7 elsewhere: set 7 for
+    models that other hosts run too."""
     method: Literal["rtn", "hqq", "awq", "gptq"] = "rtn"
     """For `int4`, `int8` and `mixed`: how weights are rounded. `rtn`: each block by itself, to the least
     squared error. `hqq`: each block by itself, its zero by half-quadratic steps. `awq`: as `rtn`,
@@ -166,9 +180,20 @@ class Quantize(Stage):
     """For `auto`: how many texts of the test split each candidate is measured on."""
 
     def fingerprint(self) -> Mapping[str, Any]:
-        """The usual candidates, where they are what is tried."""
-        is_usual = self.scheme == "auto" and self.candidates is None
-        return {"candidates": list(CANDIDATES)} if is_usual else {}
+        """The usual candidates, where they are what is tried, and the bits that the host chooses."""
+        found: dict[str, Any] = {}
+        if self.scheme == "auto" and self.candidates is None:
+            found["candidates"] = list(CANDIDATES)
+        if self.weight_bits is None and self.scheme in ("auto", *_ONLY_FOR["weight_bits"]):
+            found["weight_bits"] = self.bits_here
+        return found
+
+    @property
+    def bits_here(self) -> int:
+        """`weight_bits`, or what is best on this host."""
+        from lifecycle.engines.native.library import adds_bytes_exactly
+
+        return self.weight_bits or (8 if adds_bytes_exactly() else 7)
 
     @model_validator(mode="after")
     def _search_fits(self) -> Self:
@@ -181,25 +206,27 @@ class Quantize(Stage):
     def _settings_fit(self) -> Self:
         if self.scheme == "auto":  # Each candidate is checked by itself.
             return self
-        for name, is_set in (
-            (f"method: '{self.method}'", self.method != "rtn"),
-            ("symmetric: false", not self.symmetric),
-            (f"block_size: {self.block_size}", "block_size" in self.model_fields_set),
+        for name, schemes in _ONLY_FOR.items():
+            value = getattr(self, name)
+            is_usual = value == type(self).model_fields[name].default
+            if not is_usual and self.scheme not in schemes:
+                *first, last = schemes
+                these = f"schemes {', '.join(first)} and {last}" if first else f"scheme {last}"
+                # As a recipe spells it, unless that takes more than a line.
+                spelled = name if name == "distill" else f"{name}: {json.dumps(value)}"
+                raise ValueError(f"{spelled} is for the {these}, not for {self.scheme}")
+        if (
+            self.scheme == "int8-static"
+            and self.calibrate != "percentile"
+            and self.percentile != 99.99
         ):
-            if is_set and self.scheme not in _BLOCKS:
-                raise ValueError(
-                    f"{name} is for the schemes int4, int8 and mixed, not for {self.scheme}"
-                )
+            raise ValueError(f"percentile is for calibrate: percentile, not for {self.calibrate}")
         if self.method == "hqq" and self.symmetric:
             raise ValueError("method: hqq looks for zero points; set symmetric: false")
         if (self.scheme == "mixed") != (self.budget is not None):
             raise ValueError("scheme: mixed and budget go together; give both or neither")
-        if self.distill is not None and self.scheme not in ("int4", "mixed"):
-            raise ValueError(f"distill is for the schemes int4 and mixed, not for {self.scheme}")
         if self.scheme == "fp32" and self.kv_cache is None:
             raise ValueError("scheme: 'fp32' changes no weights; set kv_cache, or take a scheme")
-        if self.smooth is not None and self.scheme != "int8-rowwise":
-            raise ValueError(f"smooth is for the scheme int8-rowwise, not for {self.scheme}")
         self._check_calibration()
         return self
 

@@ -53,6 +53,7 @@ class Quantizing:
         from lifecycle.graph.quantize import quantize_graph
 
         stage, ctx = self._stage, self._ctx
+        self._tell_of_experts()
         told = self._told() if stage.distill else []
         exceptions: dict[str, Scheme | None] = dict.fromkeys(stage.skip)
         is_decoder = isinstance(ctx.input(stage.model), OnnxModel)
@@ -96,10 +97,28 @@ class Quantizing:
                 changes=changes,
             )
 
+    def _tell_of_experts(self) -> None:
+        """Mixtures are most of the weights of their models, and not all that is asked for reaches them."""
+        from lifecycle.engines.decoder import GRAPH
+        from lifecycle.engines.native.nodes import Graph
+
+        stage = self._stage
+        if stage.method in ("awq", "gptq"):
+            how = f"each block by itself: {stage.method} is for the other matrices"
+        elif stage.scheme == "mixed":
+            how = "all in 4 bits: only other matrices get more"
+        elif stage.scheme in ("int8-rowwise", "int8-static"):
+            how = "in 8 bits by blocks of 32, which is what their operator takes"
+        else:
+            return
+        graph = Graph((self._source / GRAPH).read_bytes())
+        if any(node.is_a("MoE") for node in graph.nodes):
+            self._ctx.progress.log(f"the experts of '{stage.model}' are rounded {how}")
+
     def _int8(self) -> Int8Rowwise:
         from lifecycle.graph.int8 import Int8Rowwise
 
-        return Int8Rowwise(self._stage.weight_bits)
+        return Int8Rowwise(self._stage.bits_here)
 
     def _cache(self, source: Path) -> QuantizedCache | None:
         from lifecycle.engines.decoder import DecoderInfo
@@ -240,7 +259,7 @@ class Quantizing:
         ctx.progress.phase("calibration")
         found = histograms(source, observed(source), samples, ctx.progress.update)
         ranges = {name: h.range(stage.calibrate, stage.percentile) for name, h in found.items()}
-        return Int8Static(stage.weight_bits, ranges)
+        return Int8Static(stage.bits_here, ranges)
 
     def _calibration(self, source: Path) -> Calibration:
         """A walk through the layers of a decoder from the first one on."""

@@ -19,7 +19,7 @@ def _generate():
     return module
 
 
-@pytest.mark.parametrize("name", ["stages.md", "commands.md"])
+@pytest.mark.parametrize("name", ["stages.md", "architectures.md", "commands.md"])
 @pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="argparse words differ by version")
 def test_the_reference_is_not_stale(name: str, monkeypatch) -> None:
     monkeypatch.setenv("COLUMNS", "96")

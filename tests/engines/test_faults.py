@@ -12,7 +12,9 @@ from numpy.typing import NDArray
 from benchmarks.watched import Watched, WatchedEngine
 from lifecycle.engines.backend import CacheBackend, Row
 from lifecycle.engines.base import EngineOptions
+from lifecycle.engines.ort_binding import Binding
 from lifecycle.engines.requests import Event, FinishReason, Request, SamplingParams
+from lifecycle.engines.scheduler import Scheduler
 from lifecycle.errors import EngineError
 from tests.engines.conftest import Model
 
@@ -196,11 +198,39 @@ def test_a_failure_while_binding_leaves_the_next_steps_alone(
     def fail(*arguments: Any) -> None:
         raise RuntimeError("no such device")
 
-    import lifecycle.engines.ort as module
-
-    monkeypatch.setattr(module._Binding, "fetch", fail)
+    monkeypatch.setattr(Binding, "fetch", fail)
     ends = engine.step()
     monkeypatch.undo()
     assert {end.error for end in ends} == {"ONNX Runtime failed: no such device"}
     expect_nothing_held(engine)
     assert [result.token_ids for result in engine.generate([prompt, other], FREE)] == wanted
+
+
+@pytest.mark.parametrize("where", ["plan", "scan"])
+def test_memory_that_ends_beside_the_runtime_ends_only_the_step(
+    random_model: Model, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, prompts = open_engine(random_model), texts(3)
+    wanted = [result.token_ids for result in engine.generate(prompts, FREE)]
+    for n, prompt in enumerate(prompts):
+        engine.submit(Request(str(n), prompt, FREE))
+    first = [event for _ in range(3) for event in engine.step()]
+    engine.cancel("2")
+
+    def fails(*_: Any) -> Any:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        if where == "plan":
+            patch.setattr(Scheduler, "schedule", fails)
+        else:
+            patch.setattr(engine, "_passes", engine._passes._replace(scan=fails))
+        events = engine.step()
+    ends = {event.request_id: event.finish_reason for event in events}
+    assert ends == dict.fromkeys("01", FinishReason.ERROR) | {"2": FinishReason.CANCELLED}
+    assert {event.error for event in events} == {"", "no memory for the step"}
+    for n in range(2):
+        got = output([event for event in first if event.request_id == str(n)])
+        assert got == wanted[n][: len(got)]
+    expect_nothing_held(engine)
+    assert [result.token_ids for result in engine.generate(prompts, FREE)] == wanted

@@ -233,11 +233,11 @@ def test_of_what_a_window_has_left_behind_no_part_is_taken(
     StepClock(monkeypatch).times(engine.backend, 0.02, 0.0002)
     forgotten: list[int] = []
 
-    def forget(slot: int, before: int | None = None) -> None:
-        if before is not None:
-            forgotten.append(before)
+    def forget(slot: int, start: int = 0, stop: int | None = None) -> None:
+        if stop is not None:
+            forgotten.append(stop)
             text = engine.backend.texts[slot]
-            engine.backend.texts[slot] = [0] * before + text[before:]
+            engine.backend.texts[slot] = [0] * stop + text[stop:]
 
     engine.backend.forget = forget
     long = [1 + n * n % 7 for n in range(1000)]

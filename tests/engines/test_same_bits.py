@@ -132,10 +132,10 @@ def test_one_whose_beginning_was_given_back(
     forgotten: list[int] = []
     honest = SlotCache.forget
 
-    def forget(cache: SlotCache, slot: int, before: int | None = None) -> None:
-        honest(cache, slot, before)
-        if before is not None:
-            forgotten.append(before)
+    def forget(cache: SlotCache, slot: int, start: int = 0, stop: int | None = None) -> None:
+        honest(cache, slot, start, stop)
+        if stop is not None:
+            forgotten.append(stop)
 
     monkeypatch.setattr(SlotCache, "forget", forget)
     engine.submit(Request("long", prompt, greedy(560), priority=1))
@@ -146,7 +146,7 @@ def test_one_whose_beginning_was_given_back(
     step(engine, found)
     assert len(forgotten) > 2 and max(forgotten) > 500 and engine.stats.preemptions == 1
 
-    monkeypatch.setattr(SlotCache, "forget", lambda *arguments: None)
+    monkeypatch.setattr(SlotCache, "forget", lambda *_, **__: None)
     assert found["long"] == alone(windowed.graph, options, prompt, greedy(560))
     for n, k in ((1, 0), (2, 0), (2, 1)):
         assert found[f"{n} {k}"] == alone(windowed.graph, options, short[n:], greedy(30))

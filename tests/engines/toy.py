@@ -102,10 +102,11 @@ class ToyBackend:
         assert len(self.texts[source]) >= stop
         self.texts[target] = self.texts[source][:stop]
 
-    def forget(self, slot: int, before: int | None = None) -> None:
-        if before is None:
-            self.texts.pop(slot, None)
-        self.forgotten[slot] = before or 0
+    def forget(self, slot: int, start: int = 0, stop: int | None = None) -> None:
+        if stop is None:
+            kept = self.texts.pop(slot, [])[:start]
+            self.texts |= {slot: kept} if kept else {}
+        self.forgotten[slot] = stop or 0
 
     adapter_slots = 0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 from lifecycle.data.chat import ChatTokenizer
+from lifecycle.engines.ort import OnnxEngine
 from lifecycle.errors import DataError, GateError, StageError
 from lifecycle.kinds import Conversations, HfModel, OnnxModel, Report
 from lifecycle.stages.evaluate import Evaluate
@@ -247,3 +249,34 @@ def test_the_golden_story_is_likely(run_stage: RunStage, tmp_path: Path, data_di
     data = tiny.text(tmp_path / "text", [story])
     report = run_stage(Evaluate(**CHECK, max_length=256), model=model, chat=data).metrics
     assert report["perplexity"] < 2
+
+
+def test_answers_do_not_depend_on_what_else_is_computed(
+    run_stage: RunStage, chat: Conversations, learnt_onnx: OnnxModel
+) -> None:
+    gates = {"batch_invariance": ">= 1", "batch_max_diff": "<= 0"}
+    report = run_stage(Evaluate(**CHECK, gates=gates), model=learnt_onnx, chat=chat).metrics
+    assert (report["batch_invariance"], report["batch_max_diff"]) == (1.0, 0.0)
+    assert report["continuations"] == len(tiny.ROWS)
+
+
+def test_a_model_whose_answers_depend_on_it_is_stopped(
+    run_stage: RunStage,
+    chat: Conversations,
+    learnt_onnx: OnnxModel,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One request of a batch begins with another token there."""
+    honest = OnnxEngine.generate
+
+    def generate(engine: OnnxEngine, prompts: Any, *rest: Any) -> Any:
+        if len(prompts) > 1:
+            prompts = [[*prompts[0][:-1], prompts[0][-1] ^ 1], *prompts[1:]]
+        return honest(engine, prompts, *rest)
+
+    monkeypatch.setattr(OnnxEngine, "generate", generate)
+    gates = {"batch_invariance": ">= 1", "batch_max_diff": "<= 0"}
+    with pytest.raises(GateError, match="batch_"):
+        run_stage(
+            Evaluate(**CHECK, metrics=["invariance"], gates=gates), model=learnt_onnx, chat=chat
+        )

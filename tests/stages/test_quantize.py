@@ -14,7 +14,10 @@ from onnx import numpy_helper
 from pydantic import ValidationError
 
 from lifecycle.engines.decoder import DecoderInfo
+from lifecycle.engines.native import library
 from lifecycle.errors import StageError
+from lifecycle.graph.export import export_decoder
+from lifecycle.graph.targets import Cpu
 from lifecycle.kinds import Conversations, HfModel, OnnxModel
 from lifecycle.pipeline.artifact import Artifact
 from lifecycle.stages.export import Export
@@ -92,6 +95,18 @@ def test_a_target_may_not_run_a_scheme(exported: Artifact, run_stage: RunStage) 
         ),
         ({"scheme": "int8-rowwise", "symmetric": False}, "symmetric: false.*not for int8-rowwise"),
         ({"scheme": "fp16", "block_size": 32}, "block_size: 32 .*not for fp16"),
+        ({"scheme": "int8", "weight_bits": 7}, "weight_bits: 7 is for .*not for int8"),
+        (
+            {"scheme": "int8-rowwise", "int8": []},
+            r"int8: \[\] is for the scheme int4, not for int8-r",
+        ),
+        ({"scheme": "mixed", "int8": ["lm_head", "*.down_proj"]}, r"int8: .*down_proj\"\] is for"),
+        ({"scheme": "int8-rowwise", "calibrate": "entropy"}, "for the scheme int8-static, not for"),
+        ({"scheme": "int4", "percentile": 99.0}, "percentile: 99.0 is for .*int8-static, not for"),
+        (
+            {"scheme": "int8-static", "percentile": 99.0, "calibration": "c"},
+            "percentile is for calibrate: percentile, not for minmax",
+        ),
         ({"scheme": "int4", "method": "hqq"}, "set symmetric: false"),
         ({"scheme": "int4", "method": "gptq"}, "gptq needs calibration"),
         ({"scheme": "int4", "method": "awq"}, "awq needs calibration"),
@@ -126,6 +141,61 @@ def test_settings_that_do_not_go_together_are_named(settings: dict[str, Any], na
         stage(**settings)
 
 
+def test_a_scheme_takes_8_bits_where_the_host_adds_them_exactly(
+    exported: Artifact, run_stage: RunStage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def made(flags: set[str], machine: str = "x86_64", **settings: Any) -> Artifact:
+        monkeypatch.setattr(library, "instruction_sets", lambda: frozenset(flags))
+        monkeypatch.setattr("platform.machine", lambda: machine)
+        return run_stage(stage(scheme="int8-rowwise", **settings), onnx=exported)
+
+    seven, eight = made(set(), weight_bits=7), made(set(), weight_bits=8)
+    assert seven.digest != eight.digest
+    assert made({"avx2", "fma"}).digest == seven.digest
+    assert made({"avx2", "avx_vnni"}).digest == eight.digest
+    assert made({"avx512f", "avx512_vnni"}).digest == eight.digest
+    assert made(set(), "aarch64").digest == eight.digest
+
+
+def test_what_the_host_chooses_is_part_of_what_a_result_is_kept_under(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for is_exact, bits in ((True, 8), (False, 7)):
+        monkeypatch.setattr(library, "adds_bytes_exactly", lambda found=is_exact: found)
+        for scheme, key in (("int8-rowwise", {"weight_bits": bits}), ("int8", {}), ("fp16", {})):
+            assert stage(scheme=scheme).fingerprint() == key
+        assert stage(scheme="int8-rowwise", weight_bits=7).fingerprint() == {}
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"scheme": "int8-rowwise"}, "in 8 bits by blocks of 32"),
+        (
+            {"scheme": "int4", "method": "gptq", "calibration": "c", "samples": 4},
+            "gptq is for the other",
+        ),
+        ({"scheme": "int4"}, None),
+    ],
+)
+def test_it_is_told_how_experts_are_rounded(
+    settings: dict[str, Any],
+    told: str | None,
+    tmp_path: Path,
+    calibration: Artifact,
+    run_stage: RunStage,
+) -> None:
+    save_model("mixtral", tmp_path / "hf")
+    (tmp_path / "onnx").mkdir()
+    export_decoder(tmp_path / "hf", tmp_path / "onnx", Cpu())
+    tiny.write_tokenizer(tmp_path / "onnx")
+    made = run_stage(
+        stage(**settings), onnx=as_artifact(OnnxModel, tmp_path / "onnx"), c=calibration
+    )
+    lines = [line for line in made.ctx.progress.lines if "experts of 'onnx'" in line]
+    assert [told in line for line in lines] == ([True] if told else [])
+
+
 @pytest.fixture
 def calibration(tmp_path: Path) -> Artifact:
     """The conversations that `tests.tiny` trains on."""
@@ -154,8 +224,8 @@ def test_methods_read_the_calibration(
 def test_distillation_says_what_it_gained(
     learnt_onnx: OnnxModel, calibration: Artifact, run_stage: RunStage
 ) -> None:
-    settings: dict[str, Any] = {"scheme": "int4", "calibration": "c", "block_size": 32}
-    # What `gptq` leaves of texts that the model knows by heart is next to nothing.
+    settings: dict[str, Any] = {"scheme": "int4", "calibration": "c", "block_size": 64}
+    # What `gptq`, and smaller blocks, leave of texts that the model knows by heart is next to nothing.
     settings |= {"method": "awq", "samples": 4, "sample_length": 48}
     distill = {"steps": 20, "batch_size": 4, "learning_rate": 3e-4}
     plain = run_stage(stage(**settings), onnx=learnt_onnx, c=calibration)

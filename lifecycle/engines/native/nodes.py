@@ -144,15 +144,17 @@ class Graph:
 
     def replace_inputs(self, old: Iterable[str], new: str, kind: int, dims: Sequence[int]) -> None:
         """Let the graph have an input instead of others, of a type and dimensions, 0 for any."""
-        sizes = b"".join(field_of(1, number_of(1, size) if size else b"") for size in dims)
-        tensor = number_of(1, kind) + field_of(2, sizes)
-        value = field_of(1, new.encode()) + field_of(2, field_of(1, tensor))
         for name in old:
             self._rest[self._input_places.pop(name)] = memoryview(b"")
             del self.inputs[name]
-        self._rest.append(memoryview(field_of(_INPUT, value)))
+        self._rest.append(memoryview(field_of(_INPUT, _described(new, kind, dims))))
         self._input_places[new] = len(self._rest) - 1
         self.inputs[new] = (kind, list(dims))
+
+    def add_output(self, name: str, kind: int, dims: Sequence[int]) -> None:
+        """Let the world outside read a value, of a type and dimensions, 0 for any."""
+        self._rest.append(memoryview(field_of(_OUTPUT, _described(name, kind, dims))))
+        self.outputs.add(name)
 
     def maker(self, name: str, operator: str) -> Node | None:
         """The node that makes a value, if it is such an operator."""
@@ -201,6 +203,13 @@ class Graph:
 def _name(message: memoryview) -> str:
     """Field 1 of a message: what attributes, inputs and outputs are called."""
     return next((bytes(value).decode() for value in _below(message, 1)), "")
+
+
+def _described(name: str, kind: int, dims: Sequence[int]) -> bytes:
+    """What a graph says of an input or an output."""
+    sizes = b"".join(field_of(1, number_of(1, size) if size else b"") for size in dims)
+    tensor = number_of(1, kind) + field_of(2, sizes)
+    return field_of(1, name.encode()) + field_of(2, field_of(1, tensor))
 
 
 def _tensor(value: memoryview) -> tuple[int, list[int]]:

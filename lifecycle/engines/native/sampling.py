@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from functools import lru_cache
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,33 +14,52 @@ from lifecycle.engines.sampling import Passes, Place, Scan, draw_token
 
 Floats = NDArray[np.float32]
 
+Columns = tuple[Floats, Place]
+"""The columns of logits (see `Scan`), and where both are."""
+
+_COLUMN = 64
+"""Logits of a column, as in columns.h."""
 _SIZE, _POINTER = ctypes.c_size_t, ctypes.c_void_p
 
 
-@lru_cache(maxsize=4)
-def native_passes(library: Path) -> Passes:
-    """What `sampling` does by numpy, computed by a library that is loaded already.
+def num_columns(size: int) -> int:
+    """How many columns so many logits have."""
+    return -(-size // _COLUMN)
+
+
+def native_passes(
+    library: Path, columns_of: Callable[[Floats], Columns | None] = lambda logits: None
+) -> Passes:
+    """What `sampling` does by numpy, computed by a library that is loaded already. `columns_of` are those of logits
+    (see `Scan`), if a graph has told them.
 
     Weights differ in their last bits, and with them a token in some millions of draws.
     """
     functions = ctypes.CDLL(str(library))
     scan_rows, draw_row = functions.lifecycle_scan, functions.lifecycle_draw
-    num_columns = functions.lifecycle_columns
-    num_columns.argtypes, num_columns.restype = [_SIZE], _SIZE
-    scan_rows.argtypes = [_POINTER, _SIZE, _SIZE, _POINTER, _POINTER, _POINTER]
+    scan_rows.argtypes = [_POINTER, _SIZE, _SIZE, _POINTER, _POINTER, _POINTER, ctypes.c_int]
     scan_rows.restype = None
     doubles = [ctypes.c_double] * 3
     draw_row.argtypes = [_POINTER, _SIZE, _POINTER, ctypes.c_float, _SIZE, *doubles]
     draw_row.restype = ctypes.c_int64
 
+    best, tops = np.empty(0, np.int64), np.empty(0, np.float32)
+    places = 0, 0
+
     def scan(logits: Floats) -> Scan:
-        logits = np.ascontiguousarray(logits, np.float32)
+        nonlocal best, tops, places
         count, size = logits.shape
-        best, tops = np.empty(count, np.int64), np.empty(count, np.float32)
-        columns = np.empty((count, num_columns(size)), np.float32)
-        first = _at(logits), _at(columns)
-        scan_rows(first[0], count, size, _at(best), _at(tops), first[1])
-        return Scan(logits, best.tolist(), tops.tolist(), columns, first)
+        if (known := columns_of(logits)) is not None:
+            columns, first = known
+        else:
+            logits = np.ascontiguousarray(logits, np.float32)
+            columns = np.empty((count, num_columns(size)), np.float32)
+            first = _at(logits), _at(columns)
+        if count > len(best):
+            best, tops = np.empty(count, np.int64), np.empty(count, np.float32)
+            places = _at(best), _at(tops)
+        scan_rows(first[0], count, size, *places, first[1], known is not None)
+        return Scan(logits, best[:count].tolist(), tops[:count].tolist(), columns, first)
 
     def draw(
         logits: Floats, params: SamplingParams, uniform: float, place: Place | None = None

@@ -19,6 +19,8 @@ ATTENTION, BLOCKS, ROWWISE = "PackedAttention", "MatMulNBits", "RowwiseMatMul"
 GATE, NORM, UPDATE = "Gate", "SkipNorm", "AdapterUpdate"
 _PRODUCTS = (BLOCKS, ROWWISE)
 
+LOGITS, TOPS = "logits", "logits.tops"
+"""Outputs of a graph: the second is what a product adds to the first, see `sampling.Scan.columns`."""
 _FLOAT, _UINT8, _INT8 = 1, 2, 3
 """Types of elements, as protobuf numbers."""
 _PAST_KEY, _SCALES, _COUNTS = 3, (12, 13), 16
@@ -70,9 +72,11 @@ def swap(model: bytes) -> bytes:
     """A model with our operators wherever they do what its own do.
 
     Raises:
-        ValueError, IndexError: it is no ONNX model.
+        ValueError, IndexError: it is no ONNX model, or has an output of a name that is ours.
     """
     graph = Graph(model)
+    if TOPS in graph.outputs:
+        raise ValueError(f"it has an output '{TOPS}', which is what our kernels add")
     for node in graph.nodes:
         if node.is_a("MatMulIntegerToFloat"):
             _swap_rowwise(graph, node)
@@ -88,6 +92,7 @@ def swap(model: bytes) -> bytes:
     for node in graph.nodes:
         if node.is_a("Mul") and len(node.inputs) == 2:
             _swap_gate(graph, node)
+    _ask_for_tops(graph)
     return graph.write(DOMAIN)
 
 
@@ -99,6 +104,15 @@ def computes_by_token(model: bytes) -> bool:
     """
     nodes = Graph(swap(model)).nodes
     return all(node.domain == DOMAIN or node.operator in _BY_TOKEN for node in nodes)
+
+
+def _ask_for_tops(graph: Graph) -> None:
+    """Let the product that gives logits tell of the largest of each so many neighbours too."""
+    head = graph.made_by(LOGITS)
+    if head is not None and head.domain == DOMAIN and head.operator in _PRODUCTS:
+        head.set_integer("tops", 1)
+        head.outputs.append(TOPS)
+        graph.add_output(TOPS, _FLOAT, [0, 0])
 
 
 def _swap_rowwise(graph: Graph, product: Node) -> None:

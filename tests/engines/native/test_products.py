@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import pytest
 from numpy.typing import NDArray
 from onnx import helper
 
-from lifecycle.engines.native.swap import DOMAIN, swap
+from lifecycle.engines.native.sampling import native_passes
+from lifecycle.engines.native.swap import DOMAIN, LOGITS, swap
 from lifecycle.graph.rounding import Grid, least_squares, quantize
 from tests.engines.native.conftest import build, run
 
@@ -273,3 +275,62 @@ def test_a_gate_has_the_same_bits_inside_a_product_and_before_it(kernels: Path, 
     with np.errstate(over="ignore"):
         expected = gate_half / (1 + np.exp(-gate_half)) * up_half
     np.testing.assert_allclose(x, expected, rtol=1e-6, atol=1e-30)
+
+
+def as_head(model: bytes) -> bytes:
+    """The same model, whose output is logits."""
+    found = onnx.load_model_from_string(model)
+    for node in found.graph.node:
+        node.output[:] = [LOGITS if name == "y" else name for name in node.output]
+    found.graph.output[0].name = LOGITS
+    return found.SerializeToString()
+
+
+@pytest.mark.parametrize("columns", [1, 63, 64, 1000, 20_000])
+@pytest.mark.parametrize("rows", [1, 3, 13, 50])
+@pytest.mark.parametrize("kind", ["rowwise", "blocks"])
+def test_a_head_tells_the_largest_of_its_columns(
+    kernels: Path, kind: str, rows: int, columns: int
+) -> None:
+    rng = np.random.default_rng(rows)
+    if kind == "rowwise":
+        weight = rng.integers(-127, 128, (64, columns)).astype(np.int8)
+        model = rowwise_model(weight, rng.uniform(0.1, 1, columns).astype(np.float32), False)
+    else:
+        model = blocks_model(Grid(32), rng.standard_normal((columns, 64)).astype(np.float32))[0]
+    x = rng.standard_normal((rows, 64)).astype(np.float32)
+    x[rows // 2, 5] = np.nan
+    logits, tops = run(swap(as_head(model)), kernels, {"x": x})
+    wanted = np.stack([logits[:, i : i + 64].max(axis=1) for i in range(0, columns, 64)], axis=1)
+    assert np.isnan(tops[rows // 2]).any()
+    others = np.arange(rows) != rows // 2
+    assert np.array_equal(tops[others], wanted[others])
+    place = logits.ctypes.data, tops.ctypes.data
+    known = native_passes(kernels, lambda _: (tops, place)).scan(logits)
+    found = native_passes(kernels).scan(logits)
+    assert known.best == found.best
+    assert np.array_equal(known.tops, found.tops, equal_nan=True)
+
+
+def test_columns_that_are_not_those_of_the_logits_lead_nowhere_else(kernels: Path) -> None:
+    logits, tops = np.zeros((2, 100), np.float32), np.full((2, 2), 7, np.float32)
+    place = logits.ctypes.data, tops.ctypes.data
+    found = native_passes(kernels, lambda _: (tops, place)).scan(logits)
+    assert found.best == [0, 0] and found.tops == [0, 0]
+
+
+def test_an_output_of_a_name_that_is_ours_is_refused() -> None:
+    model = as_head(rowwise_model(np.ones((64, 40), np.int8), np.ones(40, np.float32), False))
+    with pytest.raises(ValueError, match=r"'logits\.tops', which is what our kernels add"):
+        swap(swap(model))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_weights_of_closed_models_take_no_memory(in_vectors: Path) -> None:
+    resident: list[int] = []
+    for seed in range(14):
+        weight = np.random.default_rng(seed).integers(-127, 128, (2048, 2048)).astype(np.int8)
+        model = rowwise_model(weight, np.ones(2048, np.float32), False)
+        run(swap(model), in_vectors, {"x": np.ones((1, 2048), np.float32)})
+        resident.append(int(Path("/proc/self/statm").read_text().split()[1]) * 4096)
+    assert resident[-1] - resident[3] < 20 << 20

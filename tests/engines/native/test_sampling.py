@@ -150,7 +150,7 @@ def test_a_scan_finds_what_numpy_finds(
     assert found.columns is not None
     for row, columns in zip(logits, found.columns, strict=True):
         if not np.isnan(row).any():
-            largest = [row[i : i + 128].max() for i in range(0, size, 128)]
+            largest = [row[i : i + 64].max() for i in range(0, size, 64)]
             assert np.array_equal(columns, largest)
 
 

@@ -203,7 +203,8 @@ struct Operator : ort::Op {
     input_characteristic = [](const ort::Op*, size_t i) {
       return Kernel::is_optional(i) ? ort::kOptional : ort::kRequired;
     };
-    output_characteristic = [](const ort::Op*, size_t) { return ort::kRequired; };
+    // What a step is for comes first.
+    output_characteristic = [](const ort::Op*, size_t i) { return i == 0 ? ort::kRequired : ort::kOptional; };
     input_memory = [](const ort::Op*, size_t) { return 0; };
     variadic_input_min = [](const ort::Op*) { return 1; };
     variadic_input_same = [](const ort::Op*) { return 1; };

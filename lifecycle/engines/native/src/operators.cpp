@@ -9,6 +9,7 @@
 
 #include "adapter_update.h"
 #include "attention.h"
+#include "columns.h"
 #include "products.h"
 
 namespace lifecycle {
@@ -35,12 +36,14 @@ void not_needed(const Tensor& tensor) {
 // A product whose first inputs are x and weights; what adapters add may follow them.
 class Product {
  public:
-  static constexpr size_t kOutputs = 1;
+  // What is computed, and of logits the largest of each column (see columns.h), where the node says `tops`.
+  static constexpr size_t kOutputs = 2;
   static ort::Type output(size_t) { return ort::kFloat; }
 
   // What a node says of its adapters are the `rank` and the columns of each part, `part0` and so on.
   Product(const ort::Api& api, const ort::Info* info, size_t own_inputs)
-      : api(api), own_inputs_(own_inputs), is_gated_(attribute<int64_t>(api, info, "gated", 0) != 0) {
+      : api(api), own_inputs_(own_inputs), is_gated_(attribute<int64_t>(api, info, "gated", 0) != 0),
+        has_tops_(attribute<int64_t>(api, info, "tops", 0) != 0) {
     // Below these no product of two of them can be too large for an integer.
     constexpr int64_t kMostRank = 1 << 16, kMostColumns = INT32_MAX;
     const int64_t rank = attribute<int64_t>(api, info, "rank", 0);
@@ -60,12 +63,17 @@ class Product {
     Dims dims = x.dims;
     dims.back() = (int64_t)columns;
     float* y = static_cast<float*>(run.output(0, dims));
+    float* tops = nullptr;
+    if (has_tops_) {
+      dims.back() = (int64_t)columns_of(columns);
+      tops = static_cast<float*>(run.output(1, dims));
+    }
     std::optional<Adapters> adapters;
     if (run.input(own_inputs_)) {
       require(adapted_.parts > 0, "adapters of a product that says nothing of theirs");
       adapters.emplace(run, own_inputs_, adapted_, count);
     }
-    product(run, *weights_, is_gated_, x.as<float>(), count, y, adapters ? &*adapters : nullptr);
+    product(run, *weights_, is_gated_, x.as<float>(), count, y, tops, adapters ? &*adapters : nullptr);
   }
 
   const ort::Api& api;
@@ -82,7 +90,7 @@ class Product {
  private:
   std::shared_ptr<const Weights> weights_;
   size_t own_inputs_;
-  bool is_gated_;
+  bool is_gated_, has_tops_;
   AdapterShape adapted_;
 };
 

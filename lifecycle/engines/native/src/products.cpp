@@ -6,7 +6,11 @@
 #include "products.h"
 
 #include <algorithm>
+#include <limits>
+#include <numeric>
 #include <optional>
+
+#include "columns.h"
 
 namespace lifecycle {
 namespace {
@@ -214,10 +218,20 @@ void round_rows(const Run& run, const Weights& w, bool is_gated, const float* x,
   });
 }
 
+// The largest of each column of the logits of some rows and tiles, which have just been written.
+void find_tops(const Weights& w, size_t first, size_t last, size_t tile, size_t end, const float* y, float* tops) {
+  const size_t from = tile * kLanes, to = std::min(end * kLanes, w.columns);
+  for (size_t row = first; row < last && from < to; ++row) {
+    float* found = tops + row * columns_of(w.columns) + from / kColumn;
+    const bool are_numbers = scan_columns(y + row * w.columns + from, to - from, found);
+    if (!are_numbers) *found = std::numeric_limits<float>::quiet_NaN();
+  }
+}
+
 }  // namespace
 
 void product(const Run& run, const Weights& w, bool is_gated, const float* x, size_t count, float* y,
-             Adapters* adapters) {
+             float* tops, Adapters* adapters) {
   if (count == 0) return;
   Rows rows;
   const size_t worth = w.is_rowwise ? kWorthMatrices : kWorthMatricesInBlocks;
@@ -241,7 +255,9 @@ void product(const Run& run, const Weights& w, bool is_gated, const float* x, si
   const size_t room = kMatrixRoom / rows.width / kMatrixRows * kMatrixRows;
   const size_t at_once = rows.in_matrices ? std::max(kRowsAtOnce, room) : kRowsAtOnce;
   const size_t parts = (count + at_once - 1) / at_once;
-  const size_t each = std::max<size_t>(1, groups * parts / kMostTasks);
+  // Tasks begin where columns of logits do.
+  const size_t grain = tops != nullptr ? std::lcm(wide, kColumn / kLanes) / wide : 1;
+  const size_t each = (std::max<size_t>(1, groups * parts / kMostTasks) + grain - 1) / grain * grain;
   const size_t tasks = (groups + each - 1) / each;
   run.parallel(tasks * parts, [&](size_t task) {
     const size_t first = task / tasks * at_once, last = std::min(count, first + at_once);
@@ -266,6 +282,7 @@ void product(const Run& run, const Weights& w, bool is_gated, const float* x, si
         row += share;
       }
     }
+    if (tops != nullptr) find_tops(w, first, last, group * wide, (group + each) * wide, y, tops);
   });
 }
 

@@ -4,6 +4,7 @@
 #include <memory>
 
 #include "adapters.h"
+#include "lasting.h"
 
 namespace lifecycle {
 
@@ -17,10 +18,10 @@ struct Weights {
   int bits = 8;
   bool is_rowwise = false;
   int32_t zero = 128;          // what stands for 0 where there are no `zeros`
-  Buffer<uint8_t> packed;      // [tiles, block after block]
-  Buffer<float> scales;        // [tiles, blocks, 16]
-  Buffer<int32_t> zeros;       // [tiles, blocks, 16], or empty
-  Buffer<float> bias;          // [columns], or empty
+  Lasting<uint8_t> packed;      // [tiles, block after block]
+  Lasting<float> scales;        // [tiles, blocks, 16]
+  Lasting<int32_t> zeros;       // [tiles, blocks, 16], or empty
+  Lasting<float> bias;          // [columns], or empty
 
   size_t blocks() const { return (depth + block - 1) / block; }
   size_t tiles() const;
@@ -46,9 +47,10 @@ void rows_by_matrices(const Weights& weights, const Rows& rows, size_t row, size
                       const int8_t* tiles, float* y);
 
 // y [count, columns] = x [count, depth] times the weights. Where it `is_gated` the input is [gate, up], 2 * depth wide,
-// and silu(gate) * up is multiplied. What adapters add is added, where there are any.
+// and silu(gate) * up is multiplied. What adapters add is added, where there are any. `tops` [count, columns_of(columns)]
+// or null are the largest of each column of logits, one of them no number where a logit is none.
 void product(const Run& run, const Weights& weights, bool is_gated, const float* x, size_t count, float* y,
-             Adapters* adapters);
+             float* tops, Adapters* adapters);
 
 // The weights that `make` fills, or those that another kernel made of the same bytes: the graphs of a model share them.
 std::shared_ptr<const Weights> shared(const std::vector<Tensor>& of, const std::vector<int64_t>& sizes,

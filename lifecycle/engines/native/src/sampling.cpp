@@ -5,6 +5,7 @@
 #include <limits>
 #include <new>
 
+#include "columns.h"
 #include "kernel.h"
 #include "simd.h"
 
@@ -17,12 +18,11 @@ typedef int32_t v8i __attribute__((vector_size(32), may_alias));
 typedef float v8f __attribute__((vector_size(32), may_alias));
 typedef double v8d __attribute__((vector_size(64), may_alias));
 
-// Tokens whose weights are added up before single ones are looked at, and those of which the largest is found first.
-constexpr size_t kBlock = 256, kColumn = 128, kAhead = 1024;
+// Tokens whose weights are added up before single ones are looked at, and how far ahead logits are asked for.
+constexpr size_t kBlock = 256, kAhead = 1024;
 constexpr int32_t kLowest = std::numeric_limits<int32_t>::min();
 
 constexpr size_t whole(size_t count, size_t of) { return (count + of - 1) / of * of; }
-constexpr size_t columns_of(size_t count) { return whole(count, kColumn) / kColumn; }
 
 // Integers that are in the order of floats, of which zero has two; and back.
 template <typename I, typename F>
@@ -132,29 +132,6 @@ T* room(size_t count) {
 }
 constexpr int kTokens = 20, kKeys = 21, kColumns = 22, kKept = 23, kWeights = 24, kEnds = 25;
 
-// The largest of each column of `count` logits; whether all are numbers.
-bool scan_columns(const float* logits, size_t count, float* columns) {
-  v16i is_none{};
-  for (size_t start = 0; start < count; start += kColumn) {
-    const size_t end = std::min(start + kColumn, count);
-    expect(logits + start + kAhead, kColumn * sizeof(float));
-    v16f top = spread(logits[start]);
-    size_t i = start;
-    for (; i + kLanes <= end; i += kLanes) {
-      const v16f value = load<v16f>(logits + i);
-      is_none |= value != value;
-      top = larger(value, top);
-    }
-    float most = largest(top);
-    for (; i < end; ++i) {
-      is_none[0] |= -(int32_t)(logits[i] != logits[i]);
-      most = std::max(most, logits[i]);
-    }
-    *columns++ = most;
-  }
-  return !sum<int32_t>(is_none);
-}
-
 // The largest of some numbers.
 float top_of(const float* values, size_t count) {
   v16f top = spread(-std::numeric_limits<float>::infinity());
@@ -165,16 +142,23 @@ float top_of(const float* values, size_t count) {
   return most;
 }
 
-// The first of the largest logits, or of those that are no numbers, and its place.
-void scan_row(const float* logits, size_t count, int64_t* best, float* top, float* columns) {
+// The first of the largest logits, or of those that are no numbers, and its place. Columns may be known, one of them no
+// number where a logit is none.
+void scan_row(const float* logits, size_t count, int64_t* best, float* top, float* columns, bool is_known) {
   const float* found;
-  if (!scan_columns(logits, count, columns)) {
-    found = std::find_if(logits, logits + count, [](float value) { return value != value; });
+  auto is_none = [](float value) { return value != value; };
+  const bool are_numbers = is_known ? std::none_of(columns, columns + columns_of(count), is_none)
+                                    : scan_columns(logits, count, columns);
+  const float* end = logits + count;
+  if (!are_numbers) {
+    found = std::find_if(logits, end, is_none);
   } else {
-    const float* end = columns + columns_of(count);
-    const float* column = std::find((const float*)columns, end, top_of(columns, columns_of(count)));
-    found = std::find(logits + (column - columns) * (ptrdiff_t)kColumn, logits + count, *column);
+    const float* last = columns + columns_of(count);
+    const float* column = std::find((const float*)columns, last, top_of(columns, columns_of(count)));
+    found = std::find(logits + (column - columns) * (ptrdiff_t)kColumn, end, *column);
   }
+  // Whatever columns say, no place is beyond the logits.
+  if (found == end) found = logits;
   *best = found - logits;
   *top = *found;
 }
@@ -328,19 +312,39 @@ int64_t draw(const float* logits, size_t count, const float* columns, float temp
 }
 
 }  // namespace
+
+bool scan_columns(const float* logits, size_t count, float* columns) {
+  v16i is_none{};
+  for (size_t start = 0; start < count; start += kColumn) {
+    const size_t end = std::min(start + kColumn, count);
+    expect(logits + start + kAhead, kColumn * sizeof(float));
+    v16f top = spread(logits[start]);
+    size_t i = start;
+    for (; i + kLanes <= end; i += kLanes) {
+      const v16f value = load<v16f>(logits + i);
+      is_none |= value != value;
+      top = larger(value, top);
+    }
+    float most = largest(top);
+    for (; i < end; ++i) {
+      is_none[0] |= -(int32_t)(logits[i] != logits[i]);
+      most = std::max(most, logits[i]);
+    }
+    *columns++ = most;
+  }
+  return !sum<int32_t>(is_none);
+}
+
 }  // namespace lifecycle
 
-// How many columns `count` logits have, of whose largest `lifecycle_scan` writes one each.
-LIFECYCLE_EXPORT size_t lifecycle_columns(size_t count) { return lifecycle::columns_of(count); }
-
 // Of each of `rows` rows of `count` logits the first of the largest (of those that are no numbers, if any), its logit, and
-// the largest of each column.
+// the largest of each column, unless a product has found these already.
 LIFECYCLE_EXPORT void lifecycle_scan(const float* logits, size_t rows, size_t count, int64_t* best, float* tops,
-                                     float* columns) {
+                                     float* columns, int is_known) {
   using namespace lifecycle;
   const size_t num_columns = columns_of(count);
   for (size_t row = 0; row < rows; ++row) {
-    scan_row(logits + row * count, count, best + row, tops + row, columns + row * num_columns);
+    scan_row(logits + row * count, count, best + row, tops + row, columns + row * num_columns, is_known != 0);
   }
 }
 
