@@ -240,9 +240,9 @@ class Asking:
     def _room(self, num_decode: int, pace: Pace) -> int:
         """Tokens of late texts that a step may compute: as prompts, they must not hold the others up."""
         token = self.model.pace.prompt_token_seconds
-        if pace.max_stall is None or not token:
+        seconds = pace.stall_seconds(num_decode)
+        if seconds is None or not token:
             return self._chunk
-        seconds = (pace.max_stall - 1.0) * (pace.decode_seconds(num_decode) or 0.0)
         return min(self._chunk, max(int(seconds / token), NEAR))
 
 

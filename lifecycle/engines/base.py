@@ -46,10 +46,10 @@ class EngineOptions:
     kv_cache_bytes: int | None = None
     """Memory for keys and values of requests; None is room for every slot's whole context. Where it is
     full, the requests that came last give up theirs and compute it anew later."""
-    max_stall: float | None = 2.25
+    max_stall: float | None = 3.0
     """Where requests decode, a step that computes prompts too takes at most so many times as long as one
-    that does not, as far as 2 tokens of a prompt allow, or 16 where prompts have a graph of their own; None is
-    no bound, nor has `generate` one."""
+    that does not, but for one in some hundred on a busy machine, and as far as 2 tokens of a prompt allow, or 16 where
+    prompts have a graph of their own; None is no bound, nor has `generate` one."""
     draft_tokens: int = 0
     """Most tokens of a request guessed per step, from what its text holds already (prompt lookup) or by
     `draft_model`. Outputs are as likely as without; they are the same for quantised models with native kernels, with

@@ -24,6 +24,12 @@ _FAR = 4.0
 """How many times as long or short other texts may make a step at most, whatever measurements say."""
 _OLD, _LOOK_EVERY = 512, 64
 """Decoding steps after which what no step has confirmed is forgotten, and between two looks for such."""
+_PLANNED, _LEAST_PLANNED, _MOST_PLANNED = 0.6, 0.4, 0.8
+"""Of the time by which prompts may make a step longer, what is planned for at first, and between which parts that moves
+with the machine:"""
+_BACK, _ONE_IN = 0.02, 200
+"""it falls by so much of it with each step that took longer than may be, and rises so slowly that one in so many does. How
+far one was off by chance no plan can change: those beyond twice the time say nothing."""
 _LARGE, _LEAST = 32, 16
 """Tokens of prompts: of a step by which their own time is told, twice as many beside others that decode; and the least
 of a step where they have a graph of their own."""
@@ -105,6 +111,7 @@ class Pace:
             has_guesses: what steps take decides on guesses too, so each is measured.
         """
         self.max_stall = max_stall
+        self._planned = _PLANNED
         self._every = 1 if has_guesses else _EVERY
         self._has_prompt_graph = has_prompt_graph
         self._decode: dict[int, _Steps] = {}
@@ -205,6 +212,8 @@ class Pace:
         if not tokens:
             return
         more = max(seconds - base, 0.0)
+        if num_decode and self.max_stall is not None:
+            self._note_stall(more / ((self.max_stall - 1.0) * base))
         is_large = tokens >= (2 * _LARGE if num_decode else _LARGE)
         if is_large or not self._is_told:
             # What small steps have told ends with the first large one.
@@ -217,6 +226,12 @@ class Pace:
             own = self.prompt_token_seconds * tokens
             more = min(more, _OUTLIER * (own + self._prompt_base))
             self._prompt_base += _PROMPT_WEIGHT * (max(more - own, 0.0) - self._prompt_base)
+
+    def _note_stall(self, share: float) -> None:
+        """Prompts have made a step longer, by such a share of the time that is allowed."""
+        if share <= 2.0:
+            change = -_BACK if share > 1.0 else _BACK / _ONE_IN
+            self._planned = min(max(self._planned + change, _LEAST_PLANNED), _MOST_PLANNED)
 
     def decode_seconds(self, num_tokens: int) -> float | None:
         """Of a step with so many decoding tokens: measured, or between the nearest measurements, or
@@ -249,15 +264,21 @@ class Pace:
         return self._prompt_token or 0.0
 
     def prompt_room(self, num_decode: int) -> int | None:
-        """Tokens of prompts beside so many decoding ones that make a step at most `max_stall` times
+        """Tokens of prompts beside so many decoding ones that make a step hardly ever more than `max_stall` times
         as long; None if that is not bounded, or not known yet."""
-        base = self.decode_seconds(num_decode)
-        if self.max_stall is None or base is None or self._prompt_token is None:
+        more = self.stall_seconds(num_decode)
+        if more is None or self._prompt_token is None:
             return None
-        more = (self.max_stall - 1.0) * base - self._prompt_base
         # Fewer would read all weights of a graph for next to nothing.
         least = _LEAST if self._has_prompt_graph else 0
-        return max(int(more / self._prompt_token), least)
+        return max(int((more - self._prompt_base) / self._prompt_token), least)
+
+    def stall_seconds(self, num_decode: int) -> float | None:
+        """By how much a step with so many decoding tokens is planned to be longer at most; None as `prompt_room`."""
+        base = self.decode_seconds(num_decode)
+        if self.max_stall is None or base is None:
+            return None
+        return self._planned * (self.max_stall - 1.0) * base
 
 
 def _mean(mean: float | None, value: float, weight: float = _WEIGHT) -> float:

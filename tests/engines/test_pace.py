@@ -15,7 +15,7 @@ def step_seconds(num_decode: int, num_prompt: int, base: float, token: float) ->
 
 def told() -> Pace:
     """One that knows a decoding step and a large one of a prompt, of tokens that take 0.5 ms each."""
-    pace = Pace(2.5)
+    pace = Pace(3.5)
     pace.note(1, 0, 0.009)
     pace.note(0, 128, 0.009 + 127 * 0.0005)
     return pace
@@ -25,7 +25,7 @@ def told() -> Pace:
 @pytest.mark.parametrize("warm", [True, False])
 def test_a_prompt_gets_what_a_step_has_room_for(base: float, warm: bool) -> None:
     """Also where its first token costs more than the others, by however many tokens prompts were known before."""
-    pace, token = Pace(2.5), 0.0005
+    pace, token = Pace(3.5), 0.0005
     pace.note(0, 128 if warm else 10, 0.009 + token * (127 if warm else 9))
     pace.note(2, 0, step_seconds(2, 0, base, token))
     pace.note(1, 0, step_seconds(1, 0, base, token))
@@ -34,7 +34,7 @@ def test_a_prompt_gets_what_a_step_has_room_for(base: float, warm: bool) -> None
         assert room is not None
         pace.note(2, max(room, 2), step_seconds(2, max(room, 2), base, token))
     taken = step_seconds(2, max(room, 2), base, token)
-    assert 2.3 < taken / step_seconds(2, 0, base, token) < 2.52
+    assert 2.3 < taken / step_seconds(2, 0, base, token) < 2.56
 
 
 def test_what_first_tokens_cost_follows_the_prompt_and_is_forgotten() -> None:
@@ -62,7 +62,7 @@ def test_a_first_token_that_costs_too_much_leaves_no_room() -> None:
 @pytest.mark.parametrize("noise", [0.05, 0.2])
 def test_noise_moves_no_estimate_away_for_good(noise: float) -> None:
     rng = np.random.default_rng(0)
-    pace = Pace(2.25)
+    pace = Pace(3.0)
     pace.note(1, 0, 0.030)
     pace.note(0, 128, 0.030 + 127 * 0.002)
     taken: list[float] = []
