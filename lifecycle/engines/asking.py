@@ -17,7 +17,7 @@ from lifecycle.engines.drafts import AskCosts, Offer, Record, choose_lengths
 from lifecycle.engines.pace import Pace
 from lifecycle.engines.state import RequestState
 
-_SHARE = 0.01
+_SHARE = 0.008
 """Of the engine's time that the model may lose."""
 _START, _MOST = 16, 250
 """Steps whose time it may lose before it has gained any, for guesses that seem to pay, and at a time."""

@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 from lifecycle.engines.pace import Pace
 
-_LENGTHS = (4, 3, 2)
-"""Tokens at the end of a text that are looked for earlier in it, the longest first."""
+_SHORTEST, _LONGEST, _MOST_PLACES = 2, 4, 8
+"""Tokens at the end of a text that are looked for earlier in it, and at how many places that end alike."""
 _WEIGHT = 0.15
 """Of one more guess in the share of right ones."""
 _LEAST = 0.03
@@ -69,20 +69,15 @@ class Lookup(Record):
 
     def __init__(self, tally: Tally) -> None:
         super().__init__(tally)
-        self._places: list[dict[tuple[int, ...], int]] = [{} for _ in _LENGTHS]
-        self._size = 0
+        self._ends: dict[tuple[int, int], int] = {}
+        """Where two tokens have last come one after the other: the place behind them."""
+        self._earlier: list[int] = []
+        """Of each place, the one before it behind the same two tokens; 0 is none."""
 
     def guess(self, tokens: Sequence[int], most: int) -> list[int]:
         """Up to `most` tokens that followed the last occurrence of what the text ends with."""
-        found: int | None = None
-        for length, places in zip(_LENGTHS, self._places, strict=True):
-            # Before the end itself is known as a place: what follows it is what is asked.
-            for end in range(max(self._size, length), len(tokens)):
-                places[tuple(tokens[end - length : end])] = end
-            if found is None and len(tokens) >= length:
-                found = places.get(tuple(tokens[-length:]))
-        self._size = len(tokens)
-        if found is None:
+        found = self._find(tokens)
+        if not found:
             return []
         guessed = list(tokens[found : found + most])
         # What is repeated over and over overlaps with its own beginning.
@@ -90,6 +85,30 @@ class Lookup(Record):
         while len(guessed) < most:
             guessed.append(guessed[-period])
         return guessed
+
+    def _find(self, tokens: Sequence[int]) -> int:
+        """The place behind the longest part of the text's end that comes earlier in it, and the last such; 0 if there
+        is none."""
+        ends, earlier, size = self._ends, self._earlier, len(tokens)
+        # Before the end itself is known as a place: what follows it is what is asked.
+        for end in range(len(earlier), size):
+            pair = (tokens[end - 2], tokens[end - 1]) if end >= _SHORTEST else (-1, -1)
+            earlier.append(ends.get(pair, 0))
+            ends[pair] = end
+        best = longest = 0
+        place = ends.get((tokens[-2], tokens[-1]), 0) if size >= _SHORTEST else 0
+        for _ in range(_MOST_PLACES):
+            if not place:
+                break
+            count = _SHORTEST
+            while count < min(_LONGEST, place) and tokens[place - count - 1] == tokens[-count - 1]:
+                count += 1
+            if count > longest:
+                best, longest = place, count
+            if longest == _LONGEST:
+                break
+            place = earlier[place]
+        return best
 
 
 class Offer(NamedTuple):

@@ -63,7 +63,11 @@ class _Slope:
     """By how much steps take longer for each token that stands before them, as far as that can be told from noise."""
 
     def __init__(self) -> None:
-        self._products = self._squares = self._errors = self._count = 0.0
+        self._products = self._squares = self._errors = self._count = self._mean = 0.0
+        self.error = 0.0
+        """Two standard errors of it."""
+        self.value = 0.0
+        """Seconds for a token, or less: two standard errors below what was measured."""
 
     def note(self, tokens: float, seconds: float) -> None:
         """A step had so many tokens more before it than others, and took so much longer."""
@@ -76,20 +80,9 @@ class _Slope:
         self._squares = kept * self._squares + tokens * tokens
         self._errors = kept * self._errors + error * error
         self._count = kept * self._count + 1
-
-    @property
-    def _mean(self) -> float:
-        return self._products / self._squares if self._squares else 0.0
-
-    @property
-    def error(self) -> float:
-        """Two standard errors of it."""
-        return 2 * sqrt(self._errors / self._count / self._squares) if self._squares else 0.0
-
-    @property
-    def value(self) -> float:
-        """Seconds for a token, or less: two standard errors below what was measured."""
-        return max(self._mean - self.error, 0.0)
+        self._mean = self._products / self._squares
+        self.error = 2 * sqrt(self._errors / self._count / self._squares)
+        self.value = max(self._mean - self.error, 0.0)
 
 
 class Pace:

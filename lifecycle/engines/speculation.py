@@ -12,9 +12,11 @@ from lifecycle.engines.drafts import Lookup, Offer, Tally, choose_lengths
 from lifecycle.engines.pace import Pace
 from lifecycle.engines.state import RequestState
 
-_IDLE, _REST = 16, 3
-"""Looks at all texts without a guess that is worth its time, and the steps that are made after each further one without
-looking: it takes 1 to 3 % of a step. After twice as many looks, twice as many steps."""
+_IDLE, _SHARE, _LONGEST_REST = 4, 0.005, 16
+"""Looks at all texts without a guess that is worth its time, after which looks may take such a share of the time: that is
+how many steps are made between two, at most so many. One takes 1 to 8 % of a step."""
+_WEIGHT = 0.2
+"""Of a new measurement in what a look takes."""
 
 
 class Speculation:
@@ -27,6 +29,8 @@ class Speculation:
         self._most, self._max_model_len = options.draft_tokens, max_model_len
         self._tally = Tally()
         self._num_idle = self._resting = self._skipped = 0
+        self._look_seconds = 0.0
+        """What a look takes, on average."""
         self._asking = Asking(model, options) if model is not None else None
 
     @property
@@ -61,10 +65,11 @@ class Speculation:
             self._resting -= 1
             self._skipped += 1
             return
+        looked = time.perf_counter()
         offers = [self._offer(state, asking) for state in decoding]
         begun, before = time.perf_counter(), asking.model.pace.seconds if asking else 0.0
         lengths, saved = choose_lengths(offers, num_decode, pace, asking and asking.costs)
-        wanted: list[tuple[RequestState, int]] = []
+        wanted, computed = list[tuple[RequestState, int]](), 0.0
         for state, offer, length in zip(decoding, offers, lengths, strict=True):
             if offer.is_asked:
                 state.draft = []
@@ -78,10 +83,16 @@ class Speculation:
             asking.ask(wanted, saved, num_decode, num_other, pace)
             computed = asking.model.pace.seconds - before
             asking.charge(time.perf_counter() - begun - computed)
+        self._rest(decoding, time.perf_counter() - looked - computed, pace.decode_seconds(num_decode))
+
+    def _rest(self, decoding: list[RequestState], seconds: float, step: float | None) -> None:
+        """After a look that took so long, before a step that takes `step`: when to look next."""
+        self._skipped = self._resting = 0
+        self._look_seconds += _WEIGHT * (seconds - self._look_seconds)
         has_guesses = any(state.draft for state in decoding)
         self._num_idle = 0 if has_guesses else self._num_idle + 1
-        self._resting = _REST * min(self._num_idle // _IDLE, 2)
-        self._skipped = 0
+        if self._num_idle >= _IDLE and step:
+            self._resting = min(int(self._look_seconds / (_SHARE * step)), _LONGEST_REST)
 
     def note(self, pace: Pace, num_decode: int, num_prompt: int, seconds: float) -> None:
         """Take note of how long the step took that the drafts were for, as `Pace.note`."""

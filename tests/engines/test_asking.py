@@ -113,6 +113,7 @@ def test_where_nothing_repeats_texts_are_looked_at_now_and_then(
 
     def counted(lookup: Lookup, tokens: Sequence[int], most: int) -> list[int]:
         looks.append(len(tokens))
+        clock.now += 0.0005
         return guess(lookup, tokens, most)
 
     monkeypatch.setattr(Lookup, "guess", counted)
