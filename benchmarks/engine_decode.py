@@ -49,7 +49,7 @@ def decode(engine: Engine, batch: int, tokens: int) -> float:
 
 def our_models(folder: Path, checkpoint: Path) -> dict[str, Path]:
     """The checkpoint as int4, exported by the code that is measured: as the peer's builder stores
-    it, and as the stage makes it by default."""
+    it, and as the stage makes it by default where VNNI is."""
     default = {name: field.default for name, field in Quantize.model_fields.items()}
     int8 = Int8Rowwise(8)
     exceptions: dict[str, Scheme | None] = dict.fromkeys(default["int8"], int8)

@@ -123,7 +123,8 @@ class BatchedEngine(Engine):
             found = self._passes.scan(logits)
         except (EngineError, MemoryError) as error:
             # Before there are rows, nobody knows whose they would have been.
-            concerned = [state for state, _ in batch] or list(self._scheduler.states())
+            states = [state for state, _ in batch] or list(self._scheduler.running.values())
+            concerned = states or list(self._scheduler.states())
             for state in concerned:
                 self._scheduler.remove(state)
             text = str(error) or "no memory for the step"

@@ -85,6 +85,10 @@ class DecoderInfo:
     prefill_scheme: str | None = None
     """How the weights of `prefill.onnx` are stored; None if there is no such graph."""
 
+    weight_bits: int | None = None
+    """Of weights whose products ONNX Runtime adds up in 16 bits on some processors: 8 can overflow there. None where there
+    are no such weights, and in models of older versions."""
+
     @property
     def cache_width(self) -> int:
         """Elements that the cache stores of a head and token: two values of int4 share a byte."""

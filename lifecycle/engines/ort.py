@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -35,7 +36,7 @@ from lifecycle.engines.draft_model import Draft
 from lifecycle.engines.draft_pair import check_pair
 from lifecycle.engines.layout import Inputs, advance, pack
 from lifecycle.engines.limits import context_length
-from lifecycle.engines.native.library import kernels_for
+from lifecycle.engines.native.library import adds_bytes_exactly, kernels_for
 from lifecycle.engines.native.sampling import Columns, native_passes
 from lifecycle.engines.native.swap import LOGITS, computes_by_token
 from lifecycle.engines.ort_binding import Binding, BoundGraph, Output
@@ -52,6 +53,7 @@ from lifecycle.engines.slot_cache import SlotCache
 from lifecycle.engines.state import LONGEST_RUN
 from lifecycle.errors import EngineError
 
+_log = logging.getLogger(__name__)
 _MAX_BINDINGS = 64
 """Kept for each graph; each has room for the logits of its rows."""
 _SMALL_DRAFT = 32 << 20
@@ -79,6 +81,7 @@ class OnnxEngine(BatchedEngine):
         max_model_len = context_length(options, info.max_position_embeddings)
         kernels = _kernels(options, providers or info.providers)
         layout = AdapterLayout.load(path)
+        _warn_of_sums(path, info, kernels)
         backend = _backend(path, info, options, max_model_len, providers, kernels, layout)
         engine = cls(
             backend,
@@ -326,6 +329,17 @@ def _kernels(options: EngineOptions, providers: Sequence[str]) -> Path | None:
     if wanted == "native":
         raise EngineError(f"native kernels cannot be used: {conflict}; leave kernels at auto")
     return None
+
+
+def _warn_of_sums(path: Path, info: DecoderInfo, kernels: Path | None) -> None:
+    """Say it where products may overflow, which nothing else tells but answers."""
+    is_ours = kernels is not None and info.scheme != "int8-static"
+    if info.weight_bits == 8 and not is_ours and not adds_bytes_exactly():
+        _log.warning(
+            "%s has weights of 8 bits, whose sums can overflow on this processor, which has no VNNI instructions: "
+            "quantize the model with weight_bits: 7",
+            path,
+        )
 
 
 def _whole_scores(info: DecoderInfo, options: EngineOptions, max_model_len: int) -> bool:

@@ -60,9 +60,11 @@ class Binding:
         """Where the next run writes `count` rows of its output."""
         if self._output is not None and count == len(self._output.values):
             return self._output
+        self._output = None
         if count > len(self._found):
-            self._found = np.empty((count, self._found.shape[1]), np.float32)
+            found = np.empty((count, self._found.shape[1]), np.float32)
             self._tops = np.empty((count, self._tops.shape[1]), np.float32)
+            self._found = found
         values, tops = self._found[:count], self._tops[:count]
         places = values.ctypes.data, tops.ctypes.data
         self.binding.bind_output(self._name, "cpu", 0, np.float32, values.shape, places[0])

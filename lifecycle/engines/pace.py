@@ -19,17 +19,20 @@ _SLOPE_WEIGHT = 0.002
 _NOISE_WEIGHT = 0.02
 """Of how far a new measurement is off."""
 _EVERY = 4
-"""Of how many decoding steps of one size one is measured, where nothing is guessed: that takes 0.3 % of a short one."""
+"""How many steps pass at least until one of a size is measured again, where nothing is guessed: that takes 0.3 % of a
+short one."""
 _FAR = 4.0
 """How many times as long or short other texts may make a step at most, whatever measurements say."""
 _OLD, _LOOK_EVERY = 512, 64
-"""Decoding steps after which what no step has confirmed is forgotten, and between two looks for such."""
+"""Measured steps after which what none of them has confirmed is forgotten, and between two looks for such."""
 _PLANNED, _LEAST_PLANNED, _MOST_PLANNED = 0.6, 0.4, 0.8
 """Of the time by which prompts may make a step longer, what is planned for at first, and between which parts that moves
 with the machine:"""
 _BACK, _ONE_IN = 0.02, 200
 """it falls by so much of it with each step that took longer than may be, and rises so slowly that one in so many does. How
 far one was off by chance no plan can change: those beyond twice the time say nothing."""
+_NEAR, _FEW = 0.75, 3
+"""Of the tokens that were planned for: a step that has so many is one that was; and tokens that any step may have."""
 _LARGE, _LEAST = 32, 16
 """Tokens of prompts: of a step by which their own time is told, twice as many beside others that decode; and the least
 of a step where they have a graph of their own."""
@@ -55,8 +58,6 @@ class _Steps(_Mean):
     """Seconds of all steps when they were measured last."""
     before: _Mean
     """A mean that always follows slowly: the farther back it is, the better a new measurement says what texts cost."""
-    num_passed: int = 0
-    """Steps since then that were not measured."""
 
 
 class _Slope:
@@ -105,6 +106,8 @@ class Pace:
         """
         self.max_stall = max_stall
         self._planned = _PLANNED
+        self._room: int | None = None
+        """Tokens of prompts that the next step was planned for, if that is bounded."""
         self._every = 1 if has_guesses else _EVERY
         self._has_prompt_graph = has_prompt_graph
         self._decode: dict[int, _Steps] = {}
@@ -138,11 +141,8 @@ class Pace:
         known = self._decode.get(num_decode)
         if known is None:
             insort(self._known, num_decode)
-        elif self._first is None:
-            known.num_passed += 1
-            if known.num_passed < self._every:
-                return
-            known.num_passed = 0
+        elif self._every > 1 and self.seconds - known.at < (self._every - 0.5) * known.seconds:
+            return
         self._note_decode(num_decode, seconds)
         self._last[num_decode] = self._num_noted
         self._num_noted += 1
@@ -205,7 +205,7 @@ class Pace:
         if not tokens:
             return
         more = max(seconds - base, 0.0)
-        if num_decode and self.max_stall is not None:
+        if self.max_stall is not None and self._is_planned(num_prompt):
             self._note_stall(more / ((self.max_stall - 1.0) * base))
         is_large = tokens >= (2 * _LARGE if num_decode else _LARGE)
         if is_large or not self._is_told:
@@ -219,6 +219,12 @@ class Pace:
             own = self.prompt_token_seconds * tokens
             more = min(more, _OUTLIER * (own + self._prompt_base))
             self._prompt_base += _PROMPT_WEIGHT * (max(more - own, 0.0) - self._prompt_base)
+
+    def _is_planned(self, num_prompt: int) -> bool:
+        """Whether a step took as much of prompts as was planned: what is left of one, or the least that any step takes,
+        says nothing of plans."""
+        room = self._room
+        return room is not None and _NEAR * room <= num_prompt <= room
 
     def _note_stall(self, share: float) -> None:
         """Prompts have made a step longer, by such a share of the time that is allowed."""
@@ -259,12 +265,16 @@ class Pace:
     def prompt_room(self, num_decode: int) -> int | None:
         """Tokens of prompts beside so many decoding ones that make a step hardly ever more than `max_stall` times
         as long; None if that is not bounded, or not known yet."""
+        self._room = None
         more = self.stall_seconds(num_decode)
         if more is None or self._prompt_token is None:
             return None
+        room = int((more - self._prompt_base) / self._prompt_token)
         # Fewer would read all weights of a graph for next to nothing.
         least = _LEAST if self._has_prompt_graph else 0
-        return max(int((more - self._prompt_base) / self._prompt_token), least)
+        if room > max(least, _FEW):
+            self._room = room
+        return max(room, least)
 
     def stall_seconds(self, num_decode: int) -> float | None:
         """By how much a step with so many decoding tokens is planned to be longer at most; None as `prompt_room`."""

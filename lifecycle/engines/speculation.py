@@ -83,7 +83,9 @@ class Speculation:
             asking.ask(wanted, saved, num_decode, num_other, pace)
             computed = asking.model.pace.seconds - before
             asking.charge(time.perf_counter() - begun - computed)
-        self._rest(decoding, time.perf_counter() - looked - computed, pace.decode_seconds(num_decode))
+        self._rest(
+            decoding, time.perf_counter() - looked - computed, pace.decode_seconds(num_decode)
+        )
 
     def _rest(self, decoding: list[RequestState], seconds: float, step: float | None) -> None:
         """After a look that took so long, before a step that takes `step`: when to look next."""

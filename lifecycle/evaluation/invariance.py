@@ -16,7 +16,8 @@ _PARAMS = SamplingParams(max_tokens=16, ignore_eos=True, logprobs=0)
 
 def compare_batches(subject: Subject, samples: list[Sample], progress: Progress) -> Findings:
     """Go on with the first halves of texts, each alone and all together: `batch_invariance` is the share of those
-    that get the same tokens, `batch_max_diff` how far, at most, the log-probabilities of such tokens are apart.
+    that get the same tokens, `batch_max_diff` how far, at most, the log-probabilities of chosen tokens are apart, up to
+    the first that is another one.
 
     Raises:
         EngineError: the engine failed.
@@ -28,17 +29,24 @@ def compare_batches(subject: Subject, samples: list[Sample], progress: Progress)
         progress.update(done, len(prompts) + 1)
     pairs = list(zip(alone, _continued(subject, prompts), strict=True))
     progress.update(len(prompts) + 1, len(prompts) + 1)
-    same = [(one, other) for one, other in pairs if one.token_ids == other.token_ids]
-    apart = [
-        abs(a - b) for one, other in same for a, b in zip(one.logprobs, other.logprobs, strict=True)
-    ]
+    num_same = sum(one.token_ids == other.token_ids for one, other in pairs)
     return Findings(
         metrics={
-            "batch_invariance": len(same) / len(pairs),
-            "batch_max_diff": max(apart, default=0.0),
+            "batch_invariance": num_same / len(pairs),
+            "batch_max_diff": max(_apart(one, other) for one, other in pairs),
         },
         counts={"continuations": len(pairs)},
     )
+
+
+def _apart(one: Generation, other: Generation) -> float:
+    """The largest difference up to the first token that is another one: behind it the texts are others."""
+    found = 0.0
+    for index, (a, b) in enumerate(zip(one.logprobs, other.logprobs, strict=False)):
+        found = max(found, abs(a - b))
+        if one.token_ids[index] != other.token_ids[index]:
+            break
+    return found
 
 
 def _continued(subject: Subject, prompts: list[tuple[int, ...]]) -> list[Generation]:

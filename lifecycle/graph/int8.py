@@ -24,6 +24,7 @@ class Int8Rowwise:
     """
 
     def __init__(self, weight_bits: int) -> None:
+        self.weight_bits = weight_bits
         self.levels = 2 ** (weight_bits - 1) - 1
 
     def bytes(self, shape: tuple[int, int]) -> int:

@@ -14,6 +14,7 @@ import onnx_ir as ir
 from lifecycle.engines.decoder import FILE, GRAPH, WEIGHTS, DecoderInfo
 from lifecycle.errors import StageError
 from lifecycle.graph.adapters import save_graphs
+from lifecycle.graph.int8 import Int8Rowwise
 from lifecycle.graph.rewrite import Convolution, GraphRewrite, Linear, Mixture, matrix_shape
 from lifecycle.graph.weights import WeightFile
 from lifecycle.pipeline.suggest import did_you_mean
@@ -122,7 +123,10 @@ def quantize_graph(
     save_graphs(graph, out, rewrite.ir_version)
     if info is not None:
         kv_dtype = cache.kv_dtype if cache else info.kv_dtype
-        replace(info, scheme=name, kv_dtype=kv_dtype).save(out)
+        schemes = (scheme, *(exceptions or {}).values())
+        bits = [each.weight_bits for each in schemes if isinstance(each, Int8Rowwise)]
+        info = replace(info, scheme=name, kv_dtype=kv_dtype, weight_bits=max(bits, default=None))
+        info.save(out)
     elements = rewrite.quantized_elements
     bits = 8 * rewrite.quantized_bytes / elements if elements else 32
     return Quantized((out / WEIGHTS).stat().st_size, round(bits, 3))

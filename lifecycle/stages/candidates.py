@@ -37,6 +37,23 @@ CANDIDATES: tuple[str | dict[str, Any], ...] = (
 )
 """Tried where a recipe lists none. A new setting of `quantize` joins by a line."""
 
+_BLOCKS = ("int4", "int8", "mixed")
+"""Schemes that store weights in blocks."""
+ONLY_FOR: Mapping[str, tuple[str, ...]] = {
+    "method": _BLOCKS,
+    "symmetric": _BLOCKS,
+    "block_size": _BLOCKS,
+    "weight_bits": ("int8-rowwise", "int4", "mixed", "int8-static"),
+    "int8": ("int4",),
+    "distill": ("int4", "mixed"),
+    "smooth": ("int8-rowwise",),
+    "calibrate": ("int8-static",),
+    "percentile": ("int8-static",),
+}
+"""Settings that not every scheme reads."""
+
+_FOR_SOME = ("weight_bits", "int8", "calibrate", "percentile")
+
 SEARCH = frozenset({"bound", "objective", "batch", "data", "candidates", "eval_samples"})
 """Settings of `quantize` that are about the search itself."""
 _NOT_LISTED = SEARCH | {"model", "calibration"}
@@ -103,6 +120,8 @@ def candidates_of(stage: Quantize) -> list[Candidate]:
     found: list[Candidate] = []
     for index, entry in enumerate(listed):
         settings = {"scheme": entry} if isinstance(entry, str) else entry
+        if stage.candidates is None and "weight_bits" in settings.keys() & given.keys():
+            settings = settings | {"weight_bits": given["weight_bits"]}
         try:
             candidate = _candidate(type(stage), given, texts, settings)
         except ValueError as error:
@@ -125,7 +144,11 @@ def _candidate(
     )
     if settings == {"scheme": AS_IS}:
         return Candidate(name, None)
-    return Candidate(name, _validated(cls, common | settings, texts))
+    scheme = settings.get("scheme")
+    # Of a few settings it is clear which of the candidates they are for.
+    others = {key for key in _FOR_SOME if scheme not in ONLY_FOR[key]}
+    read = {key: value for key, value in common.items() if key not in others}
+    return Candidate(name, _validated(cls, read | settings, texts))
 
 
 def _validated(cls: type[Quantize], settings: Settings, texts: Settings) -> Quantize:

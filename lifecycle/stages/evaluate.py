@@ -43,7 +43,7 @@ class Evaluate(Stage):
 
     Some are measured where a gate or `metrics` asks for them. `invariance` goes on with texts alone and beside
     others: `batch_invariance` is the share of texts that get the same tokens, and `batch_max_diff` the largest
-    difference of the log-probabilities of these. `speed` and `size` are `tokens_per_second`
+    difference of the log-probabilities of tokens, up to the first that is another one. `speed` and `size` are `tokens_per_second`
     of `batch` requests that decode together and `bytes` of the weights, and beside a reference
     `speed` (model / reference, the two taking turns) and `size` (model / reference). A report
     with a speed is not the same bytes twice.

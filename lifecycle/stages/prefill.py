@@ -53,8 +53,9 @@ class Prefill(Stage):
                 ctx.link(model.path / file.path, file.path)
         write_prefill(prompts.path, ctx.out)
         ctx.link(prompts.path / WEIGHTS, PREFILL_WEIGHTS)
-        scheme = DecoderInfo.load(prompts.path).scheme
-        replace(info, prefill_scheme=scheme).save(ctx.out)
+        other = DecoderInfo.load(prompts.path)
+        bits = max(info.weight_bits or 0, other.weight_bits or 0) or None
+        replace(info, prefill_scheme=other.scheme, weight_bits=bits).save(ctx.out)
         ctx.progress.phase("comparing, texts")
         texts = read_texts(
             *(ctx.out, ctx.input(self.data), self.data),

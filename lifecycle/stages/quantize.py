@@ -17,26 +17,12 @@ from lifecycle.pipeline.artifact import Metrics
 from lifecycle.pipeline.registry import SETTINGS
 from lifecycle.pipeline.stage import RUNTIME, Context, Ref, Stage
 from lifecycle.pipeline.suggest import did_you_mean
-from lifecycle.stages.candidates import CANDIDATES, check_search
+from lifecycle.stages.candidates import CANDIDATES, ONLY_FOR, check_search
 from lifecycle.stages.export import COMPANIONS
 
 SchemeName = Literal[
     "int8-rowwise", "int8", "int4", "mixed", "int8-static", "fp16", "bf16", "fp32", "auto"
 ]
-_BLOCKS = ("int4", "int8", "mixed")
-"""Schemes that store weights in blocks."""
-_ONLY_FOR: Mapping[str, tuple[str, ...]] = {
-    "method": _BLOCKS,
-    "symmetric": _BLOCKS,
-    "block_size": _BLOCKS,
-    "weight_bits": ("int8-rowwise", "int4", "mixed", "int8-static"),
-    "int8": ("int4",),
-    "distill": ("int4", "mixed"),
-    "smooth": ("int8-rowwise",),
-    "calibrate": ("int8-static",),
-    "percentile": ("int8-static",),
-}
-"""Settings that not every scheme reads."""
 _PARTS = {"mixed": ("int4", "int8-rowwise")}
 """Schemes that are made of others."""
 
@@ -184,7 +170,7 @@ class Quantize(Stage):
         found: dict[str, Any] = {}
         if self.scheme == "auto" and self.candidates is None:
             found["candidates"] = list(CANDIDATES)
-        if self.weight_bits is None and self.scheme in ("auto", *_ONLY_FOR["weight_bits"]):
+        if self.weight_bits is None and self.scheme in ("auto", *ONLY_FOR["weight_bits"]):
             found["weight_bits"] = self.bits_here
         return found
 
@@ -206,7 +192,7 @@ class Quantize(Stage):
     def _settings_fit(self) -> Self:
         if self.scheme == "auto":  # Each candidate is checked by itself.
             return self
-        for name, schemes in _ONLY_FOR.items():
+        for name, schemes in ONLY_FOR.items():
             value = getattr(self, name)
             is_usual = value == type(self).model_fields[name].default
             if not is_usual and self.scheme not in schemes:

@@ -216,6 +216,8 @@ def test_memory_that_ends_beside_the_runtime_ends_only_the_step(
         engine.submit(Request(str(n), prompt, FREE))
     first = [event for _ in range(3) for event in engine.step()]
     engine.cancel("2")
+    engine.submit(Request("waits", prompts[0], FREE))
+    engine.submit(Request("waits too", prompts[1], FREE))
 
     def fails(*_: Any) -> Any:
         raise MemoryError
@@ -227,10 +229,18 @@ def test_memory_that_ends_beside_the_runtime_ends_only_the_step(
             patch.setattr(engine, "_passes", engine._passes._replace(scan=fails))
         events = engine.step()
     ends = {event.request_id: event.finish_reason for event in events}
-    assert ends == dict.fromkeys("01", FinishReason.ERROR) | {"2": FinishReason.CANCELLED}
+    # The first that waits has the third slot by the time that there are logits.
+    failed = ["0", "1"] if where == "plan" else ["0", "1", "waits"]
+    assert ends == dict.fromkeys(failed, FinishReason.ERROR) | {"2": FinishReason.CANCELLED}
     assert {event.error for event in events} == {"", "no memory for the step"}
     for n in range(2):
         got = output([event for event in first if event.request_id == str(n)])
         assert got == wanted[n][: len(got)]
+    rest = finish(engine)
+    assert {name: output(events) for name, events in rest.items()} == {
+        name: whole
+        for name, whole in zip(("waits", "waits too"), wanted, strict=False)
+        if name not in failed
+    }
     expect_nothing_held(engine)
     assert [result.token_ids for result in engine.generate(prompts, FREE)] == wanted

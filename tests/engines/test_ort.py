@@ -13,11 +13,14 @@ import pytest
 
 from lifecycle.engines.backend import Row
 from lifecycle.engines.base import Engine, EngineOptions
+from lifecycle.engines.decoder import DecoderInfo
 from lifecycle.engines.ort import OnnxEngine
 from lifecycle.engines.pytorch import TorchEngine
 from lifecycle.engines.requests import FinishReason, Request, SamplingParams
 from lifecycle.engines.state import LONGEST_RUN
 from lifecycle.errors import EngineError, RequestError
+from lifecycle.graph.int8 import Int8Rowwise
+from lifecycle.graph.quantize import quantize_graph
 from tests.engines.conftest import Model
 
 FREE = SamplingParams(max_tokens=20, ignore_eos=True)
@@ -287,3 +290,28 @@ def test_neither_torch_nor_transformers_is_imported(random_model: Model) -> None
         check=True,
     )
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("bits", "kernels", "is_exact", "is_told"),
+    [
+        (8, "onnxruntime", False, True),
+        (8, "onnxruntime", True, False),
+        (7, "onnxruntime", False, False),
+    ],
+)
+def test_it_is_told_where_sums_can_overflow(
+    random_model: Model,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    bits: int,
+    kernels: Any,
+    is_exact: bool,
+    is_told: bool,
+) -> None:
+    quantize_graph(random_model.graph, tmp_path, "int8-rowwise", Int8Rowwise(bits))
+    assert DecoderInfo.load(tmp_path).weight_bits == bits
+    monkeypatch.setattr("lifecycle.engines.ort.adds_bytes_exactly", lambda: is_exact)
+    OnnxEngine.open(tmp_path, EngineOptions(1, kernels=kernels)).close()
+    assert ("quantize the model with weight_bits: 7" in caplog.text) == is_told

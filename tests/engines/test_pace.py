@@ -189,3 +189,52 @@ def test_texts_that_grow_no_more_say_nothing() -> None:
     pace.context = 300
     assert not pace.is_doubted(8)
     assert pace.decode_seconds(8) == pytest.approx(0.005, rel=0.1)
+
+
+def long_prompts(pace: Pace, slow: float, count: int) -> list[int]:
+    """Tokens of prompts in steps of which one in `slow` takes 1.6 times what is expected."""
+    rng = np.random.default_rng(0)
+    rooms: list[int] = []
+    for _ in range(count):
+        room = pace.prompt_room(1) or 0
+        rooms.append(room)
+        factor = 1.6 if rng.random() < slow else 1.0
+        pace.note(1, max(room, 2), factor * (0.009 + 0.0005 * max(room, 2)))
+    return rooms
+
+
+def test_prompts_get_less_where_steps_often_take_longer_and_more_where_they_do_not() -> None:
+    first = told().prompt_room(1)
+    assert first is not None
+    often, never = long_prompts(told(), 0.05, 2000), long_prompts(told(), 0.0, 4000)
+    assert np.mean(often[-500:]) < 0.8 * first < 1.2 * first < never[-1]
+    # However bad or good it is, there are bounds.
+    assert min(long_prompts(told(), 1.0, 500)) > 0.2 * first
+    bound = (3.5 - 1) * 0.009 / 0.0005
+    assert never[-1] < 0.85 * bound
+
+
+@pytest.mark.parametrize("has_guesses", [True, False])
+def test_what_is_measured_now_and_then_is_followed_too(has_guesses: bool) -> None:
+    pace = Pace(has_guesses=has_guesses)
+    for _ in range(40):
+        pace.note(3, 0, 0.010)
+    assert pace.decode_seconds(3) == pytest.approx(0.010)
+    for _ in range(120):
+        pace.note(3, 0, 0.020)
+    assert pace.decode_seconds(3) == pytest.approx(0.020, rel=0.05)
+    # A size that comes now and then is measured each time that it comes.
+    for n in range(60):
+        pace.note(3, 0, 0.020)
+        if n % 10 == 0:
+            pace.note(1, 0, 0.005 if n < 30 else 0.010)
+    assert pace.decode_seconds(1) == pytest.approx(0.010, rel=0.2)
+
+
+def test_what_prompts_leave_over_says_nothing_of_plans() -> None:
+    pace = told()
+    before = pace.stall_seconds(1)
+    for _ in range(3000):
+        pace.prompt_room(1)
+        pace.note(1, 4, 0.012)
+    assert pace.stall_seconds(1) == before

@@ -191,7 +191,7 @@ def test_models_that_do_not_fit_are_refused(
 
 
 def test_a_step_carries_enough_of_a_prompt_to_read_its_graph_for() -> None:
-    pace = Pace(2.5, has_prompt_graph=True)
+    pace = Pace(3.5, has_prompt_graph=True)
     pace.note(0, 128, 0.128)
     pace.note(1, 0, 0.010)
     assert pace.prompt_room(1) == 16

@@ -266,6 +266,18 @@ def test_settings_hold_for_all_candidates_and_calibrate_those_that_need_it() -> 
     assert "more" in {c.stage.calibration for c in candidates_of(other) if c.stage}
 
 
+def test_what_is_said_of_some_schemes_holds_for_the_candidates_that_have_it() -> None:
+    stage = Quantize.model_validate({**SEARCH, "weight_bits": 7, "int8": ["lm_head", "*.o_proj"]})
+    made = [found.stage for found in candidates_of(stage) if found.stage is not None]
+    assert {(c.scheme, c.weight_bits) for c in made} == {
+        ("int8-rowwise", 7),
+        ("int4", 7),
+        ("int8", None),
+    }
+    assert {c.int8 for c in made if c.scheme == "int8"} == {("lm_head",)}
+    assert ("lm_head", "*.o_proj") in {c.int8 for c in made if c.scheme == "int4"}
+
+
 def test_equal_candidates_are_tried_once() -> None:
     twice = ["int4", {"scheme": "int4", "block_size": 64}, "float32", {"scheme": "float32"}]
     stage = Quantize.model_validate({**SEARCH, "candidates": twice})

@@ -149,6 +149,7 @@ class Run {
   void* output(size_t index, const Dims& dims) const {
     ort::Value* value = nullptr;
     check(api_, api_.output(context_, index, dims.begin(), dims.size(), &value));
+    require(value != nullptr, "a node without an output that its operator writes");
     void* data = nullptr;
     check(api_, api_.data(value, &data));
     return data;

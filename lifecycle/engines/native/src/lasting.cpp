@@ -65,10 +65,11 @@ std::shared_ptr<void> lasting_memory(size_t bytes) {
   const std::lock_guard<std::mutex> guard(lock);
   bytes = whole(bytes, kLine);
   std::shared_ptr<Stretch> stretch = last.lock();
-  if (!stretch || stretch->left() < bytes) {
-    const size_t left = stretch ? stretch->left() : 0;
-    stretch = std::make_shared<Stretch>(std::max(bytes, kStretch));
-    if (stretch->left() - bytes >= left) last = stretch;
+  if (bytes >= kStretch) {
+    // By itself: what comes later would keep it when its model has gone.
+    stretch = std::make_shared<Stretch>(bytes);
+  } else if (!stretch || stretch->left() < bytes) {
+    last = stretch = std::make_shared<Stretch>(kStretch);
   }
   return {stretch, stretch->take(bytes)};
 }
