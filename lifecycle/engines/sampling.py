@@ -28,6 +28,7 @@ _GREEDY_BELOW = 1e-5
 """A temperature below this divides a float32 into infinities; the limit it tends to is greedy."""
 
 _BLOCK, _COLUMN, _FEW = 256, 64, 1024
+_HUGE = np.float32(3e38)
 _AT_ONCE = 32
 """Random numbers that are made together: one at a time takes ten times as long."""
 
@@ -102,7 +103,7 @@ class Sampler:
         if self._adjust is not None:
             logits = self._adjust.apply(logits)
         if self._constraint is not None:
-            logits = np.where(self._constraint.mask(), logits, np.float32(-np.inf))
+            logits = masked(logits, self._constraint.mask())
         is_changed = self._adjust is not None or self._constraint is not None
         if is_changed and not isfinite(logits.max()):
             return None
@@ -174,6 +175,17 @@ def choose(rows: Scan, at: int, sampler: Sampler) -> Choice | None:
     # The model's own chances: before penalty, temperature and filters.
     logprobs = log_softmax(logits)
     return Choice(token, float(logprobs[token]), ranked(logits, logprobs, count))
+
+
+def masked(logits: Floats, mask: NDArray[np.bool_]) -> Floats:
+    """Finite `logits` with -inf where a `mask` is false. `np.where` takes ten times as long for masks without order, which
+    those of grammars are."""
+    found = np.subtract(mask.view(np.int8), 1, dtype=np.float32)
+    # Of -1 twice becomes -inf, of 0 it stays 0.
+    found *= _HUGE
+    found *= _HUGE
+    found += logits
+    return found
 
 
 def scan(logits: Floats) -> Scan:

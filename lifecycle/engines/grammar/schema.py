@@ -29,9 +29,9 @@ _KNOWN = frozenset(
         *("writeOnly", "$comment", "$schema", "$id", "nullable", "discriminator"),
     }
 )
-_LISTS = frozenset({"anyOf", "oneOf", "allOf", "prefixItems"})
-_MAPS = frozenset({"properties", "patternProperties", "$defs", "definitions"})
-_SINGLE = frozenset({"items", "additionalProperties"})
+LISTS = frozenset({"anyOf", "oneOf", "allOf", "prefixItems"})
+MAPS = frozenset({"properties", "patternProperties", "$defs", "definitions"})
+SINGLE = frozenset({"items", "additionalProperties"})
 
 Schema = Mapping[str, Any]
 
@@ -93,15 +93,15 @@ def _check_divisor(value: float, where: str) -> None:
 def _inside(schema: Schema, place: str) -> Iterator[tuple[str, object]]:
     """The schemas that stand in a schema, with the way to each."""
     for keyword, value in schema.items():
-        if keyword in _SINGLE:
+        if keyword in SINGLE:
             yield keyword, value
-        elif keyword in _LISTS and isinstance(value, list):
+        elif keyword in LISTS and isinstance(value, list):
             for index, each in enumerate(cast("list[object]", value)):
                 yield f"{keyword}/{index}", each
-        elif keyword in _MAPS and isinstance(value, Mapping):
+        elif keyword in MAPS and isinstance(value, Mapping):
             for name, each in cast("Mapping[str, object]", value).items():
                 yield f"{keyword}/{name}", each
-        elif keyword in _LISTS | _MAPS:
+        elif keyword in LISTS | MAPS:
             raise RequestError(
                 f"the JSON schema has a '{keyword}' at '{place or '/'}' of a wrong type"
             )

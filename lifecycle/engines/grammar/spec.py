@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
+from lifecycle.engines.grammar.exact import exact
 from lifecycle.engines.grammar.schema import check_schema
 from lifecycle.errors import RequestError
 
@@ -88,7 +89,9 @@ class GrammarSpec:
             case "json_schema", str(text):
                 schema = _parsed(text)
                 check_schema(schema)
-                given = "{}" if schema is True else text
+                # As it came, where nothing is to be said: numbers are spelled in many ways.
+                narrow = exact(schema)
+                given = "{}" if schema is True else text if narrow == schema else json.dumps(narrow)
                 return LLMatcher.grammar_from_json_schema(given, overrides=_JSON_OPTIONS)
             case "regex", str(text):
                 return LLMatcher.grammar_from_regex(text)
