@@ -1,6 +1,6 @@
 """Memory of the ways to quantise that read calibration data, which work layer by layer.
 
-    python -m benchmarks.quantize_memory [--shape 0.5b] [--ways gptq awq] [--samples 16] [--length 128] [--json]
+    python -m benchmarks.quantize_memory [--shape 0.5b] [--layers 60] [--ways gptq awq] [--samples 16] [--json]
 
 Each is a run of the command `lifecycle run` on a random Llama that was exported before: what is measured is the peak
 of the memory that the process has for itself, in which pages of files that it maps do not count, less that of the
@@ -42,10 +42,13 @@ def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("--shape", choices=list(SHAPES), default="135m")
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
+    parser.add_argument("--layers", type=int, help="as many instead of the shape's own")
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--length", type=int, default=128)
     args = parser.parse_args()
     shape = SHAPES[args.shape]
+    if args.layers is not None:
+        shape = shape | {"num_hidden_layers": args.layers}
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         prepare(root, shape, args.samples, args.length)
