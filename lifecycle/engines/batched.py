@@ -333,7 +333,10 @@ class BatchedEngine(Engine):
         seen = self._scheduler.seen_tokens()
         self._pace.context = sum(seen)
         self._speculation.draft(self._scheduler.running.values(), self._pace)
-        return self._scheduler.schedule(self._pace.prompt_room(len(seen)) if seen else None)
+        if not seen:
+            return self._scheduler.schedule()
+        room, seconds = self._pace.prompt_room(len(seen)), self._pace.stall_seconds(len(seen))
+        return self._scheduler.schedule(room, seconds)
 
     def _account(self, batch: Batch, seconds: float) -> None:
         """Take note of what a step has computed."""

@@ -9,6 +9,7 @@ taken, if it is not behind a window.
 
 from __future__ import annotations
 
+import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from hashlib import blake2b
@@ -54,14 +55,19 @@ class PrefixCache:
         self.query_tokens = 0
         """Tokens of the prompts that were submitted."""
 
-    def reuse(self, state: RequestState) -> None:
-        """Fill the slot of a request with the chunks that come next in its prompt and are here. One
-        token at least is left to compute: the logits after it are needed."""
+    def reuse(self, state: RequestState, seconds: float | None = None) -> bool:
+        """Fill the slot of a request with the chunks that come next in its prompt and are here, until that has taken so
+        many seconds; whether there is nothing more to fill it with. One token at least is left to compute: the logits
+        after it are needed."""
         found: list[bytes] = []
+        begun, is_whole = time.perf_counter(), True
         chunk, most = self._chunk, min(state.first_logit, state.num_prompt)
         while (start := state.num_computed) % chunk == 0 and start < most:
             key, count = self._longest(state, start, min(start + chunk, most))
             if key is None:
+                break
+            if seconds is not None and time.perf_counter() - begun >= seconds:
+                is_whole = False
                 break
             try:
                 self._backend.write_cache(state.slot, start, self._blocks[key].block, count)
@@ -74,6 +80,7 @@ class PrefixCache:
         # A chunk is of no use without those before it, so it has to be the first to go.
         for key in reversed(found):
             self._touch(key)
+        return is_whole
 
     def keep(self, state: RequestState, row: Row) -> None:
         """Keep the chunk that a step has just ended, if it was one of a prompt."""

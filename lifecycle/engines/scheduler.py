@@ -26,7 +26,7 @@ _FORGET_EVERY = 256
 """Tokens of a request between two times that memory behind its window is given back."""
 
 Batch = list[tuple[RequestState, Row]]
-Reuse = Callable[[RequestState], None]
+Reuse = Callable[[RequestState, float | None], bool]
 
 
 class Scheduler:
@@ -49,7 +49,8 @@ class Scheduler:
             max_cache_tokens: how many tokens it may hold for all requests together, at least one
                 context.
             window: tokens of a text that it holds at most; None is all.
-            reuse: may take a request further in its prompt, just before it would be computed.
+            reuse: may take a request further in its prompt, just before it would be computed, in so many seconds;
+                whether that was all it could do.
             on_release: is told of each slot whose request leaves it.
         """
         self._prefill_chunk = prefill_chunk
@@ -114,11 +115,11 @@ class Scheduler:
         """A request by its id."""
         return self.running.get(request_id) or self.waiting.get(request_id)
 
-    def schedule(self, room: int | None = None) -> Batch:
+    def schedule(self, room: int | None = None, seconds: float | None = None) -> Batch:
         """Give free slots to waiting requests, then choose the rows of the next step.
 
-        Prompts fill one chunk size per step, or `room` tokens where there are requests that decode, in
-        the order of their ranks. The step stays short for those that decode in it, and larger
+        Prompts fill one chunk size per step, or `room` tokens where there are requests that decode, which may wait
+        `seconds` for what is taken of other prompts, in the order of their ranks. The step stays short for those that decode in it, and larger
         products would be no faster per token.
         """
         self._admit()
@@ -129,7 +130,7 @@ class Scheduler:
         budget = self._prefill_chunk
         if batch and room is not None:
             budget = min(budget, max(room, GRAIN))
-        self._add_prompts(batch, budget)
+        self._add_prompts(batch, budget, seconds if batch else None)
         self._fit(batch)
         if self._leaving is not None:
             self._leaving.give_back(self.running.values())
@@ -162,7 +163,7 @@ class Scheduler:
         room = max((self._max_cache_tokens - self.cache_tokens) / leader.num_prompt, 0)
         return twins[: int(min(room, len(twins)))]
 
-    def _add_prompts(self, batch: Batch, budget: int) -> None:
+    def _add_prompts(self, batch: Batch, budget: int, seconds: float | None) -> None:
         leaders: list[RequestState] = []
         filling = (state for state in self.running.values() if state.is_prefilling)
         for state in sorted(filling, key=lambda state: state.rank):
@@ -172,7 +173,13 @@ class Scheduler:
                 continue
             leaders.append(state)
             if self._reuse is not None:
-                self._reuse(state)
+                begun = time.perf_counter()
+                is_whole = self._reuse(state, seconds)
+                if seconds is not None:
+                    seconds -= time.perf_counter() - begun
+                if not is_whole:
+                    # It goes on in the next step.
+                    continue
             row = state.next_row(self._prefill_chunk, budget)
             if row is None:
                 # What does not fit ends the filling: a shorter prompt must not overtake.

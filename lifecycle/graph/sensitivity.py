@@ -11,6 +11,8 @@ from lifecycle.graph.pieces import LOGITS, Floats, Pieces
 
 _LOGITS = 1 << 25
 """Logits that are compared at most: 128 MB of them."""
+_PARTS = 64
+"""In which they are, one after another."""
 
 
 def divergences(
@@ -32,7 +34,9 @@ def divergences(
     scored = max(1, _LOGITS // (vocab * len(texts)))
     pieces = Pieces(folder, texts, scored)
     (wanted,) = _logits(pieces, 0, [{}])
-    wanted = _log_softmax(wanted)
+    for part in np.array_split(wanted, _PARTS):
+        # In place: logits are most of the memory that this takes.
+        part[:] = _log_softmax(part)
     found: dict[str, float] = {}
     for at, nodes in enumerate(pieces.nodes):
         read = dict.fromkeys(name for node in nodes for name in node.input)
@@ -77,6 +81,6 @@ def _log_softmax(logits: Floats) -> Floats:
 
 
 def _divergence(wanted: Floats, logits: Floats) -> float:
-    rows = zip(np.array_split(wanted, 64), np.array_split(logits, 64), strict=True)
+    rows = zip(np.array_split(wanted, _PARTS), np.array_split(logits, _PARTS), strict=True)
     total = sum(float((np.exp(w) * (w - _log_softmax(x))).sum()) for w, x in rows)
     return max(total / len(wanted), 0.0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -352,3 +352,38 @@ def test_with_our_kernels_parts_of_chunks_give_the_same_bits(
         # All of them, but for those that began before the first prompt had ended.
         assert hit_tokens >= 3 * 70
         assert found == expected
+
+
+def test_what_is_taken_of_other_prompts_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step has no more copies than those that decode may wait for, and those of another request wait too."""
+    engine = ToyEngine.make(3, 200, 10, prefix_cache_bytes=1 << 20, max_stall=3.0)
+    clock, backend = StepClock(monkeypatch), engine.backend
+    clock.times(backend, 1.0, 0.01)
+    text = [1 + n * n % 7 for n in range(95)]
+    run(engine, text)
+    copies: list[list[int]] = []
+    write = backend.write_cache
+
+    def timed(slot: int, start: int, block: Any, count: int | None = None) -> None:
+        clock.now += 0.5
+        copies[-1].append(slot)
+        write(slot, start, block, count)
+
+    backend.write_cache = timed  # type: ignore[method-assign]
+    engine.submit(Request("decodes", [3, 2, 1], SamplingParams(max_tokens=60, ignore_eos=True)))
+    for _ in range(5):
+        engine.step()
+    found: dict[str, list[int]] = {"long": [], "too": []}
+    engine.submit(Request("long", text, SamplingParams(max_tokens=4)))
+    engine.submit(Request("too", [*text, 5], SamplingParams(max_tokens=4)))
+    while engine.num_running > 1 or engine.num_waiting:
+        copies.append([])
+        told = engine.step()
+        assert "decodes" in {event.request_id for event in told}, "it has waited"
+        for event in told:
+            if event.request_id in found and event.token_id is not None:
+                found[event.request_id].append(event.token_id)
+    # 1.2 s of a step of 1 s are planned for: three copies of 0.5.
+    assert [len(each) for each in copies if each] == [3] * 6
+    assert engine.stats.prefix_hit_tokens == 180
+    assert found == {"long": continuation(text, 4), "too": continuation([*text, 5], 4)}
