@@ -87,8 +87,8 @@ class Lookup(Record):
         return guessed
 
     def _find(self, tokens: Sequence[int]) -> int:
-        """The place behind the longest part of the text's end that comes earlier in it, and the last such; 0 if there
-        is none."""
+        """Of the last few places that end in the same two tokens the one that has most in common with the text's end, of
+        four tokens, and the last such; 0 if there is none."""
         ends, earlier, size = self._ends, self._earlier, len(tokens)
         # Before the end itself is known as a place: what follows it is what is asked.
         for end in range(len(earlier), size):

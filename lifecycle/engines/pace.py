@@ -141,8 +141,11 @@ class Pace:
         known = self._decode.get(num_decode)
         if known is None:
             insort(self._known, num_decode)
-        elif self._every > 1 and self.seconds - known.at < (self._every - 0.5) * known.seconds:
-            return
+        elif self._every > 1:
+            # By the shorter: what was measured in a bad moment would stay for long.
+            usual = min(known.seconds, seconds)
+            if self.seconds - known.at < (self._every - 0.5) * usual:
+                return
         self._note_decode(num_decode, seconds)
         self._last[num_decode] = self._num_noted
         self._num_noted += 1
@@ -205,7 +208,7 @@ class Pace:
         if not tokens:
             return
         more = max(seconds - base, 0.0)
-        if self.max_stall is not None and self._is_planned(num_prompt):
+        if num_decode and self.max_stall is not None and self._is_planned(num_prompt):
             self._note_stall(more / ((self.max_stall - 1.0) * base))
         is_large = tokens >= (2 * _LARGE if num_decode else _LARGE)
         if is_large or not self._is_told:

@@ -56,17 +56,18 @@ class PrefixCache:
         """Tokens of the prompts that were submitted."""
 
     def reuse(self, state: RequestState, seconds: float | None = None) -> bool:
-        """Fill the slot of a request with the chunks that come next in its prompt and are here, until that has taken so
-        many seconds; whether there is nothing more to fill it with. One token at least is left to compute: the logits
+        """Fill the slot of a request with the chunks that come next in its prompt and are here, one at least unless there
+        is no time at all, until that has taken so many seconds; whether there is nothing more to fill it with. One token at least is left to compute: the logits
         after it are needed."""
         found: list[bytes] = []
-        begun, is_whole = time.perf_counter(), True
+        begun, is_whole, first = time.perf_counter(), True, state.num_computed
         chunk, most = self._chunk, min(state.first_logit, state.num_prompt)
         while (start := state.num_computed) % chunk == 0 and start < most:
             key, count = self._longest(state, start, min(start + chunk, most))
             if key is None:
                 break
-            if seconds is not None and time.perf_counter() - begun >= seconds:
+            is_late = seconds is not None and time.perf_counter() - begun >= seconds
+            if is_late and (found or not seconds):
                 is_whole = False
                 break
             try:
@@ -80,6 +81,8 @@ class PrefixCache:
         # A chunk is of no use without those before it, so it has to be the first to go.
         for key in reversed(found):
             self._touch(key)
+        if found:
+            self._touch_before(state, first)
         return is_whole
 
     def keep(self, state: RequestState, row: Row) -> None:

@@ -165,6 +165,7 @@ class Scheduler:
 
     def _add_prompts(self, batch: Batch, budget: int, seconds: float | None) -> None:
         leaders: list[RequestState] = []
+        whole, left = budget, seconds
         filling = (state for state in self.running.values() if state.is_prefilling)
         for state in sorted(filling, key=lambda state: state.rank):
             if budget <= 0:
@@ -174,9 +175,11 @@ class Scheduler:
             leaders.append(state)
             if self._reuse is not None:
                 begun = time.perf_counter()
-                is_whole = self._reuse(state, seconds)
-                if seconds is not None:
-                    seconds -= time.perf_counter() - begun
+                is_whole = self._reuse(state, left)
+                if seconds and left is not None:
+                    left = max(left - (time.perf_counter() - begun), 0.0)
+                    # What was taken is no time to compute in.
+                    budget = min(budget, int(whole * left / seconds))
                 if not is_whole:
                     # It goes on in the next step.
                     continue

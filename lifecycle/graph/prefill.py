@@ -19,7 +19,7 @@ from lifecycle.graph.cache import SCALE_SUFFIXES
 
 _Arrays = Mapping[str, NDArray[Any]]
 
-_OWN = ("scheme", "schemes", "prefill_scheme")
+_OWN = ("scheme", "schemes", "prefill_scheme", "weight_bits")
 """What two graphs over one cache may differ in."""
 
 

@@ -120,14 +120,21 @@ def candidates_of(stage: Quantize) -> list[Candidate]:
     found: list[Candidate] = []
     for index, entry in enumerate(listed):
         settings = {"scheme": entry} if isinstance(entry, str) else entry
-        if stage.candidates is None and "weight_bits" in settings.keys() & given.keys():
-            settings = settings | {"weight_bits": given["weight_bits"]}
+        bits = given.get("weight_bits")
+        if stage.candidates is None and bits is not None and "weight_bits" in settings:
+            settings = settings | {"weight_bits": bits}
         try:
             candidate = _candidate(type(stage), given, texts, settings)
         except ValueError as error:
             raise ValueError(f"candidates.{index}: {error}") from error
         if all(candidate.stage != other.stage for other in found):
             found.append(candidate)
+    schemes = {candidate.stage.scheme for candidate in found if candidate.stage is not None}
+    for key in _FOR_SOME:
+        if key in given and schemes.isdisjoint(ONLY_FOR[key]):
+            raise ValueError(
+                f"{key} is for {', '.join(ONLY_FOR[key])}, and no candidate is one of them"
+            )
     return found
 
 

@@ -102,7 +102,6 @@ def test_parts_of_schemas_are_found_and_stay_in_order() -> None:
         (r"^\s$", " \t\ufeff\u2028", "a\u0085"),
         (r"^\S$", "a\u0085", " \ufeff"),
         (r"^[\sx]$", " x\ufeff", "y\u0085"),
-        (r"^\\s$", "", " "),
         (r"^[\]\s]$", "] \ufeff", "a"),
     ],
 )
@@ -110,6 +109,21 @@ def test_white_space_is_that_of_ecmascript(pattern: str, matching: str, others: 
     found = exact_pattern(pattern)
     assert all(re.search(found, text) for text in matching)
     assert not any(re.search(found, text) for text in others)
+
+
+@pytest.mark.parametrize("pattern", [r"^\\s$", r"^[\s-x]$", r"[+--\s]", "[a-z]"])
+def test_what_is_no_white_space_stays(pattern: str) -> None:
+    assert exact_pattern(pattern) == pattern
+
+
+@pytest.mark.parametrize("pattern", [r"[\s-]", r"[-\s]", r"[^-\s]"])
+def test_a_hyphen_at_an_end_is_one(pattern: str) -> None:
+    found = exact_pattern(pattern)
+    assert (
+        (re.search(found, "-") is None)
+        == pattern.startswith("[^")
+        == (re.search(found, "x") is not None)
+    )
 
 
 def test_a_masked_row_is_what_numpy_makes_of_it() -> None:

@@ -60,6 +60,15 @@ def joined(run_stage: RunStage, forms: dict[str, Artifact], data: Artifact, **se
     return run_stage(stage, a=forms["int4"], b=forms["int8-rowwise"], d=data)
 
 
+def test_forms_of_other_bits_go_together(
+    learnt_onnx: OnnxModel, forms: dict[str, Artifact], data: Artifact, run_stage: RunStage
+) -> None:
+    blocks = run_stage(Quantize(model="onnx", scheme="int8"), onnx=learnt_onnx)
+    assert DecoderInfo.load(blocks.path).weight_bits is None
+    made = joined(run_stage, forms | {"int4": blocks}, data)
+    assert DecoderInfo.load(made.path).weight_bits in (7, 8)
+
+
 def test_each_graph_computes_its_part(
     forms: dict[str, Artifact], data: Artifact, run_stage: RunStage
 ) -> None:

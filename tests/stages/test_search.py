@@ -245,6 +245,8 @@ SEARCH = {"model": "onnx", "scheme": "auto", "data": "text", "bound": {"kl": "<=
         ({"candidates": [{"scheme": "int4", "batch": 1}]}, "'batch' is set beside 'candidates'"),
         ({"method": "gptq"}, "for the schemes int4, int8 and mixed, not for int8-rowwise"),
         ({"scheme": "int4"}, "'bound' is for scheme auto, not for int4"),
+        ({"calibrate": "entropy"}, "calibrate is for int8-static, and no candidate is one"),
+        ({"weight_bits": 7, "candidates": ["int8"]}, "weight_bits is for .* no candidate is one"),
     ],
 )
 def test_settings_that_cannot_be_searched(settings: dict[str, Any], named: str) -> None:

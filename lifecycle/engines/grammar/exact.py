@@ -32,7 +32,7 @@ FORMATS: Mapping[str, Mapping[str, Any]] = {
     "hostname": {"pattern": rf"^{_LABEL}(?:\.{_LABEL})*$", "maxLength": 253},
 }
 """What a text of a format has to be besides."""
-_WHITE = "\t\n\v\f\r \u00a0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000\ufeff"
+_WHITE = r"\t\n\x0b\f\r\x20\u00a0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000\ufeff"
 """What ECMAScript takes for white space."""
 _PARTS = re.compile(r"\\.|\[|\]|.", re.DOTALL)
 
@@ -63,7 +63,11 @@ def exact_pattern(pattern: str) -> str:
     r"""A regular expression in which `\s` and `\S` are what they are in ECMAScript."""
     found: list[str] = []
     is_class = False
-    for part in _PARTS.findall(pattern):
+    parts = ["", "", *_PARTS.findall(pattern), "", ""]
+    for at, part in enumerate(parts):
+        if part == r"\s" and is_class and _is_in_range(parts, at):
+            # No range ends with it, which the library says.
+            return pattern
         if part == r"\s":
             found.append(_WHITE if is_class else f"[{_WHITE}]")
         elif part == r"\S":
@@ -73,3 +77,9 @@ def exact_pattern(pattern: str) -> str:
             is_class = part == "[" or (is_class and part != "]")
             found.append(part)
     return "".join(found)
+
+
+def _is_in_range(parts: list[str], at: int) -> bool:
+    """Whether a part of a class is written as one end of a range."""
+    begins = parts[at + 1] == "-" and parts[at + 2] != "]"
+    return begins or (parts[at - 1] == "-" and parts[at - 2] not in ("[", "^"))
