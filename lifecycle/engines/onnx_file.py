@@ -7,6 +7,7 @@ followed; everything else is skipped by its length.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -42,7 +43,7 @@ Entries = dict[str, str]
 
 
 def check_external_data(graph: Path) -> list[str]:
-    """The files of a graph's weights, relative to its folder; they must be there, and inside.
+    """The files of a graph's weights, relative to its folder; they must be there, and inside, and no links.
 
     Raises:
         EngineError: names the file and what is wrong with it.
@@ -71,6 +72,11 @@ def check_external_data(graph: Path) -> list[str]:
             raise EngineError(
                 f"{graph} takes weights from '{location}', outside its own folder; "
                 "that is refused: put the file beside the graph"
+            )
+        if path != Path(os.path.normpath(folder / location)):
+            raise EngineError(
+                f"{graph} takes weights from '{location}' through a link, which may lead elsewhere by the time that it "
+                "is followed; that is refused: put the file itself beside the graph"
             )
         if not is_file:
             raise EngineError(f"{path} is missing: {graph.name} takes its weights from it")

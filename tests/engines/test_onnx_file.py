@@ -75,6 +75,18 @@ def test_weights_beside_the_graph_are_fine(tmp_path: Path, place) -> None:
         check_external_data(tmp_path / "model.onnx")
 
 
+@pytest.mark.parametrize("location", ["link", "linked/w.data", "./weights/../link"])
+def test_weights_through_a_link_are_refused_wherever_it_leads(
+    tmp_path: Path, location: str
+) -> None:
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "w.data").write_bytes(bytes(16))
+    (tmp_path / "link").symlink_to("weights/w.data")
+    (tmp_path / "linked").symlink_to("weights")
+    with pytest.raises(EngineError, match="through a link"):
+        check_external_data(write(tmp_path, in_initializer(external(location))))
+
+
 def test_a_folder_reached_by_a_link_is_its_own_folder(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     folder.mkdir()
