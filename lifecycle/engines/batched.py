@@ -335,7 +335,7 @@ class BatchedEngine(Engine):
         self._speculation.draft(self._scheduler.running.values(), self._pace)
         if not seen:
             return self._scheduler.schedule()
-        room, seconds = self._pace.prompt_room(len(seen)), self._pace.stall_seconds(len(seen))
+        room, seconds = self._pace.prompt_room(len(seen)), self._pace.copy_seconds(len(seen))
         return self._scheduler.schedule(room, seconds)
 
     def _account(self, batch: Batch, seconds: float) -> None:

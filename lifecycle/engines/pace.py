@@ -28,6 +28,8 @@ _OLD, _LOOK_EVERY = 512, 64
 _PLANNED, _LEAST_PLANNED, _MOST_PLANNED = 0.6, 0.4, 0.8
 """Of the time by which prompts may make a step longer, what is planned for at first, and between which parts that moves
 with the machine:"""
+_COPIES = 2.0
+"""How many times that time copies of computed prompts may take: they spare far more, to those that wait for a token too."""
 _BACK, _ONE_IN = 0.02, 200
 """it falls by so much of it with each step that took longer than may be, and rises so slowly that one in so many does. How
 far one was off by chance no plan can change: those beyond twice the time say nothing."""
@@ -281,10 +283,17 @@ class Pace:
 
     def stall_seconds(self, num_decode: int) -> float | None:
         """By how much a step with so many decoding tokens is planned to be longer at most; None as `prompt_room`."""
+        most = self._most_seconds(num_decode)
+        return None if most is None else self._planned * most
+
+    def copy_seconds(self, num_decode: int) -> float | None:
+        """What copies may take before a step with so many decoding tokens; None as `prompt_room`."""
+        most = self._most_seconds(num_decode)
+        return None if most is None else _COPIES * most
+
+    def _most_seconds(self, num_decode: int) -> float | None:
         base = self.decode_seconds(num_decode)
-        if self.max_stall is None or base is None:
-            return None
-        return self._planned * (self.max_stall - 1.0) * base
+        return None if self.max_stall is None or base is None else (self.max_stall - 1.0) * base
 
 
 def _mean(mean: float | None, value: float, weight: float = _WEIGHT) -> float:

@@ -356,7 +356,7 @@ def test_with_our_kernels_parts_of_chunks_give_the_same_bits(
 
 def test_what_is_taken_of_other_prompts_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """A step has no more copies than those that decode may wait for, and those of another request wait too."""
-    engine = ToyEngine.make(3, 200, 10, prefix_cache_bytes=1 << 20, max_stall=3.0)
+    engine = ToyEngine.make(3, 200, 10, prefix_cache_bytes=1 << 20, max_stall=1.4)
     clock, backend = StepClock(monkeypatch), engine.backend
     clock.times(backend, 1.0, 0.01)
     text = [1 + n * n % 7 for n in range(95)]
@@ -380,12 +380,12 @@ def test_what_is_taken_of_other_prompts_holds_nobody_up(monkeypatch: pytest.Monk
         copies.append([])
         before = clock.now
         told = engine.step()
-        assert clock.now - before <= 3.0
+        assert clock.now - before <= 2.5 + 0.1
         for event in told:
             if event.request_id in found and event.token_id is not None:
                 found[event.request_id].append(event.token_id)
-    # 1.2 s of a step of 1 s are planned for: three copies of 0.5.
-    assert [len(each) for each in copies if each] == [3] * 6
+    # Copies of half a second each may take 0.8.
+    assert [len(each) for each in copies if each] == [2] * 9
     # Chunks are of no use without those before them: the first are the last to go.
     kept = list(engine.prefix_cache._blocks.values())  # type: ignore[union-attr]
     assert [list(block.tokens) for block in kept[-9:]] == [
