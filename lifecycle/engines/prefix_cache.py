@@ -57,8 +57,8 @@ class PrefixCache:
 
     def reuse(self, state: RequestState, seconds: float | None = None) -> bool:
         """Fill the slot of a request with the chunks that come next in its prompt and are here, one at least unless there
-        is no time at all, until that has taken so many seconds; whether there is nothing more to fill it with. One token at least is left to compute: the logits
-        after it are needed."""
+        is no time at all, until that has taken so many seconds; whether there is nothing more to fill it with. One token
+        at least is left to compute: the logits after it are needed."""
         found: list[bytes] = []
         begun, is_whole, first = time.perf_counter(), True, state.num_computed
         chunk, most = self._chunk, min(state.first_logit, state.num_prompt)

@@ -119,8 +119,8 @@ class Scheduler:
         """Give free slots to waiting requests, then choose the rows of the next step.
 
         Prompts fill one chunk size per step, or `room` tokens where there are requests that decode, which may wait
-        `seconds` for what is taken of other prompts, in the order of their ranks. The step stays short for those that decode in it, and larger
-        products would be no faster per token.
+        `seconds` for what is taken of other prompts, in the order of their ranks. The step stays short for those that
+        decode in it, and larger products would be no faster per token.
         """
         self._admit()
         batch: Batch = []
@@ -174,11 +174,12 @@ class Scheduler:
                 continue
             leaders.append(state)
             if self._reuse is not None:
-                begun = time.perf_counter()
+                begun, before = time.perf_counter(), state.num_computed
                 is_whole = self._reuse(state, left)
-                if seconds and left is not None:
+                if seconds and left is not None and state.num_computed > before:
                     left = max(left - (time.perf_counter() - begun), 0.0)
-                    # What was taken is no time to compute in.
+                    # What was taken is no time to compute in. To look and find nothing takes none: the least budget must
+                    # stay what it is.
                     budget = min(budget, int(whole * left / seconds))
                 if not is_whole:
                     # It goes on in the next step.

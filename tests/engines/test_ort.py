@@ -14,7 +14,6 @@ import pytest
 from lifecycle.engines.backend import Row
 from lifecycle.engines.base import Engine, EngineOptions
 from lifecycle.engines.decoder import DecoderInfo
-from lifecycle.engines.native.compiler import find_compiler
 from lifecycle.engines.ort import OnnxEngine
 from lifecycle.engines.pytorch import TorchEngine
 from lifecycle.engines.requests import FinishReason, Request, SamplingParams
@@ -315,7 +314,5 @@ def test_it_is_told_where_sums_can_overflow(
     quantize_graph(random_model.graph, tmp_path, "int8-rowwise", Int8Rowwise(bits))
     assert DecoderInfo.load(tmp_path).weight_bits == bits
     monkeypatch.setattr("lifecycle.engines.ort.adds_bytes_exactly", lambda: is_exact)
-    if kernels == "native" and find_compiler() is None:
-        pytest.skip("there is no compiler")
     OnnxEngine.open(tmp_path, EngineOptions(1, kernels=kernels)).close()
     assert ("quantize the model with weight_bits: 7" in caplog.text) == is_told

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -352,44 +352,3 @@ def test_with_our_kernels_parts_of_chunks_give_the_same_bits(
         # All of them, but for those that began before the first prompt had ended.
         assert hit_tokens >= 3 * 70
         assert found == expected
-
-
-def test_what_is_taken_of_other_prompts_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A step has no more copies than those that decode may wait for, and those of another request wait too."""
-    engine = ToyEngine.make(3, 200, 10, prefix_cache_bytes=1 << 20, max_stall=1.4)
-    clock, backend = StepClock(monkeypatch), engine.backend
-    clock.times(backend, 1.0, 0.01)
-    text = [1 + n * n % 7 for n in range(95)]
-    run(engine, text)
-    copies: list[list[int]] = []
-    write = backend.write_cache
-
-    def timed(slot: int, start: int, block: Any, count: int | None = None) -> None:
-        clock.now += 0.5
-        copies[-1].append(slot)
-        write(slot, start, block, count)
-
-    backend.write_cache = timed  # type: ignore[method-assign]
-    engine.submit(Request("decodes", [3, 2, 1], SamplingParams(max_tokens=60, ignore_eos=True)))
-    for _ in range(5):
-        engine.step()
-    found: dict[str, list[int]] = {"long": [], "too": []}
-    engine.submit(Request("long", text, SamplingParams(max_tokens=4)))
-    engine.submit(Request("too", [*text, 5], SamplingParams(max_tokens=4)))
-    while engine.num_running > 1 or engine.num_waiting:
-        copies.append([])
-        before = clock.now
-        told = engine.step()
-        assert clock.now - before <= 2.5 + 0.1
-        for event in told:
-            if event.request_id in found and event.token_id is not None:
-                found[event.request_id].append(event.token_id)
-    # Copies of half a second each may take 0.8.
-    assert [len(each) for each in copies if each] == [2] * 9
-    # Chunks are of no use without those before them: the first are the last to go.
-    kept = list(engine.prefix_cache._blocks.values())  # type: ignore[union-attr]
-    assert [list(block.tokens) for block in kept[-9:]] == [
-        text[n : n + 10] for n in range(80, -1, -10)
-    ]
-    assert engine.stats.prefix_hit_tokens == 180
-    assert found == {"long": continuation(text, 4), "too": continuation([*text, 5], 4)}
