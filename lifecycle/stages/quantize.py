@@ -194,8 +194,10 @@ class Quantize(Stage):
             return self
         for name, schemes in ONLY_FOR.items():
             value = getattr(self, name)
-            is_usual = value == type(self).model_fields[name].default
-            if not is_usual and self.scheme not in schemes:
+            is_set = value != type(self).model_fields[name].default
+            # Who asks for blocks expects some, also of the usual size.
+            is_set |= name == "block_size" and name in self.model_fields_set
+            if is_set and self.scheme not in schemes:
                 *first, last = schemes
                 these = f"schemes {', '.join(first)} and {last}" if first else f"scheme {last}"
                 # As a recipe spells it, unless that takes more than a line.

@@ -95,6 +95,7 @@ def test_a_target_may_not_run_a_scheme(exported: Artifact, run_stage: RunStage) 
         ),
         ({"scheme": "int8-rowwise", "symmetric": False}, "symmetric: false.*not for int8-rowwise"),
         ({"scheme": "fp16", "block_size": 32}, "block_size: 32 .*not for fp16"),
+        ({"scheme": "int8-rowwise", "block_size": 64}, "block_size: 64 .*not for int8-rowwise"),
         ({"scheme": "int8", "weight_bits": 7}, "weight_bits: 7 is for .*not for int8"),
         (
             {"scheme": "int8-rowwise", "int8": []},
