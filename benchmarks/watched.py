@@ -64,11 +64,15 @@ class Watched:
         self.held[target] = stop
         self._backend.copy_cache(source, target, stop)
 
-    def forget(self, slot: int, start: int = 0, stop: int | None = None) -> None:
+    def forget(self, slot: int, start: int = 0) -> None:
         """As `CacheBackend.forget`."""
-        if stop is None:
-            self.held[slot] = min(start, self.held[slot])
-        self._backend.forget(slot, start, stop)
+        self.held[slot] = min(start, self.held[slot])
+        self._backend.forget(slot, start)
+
+    def forget_passed(self, slot: int, count: int, before: int = 0) -> None:
+        """As `CacheBackend.forget_passed`."""
+        self._expect_held(slot, count)
+        self._backend.forget_passed(slot, count, before)
 
     @property
     def bytes_per_token(self) -> int:

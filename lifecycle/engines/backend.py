@@ -123,7 +123,11 @@ class CacheBackend(Backend, Protocol):
         """Let a slot hold the first `stop` tokens that another one holds."""
         ...
 
-    def forget(self, slot: int, start: int = 0, stop: int | None = None) -> None:
-        """Give back the memory of what a slot holds of its tokens `start` to `stop`, or from `start` on: nothing
-        looks at it any more."""
+    def forget(self, slot: int, start: int = 0) -> None:
+        """Give back the memory of what a slot holds from its token `start` on: nothing looks at it any more."""
+        ...
+
+    def forget_passed(self, slot: int, count: int, before: int = 0) -> None:
+        """Give back the memory of what layers with windows do not look back on after the first `count` tokens; it was
+        after `before` that this was done last."""
         ...

@@ -39,6 +39,7 @@ from lifecycle.engines.slot_room import SlotRoom
 from lifecycle.engines.speculation import Speculation
 from lifecycle.engines.state import RequestState
 from lifecycle.engines.stats import EngineStats
+from lifecycle.engines.windows import ALL_SEEN, Windows
 from lifecycle.errors import EngineError, RequestError
 
 
@@ -54,7 +55,7 @@ class BatchedEngine(Engine):
         max_model_len: int,
         eos_token_ids: frozenset[int],
         long_context: int | None = None,
-        sliding_window: int | None = None,
+        windows: Windows = ALL_SEEN,
         has_prompt_graph: bool = False,
         cuts_freely: bool = False,
         draft: Draft | None = None,
@@ -63,7 +64,7 @@ class BatchedEngine(Engine):
         """
         Args:
             long_context: texts of more tokens are long (see `Row.is_long`).
-            sliding_window: tokens that every layer looks back on at most; None if some layer sees all.
+            windows: what the layers look back on.
             has_prompt_graph: whether `backend` computes the tokens of prompts by a graph of their own.
             cuts_freely: whether a token gets the same bits from `backend` however its text is cut.
             draft: a model that guesses; with one, `backend` takes rows that begin before the end of what
@@ -78,7 +79,7 @@ class BatchedEngine(Engine):
         self._backend = backend
         self._passes = passes
         self._cache = backend if isinstance(backend, CacheBackend) else None
-        self._window = sliding_window
+        self._windows = windows
         self._progress = Progress(eos_token_ids, max_model_len, long_context)
         guesses = options.draft_tokens > 0
         self._pace = Pace(options.max_stall, has_prompt_graph=has_prompt_graph, has_guesses=guesses)
@@ -88,8 +89,10 @@ class BatchedEngine(Engine):
         self._prefixes: PrefixCache | None = None
         if options.prefix_cache_bytes and self._cache is not None:
             budget, chunk = options.prefix_cache_bytes, options.prefill_chunk
-            self._prefixes = PrefixCache(budget, chunk, self._cache, cuts_freely=cuts_freely)
-        self._max_cache_tokens = cache_limit(options, max_model_len, self._cache)
+            self._prefixes = PrefixCache(
+                budget, chunk, self._cache, cuts_freely=cuts_freely, window=windows.narrowest
+            )
+        self._max_cache_tokens = cache_limit(options, max_model_len, self._cache, windows)
         self._scheduler = self._make_scheduler()
         self._deadlines = Deadlines(self._scheduler)
         self._adapters = AdapterTable(backend, lambda: self._scheduler.states())
@@ -148,8 +151,8 @@ class BatchedEngine(Engine):
         return EngineStats(
             num_running=self.num_running,
             num_waiting=self.num_waiting,
-            cache_tokens=tokens,
-            cache_bytes=tokens * per_token,
+            cache_tokens=round(tokens),
+            cache_bytes=round(tokens * per_token),
             cache_capacity_bytes=per_token * self._max_cache_tokens,
             prefix_bytes=prefixes.num_bytes if prefixes else 0,
             prefix_hit_tokens=prefixes.hit_tokens if prefixes else 0,
@@ -324,7 +327,7 @@ class BatchedEngine(Engine):
             self._options.prefill_chunk,
             cache=self._cache,
             max_cache_tokens=self._max_cache_tokens if self._options.kv_cache_bytes else inf,
-            window=self._window,
+            windows=self._windows,
             reuse=reuse,
             on_release=self._speculation.release,
         )

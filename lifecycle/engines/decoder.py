@@ -67,8 +67,9 @@ class DecoderInfo:
     eos_token_ids: tuple[int, ...]
     kv_dtype: str = "float32"
     """Type of the cache: `float32`, `int8` or `int4`."""
-    sliding_window: int | None = None
-    """Tokens that every layer looks back on at most; None if some layer sees all."""
+    windows: tuple[int, ...] = ()
+    """Tokens that each layer looks back on at most, 0 for all; empty where all layers see all, and in models of older
+    versions."""
     long_context: int | None = None
     """Texts of more tokens than this are rotated by the second half of the graph's tables, from
     their first token on: their `position_ids` begin at `max_position_embeddings`."""
@@ -132,7 +133,13 @@ class DecoderInfo:
         required = (field.name for field in fields(cls) if field.default is MISSING)
         if missing := [name for name in required if name not in read]:
             raise EngineError(f"{path} is damaged: {missing[0]} is missing; export the model again")
-        return cls(**cast("dict[str, Any]", read))
+        info = cls(**cast("dict[str, Any]", read))
+        if info.windows and (len(info.windows) != info.num_layers or min(info.windows) < 0):
+            raise EngineError(
+                f"{path} is damaged: windows is {list(info.windows)}, expected one for each of {info.num_layers} layers; "
+                "export the model again"
+            )
+        return info
 
 
 def _read_value(path: Path, name: str, kind: str, value: object) -> object:

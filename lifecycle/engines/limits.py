@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from math import ceil
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, cast
@@ -16,6 +17,8 @@ from lifecycle.engines.backend import CacheBackend
 from lifecycle.engines.base import EngineOptions
 from lifecycle.engines.native import KERNELS
 from lifecycle.engines.requests import LONGEST_REPEAT, Request, SamplingParams
+from lifecycle.engines.state import LONGEST_RUN
+from lifecycle.engines.windows import ALL_SEEN, Windows
 from lifecycle.errors import EngineError, RequestError
 
 DEFAULT_MODEL_LEN = 2048
@@ -57,7 +60,12 @@ def available_memory() -> int | None:
     return int(found[1]) * 1024 if found else None
 
 
-def cache_limit(options: EngineOptions, max_model_len: int, cache: CacheBackend | None) -> int:
+def cache_limit(
+    options: EngineOptions,
+    max_model_len: int,
+    cache: CacheBackend | None,
+    windows: Windows = ALL_SEEN,
+) -> int:
     """Tokens that the cache may hold for all requests together.
 
     Raises:
@@ -69,10 +77,13 @@ def cache_limit(options: EngineOptions, max_model_len: int, cache: CacheBackend 
     if cache is None:
         raise EngineError("this engine cannot bound its cache: leave kv_cache_bytes out")
     per_token = cache.bytes_per_token
-    if budget < per_token * max_model_len:
+    # What a step adds is there before anything behind a window goes.
+    added = max(options.prefill_chunk, LONGEST_RUN)
+    least = per_token * ceil(min(windows.held(max_model_len) + added, max_model_len))
+    if budget < least:
         raise EngineError(
-            f"kv_cache_bytes is {budget}; one context of {max_model_len} tokens takes "
-            f"{per_token * max_model_len}: allow more, or lower max_model_len"
+            f"kv_cache_bytes is {budget}; one context of {max_model_len} tokens takes {least}: allow more, or lower "
+            "max_model_len"
         )
     return min(most, budget // per_token)
 

@@ -41,6 +41,7 @@ from lifecycle.engines.native.sampling import Columns, native_passes
 from lifecycle.engines.native.swap import LOGITS, computes_by_token
 from lifecycle.engines.ort_binding import Binding, BoundGraph, Output
 from lifecycle.engines.ort_session import (
+    CACHE_PARTS,
     CACHE_TYPES,
     cache_names,
     check_signature,
@@ -51,6 +52,7 @@ from lifecycle.engines.prompt_graph import run_parts
 from lifecycle.engines.sampling import NUMPY
 from lifecycle.engines.slot_cache import SlotCache
 from lifecycle.engines.state import LONGEST_RUN
+from lifecycle.engines.windows import Windows
 from lifecycle.errors import EngineError
 
 _log = logging.getLogger(__name__)
@@ -90,7 +92,7 @@ class OnnxEngine(BatchedEngine):
             max_model_len=max_model_len,
             eos_token_ids=frozenset(info.eos_token_ids),
             long_context=info.long_context,
-            sliding_window=info.sliding_window,
+            windows=Windows(info.windows),
             has_prompt_graph=info.prefill_scheme is not None,
             cuts_freely=_cuts_freely(path, info, options, kernels, layout),
             draft=_draft(path, info, options, max_model_len, providers),
@@ -144,6 +146,7 @@ class OrtBackend:
             capacity=capacity,
             width=info.cache_width,
             dtype=CACHE_TYPES[info.kv_dtype],
+            windows=[window for window in info.windows for _ in CACHE_PARTS],
         )
         self._inputs: Inputs = {}
         self._step: object = None
@@ -244,8 +247,11 @@ class OrtBackend:
     def copy_cache(self, source: int, target: int, stop: int) -> None:
         self.cache.copy(source, target, stop)
 
-    def forget(self, slot: int, start: int = 0, stop: int | None = None) -> None:
-        self.cache.forget(slot, start, stop)
+    def forget(self, slot: int, start: int = 0) -> None:
+        self.cache.forget(slot, start)
+
+    def forget_passed(self, slot: int, count: int, before: int = 0) -> None:
+        self.cache.forget_passed(slot, count, before)
 
     def close(self) -> None:
         self._graph = self._prefill = self._adapted = self._hidden = None

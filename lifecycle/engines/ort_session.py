@@ -39,6 +39,9 @@ STEP_INPUTS = frozenset(
 """The inputs of every decoder graph besides its cache; `position_ids` is there where the
 attention does not rotate by itself."""
 
+CACHE_PARTS = ("key", "value")
+"""What the cache holds of each layer."""
+
 CACHE_TYPES = {
     "float32": np.dtype(np.float32),
     "int8": np.dtype(np.int8),
@@ -184,7 +187,7 @@ def check_signature(
 def cache_names(info: DecoderInfo) -> list[str]:
     """The inputs that hold keys and values."""
     layers = range(info.num_layers)
-    return [f"{PAST}{i}.{part}" for i in layers for part in ("key", "value")]
+    return [f"{PAST}{i}.{part}" for i in layers for part in CACHE_PARTS]
 
 
 def present_name(past: str) -> str:

@@ -14,6 +14,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from hashlib import blake2b
 from itertools import islice
+from math import inf
 from typing import NamedTuple
 
 import numpy as np
@@ -40,10 +41,17 @@ class PrefixCache:
     """Blocks of one chunk each under a budget of bytes; the least recently used go first."""
 
     def __init__(
-        self, budget: int, chunk: int, backend: CacheBackend, *, cuts_freely: bool = False
+        self,
+        budget: int,
+        chunk: int,
+        backend: CacheBackend,
+        *,
+        cuts_freely: bool = False,
+        window: float = inf,
     ) -> None:
-        """`cuts_freely` says that what a token gets does not depend on how its text is cut."""
-        self._budget, self._chunk, self._backend = budget, chunk, backend
+        """`cuts_freely` says that what a token gets does not depend on how its text is cut, `window` how many tokens each
+        layer looks back on at least, if there are so many."""
+        self._budget, self._chunk, self._backend, self._window = budget, chunk, backend, window
         self._cuts_freely = cuts_freely
         self._blocks: OrderedDict[bytes, _Kept] = OrderedDict()
         self._families: dict[bytes, dict[bytes, None]] = {}
@@ -96,7 +104,7 @@ class PrefixCache:
         key = self._key(state, start // self._chunk, tokens)
         family = self._family(state, start, tokens)
         # Memory behind a window may have been given back: whole, such a chunk is right for those behind it.
-        if state.num_forgotten > start:
+        if state.num_passed - self._window > start:
             family = None
         if family is None and (len(tokens) < self._chunk or key in self._blocks):
             return

@@ -21,9 +21,7 @@ from lifecycle.engines.backend import COPY_ERRORS, Block, CacheBackend, Row
 from lifecycle.engines.leaving import Leaving
 from lifecycle.engines.line import WaitingLine
 from lifecycle.engines.state import GRAIN, RequestState
-
-_FORGET_EVERY = 256
-"""Tokens of a request between two times that memory behind its window is given back."""
+from lifecycle.engines.windows import ALL_SEEN, Windows
 
 Batch = list[tuple[RequestState, Row]]
 Reuse = Callable[[RequestState, float | None], bool]
@@ -39,7 +37,7 @@ class Scheduler:
         *,
         cache: CacheBackend | None = None,
         max_cache_tokens: float = inf,
-        window: int | None = None,
+        windows: Windows = ALL_SEEN,
         reuse: Reuse | None = None,
         on_release: Callable[[int], None] | None = None,
     ) -> None:
@@ -48,7 +46,7 @@ class Scheduler:
             cache: what holds keys and values; None if they cannot be copied.
             max_cache_tokens: how many tokens it may hold for all requests together, at least one
                 context.
-            window: tokens of a text that it holds at most; None is all.
+            windows: what of a text it holds.
             reuse: may take a request further in its prompt, just before it would be computed, in so many seconds;
                 whether that was all it could do.
             on_release: is told of each slot whose request leaves it.
@@ -58,7 +56,7 @@ class Scheduler:
         # A bounded cache has no room for what nobody needs.
         self._leaving = Leaving(cache) if cache is not None and max_cache_tokens == inf else None
         self._max_cache_tokens = max_cache_tokens
-        self._window = inf if window is None else window
+        self._windows = windows
         self._reuse = reuse
         self._on_release = on_release
         # The lowest free slot is taken first: slots in use stay together, so a runtime that
@@ -79,15 +77,15 @@ class Scheduler:
         return chain(self.running.values(), self.waiting)
 
     @property
-    def cache_tokens(self) -> int:
-        """Tokens whose keys and values are held."""
+    def cache_tokens(self) -> float:
+        """Tokens whose keys and values are held; where windows differ, as a mean over the layers."""
         holding = chain(self.running.values(), self._parked.values())
-        return int(sum(min(state.num_computed, self._window) for state in holding))
+        return sum(self._windows.held(state.num_computed) for state in holding)
 
     def seen_tokens(self) -> list[float]:
         """Of each request that decodes, the tokens that its next one looks back on."""
         decoding = (state for state in self.running.values() if not state.is_prefilling)
-        return [min(state.num_computed, self._window) for state in decoding]
+        return [self._windows.held(state.num_computed) for state in decoding]
 
     def add(self, state: RequestState) -> None:
         """Put a request at the end of its line."""
@@ -104,12 +102,10 @@ class Scheduler:
 
     def forget_old(self, state: RequestState) -> None:
         """Give back the memory of what no token looks back on any more, now and then."""
-        if self._cache is None or self._window == inf:
-            return
-        before = int(state.num_computed - self._window)
-        if before - state.num_forgotten >= _FORGET_EVERY:
-            self._cache.forget(state.slot, stop=before)
-            state.num_forgotten = before
+        last = max(state.num_passed, self._windows.narrowest)
+        if self._cache is not None and state.num_computed - last >= self._windows.step:
+            self._cache.forget_passed(state.slot, state.num_computed, state.num_passed)
+            state.num_passed = state.num_computed
 
     def find(self, request_id: str) -> RequestState | None:
         """A request by its id."""
@@ -148,7 +144,8 @@ class Scheduler:
                 twin.recompute()
                 continue
             twin.num_computed = twin.num_cached = leader.num_computed
-            twin.num_forgotten = leader.num_forgotten
+            twin.num_passed = leader.num_passed
+            self._cache.forget_passed(twin.slot, twin.num_passed)
             taken.append(twin)
         return taken
 
@@ -160,7 +157,8 @@ class Scheduler:
         if leader.is_prefilling:
             return []
         twins = [other for other in self.running.values() if _follows(other, leader)]
-        room = max((self._max_cache_tokens - self.cache_tokens) / leader.num_prompt, 0)
+        each = self._windows.held(leader.num_prompt)
+        room = max((self._max_cache_tokens - self.cache_tokens) / each, 0)
         return twins[: int(min(room, len(twins)))]
 
     def _add_prompts(self, batch: Batch, budget: int, seconds: float | None) -> None:
@@ -212,9 +210,8 @@ class Scheduler:
             try:
                 self._cache.write_cache(state.slot, 0, state.parked)
                 state.parked = None
-                if state.num_forgotten:
-                    # What was put aside has zeros there.
-                    self._cache.forget(state.slot, stop=state.num_forgotten)
+                # What was put aside has zeros there.
+                self._cache.forget_passed(state.slot, state.num_passed)
             except COPY_ERRORS:
                 state.recompute()
 
@@ -224,7 +221,7 @@ class Scheduler:
         if self._max_cache_tokens == inf or not self.running:
             return True
         wanted = (
-            min(max(s.num_computed, s.num_prefill), self._window)
+            self._windows.held(max(s.num_computed, s.num_prefill))
             for s in (state, *self.running.values())
         )
         return sum(wanted) + self._prefill_chunk <= self._max_cache_tokens

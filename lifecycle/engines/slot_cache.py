@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import mmap
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -30,8 +31,10 @@ class SlotCache:
         capacity: int,
         width: int,
         dtype: np.dtype[Any],
+        windows: Sequence[int] = (),
     ) -> None:
-        """Reserve room for `capacity` tokens per slot at least.
+        """Reserve room for `capacity` tokens per slot at least. `windows` are the tokens that is looked back on in each
+        array, 0 for all; empty where that is so in all.
 
         Raises:
             EngineError: there is not so much memory.
@@ -51,6 +54,7 @@ class SlotCache:
             ) from error
         arrays = [np.frombuffer(memory, dtype).reshape(shape) for memory in self._memory]
         self._arrays = dict(zip(names, arrays, strict=True))
+        self._windows = windows or [0] * len(names)
 
     def rows(self, count: int) -> dict[str, NDArray[Any]]:
         """The first `count` slots of each array; views, not copies."""
@@ -70,17 +74,29 @@ class SlotCache:
         for array in self._arrays.values():
             array[target, :, :stop] = array[source, :, :stop]
 
-    def forget(self, slot: int, start: int = 0, stop: int | None = None) -> None:
-        """Give back the memory of a slot's tokens `start` to `stop`, or from `start` on: of the whole pages among
-        them, which are zeros then."""
+    def forget(self, slot: int, start: int = 0) -> None:
+        """Give back the memory of a slot's tokens from `start` on: of the whole pages among them, which are zeros
+        then."""
         for memory, array in zip(self._memory, self._arrays.values(), strict=True):
             row, head, token = array.strides[:3]
-            if start == 0 and stop is None:
+            if start == 0:
                 _give_back(memory, slot * row, row)
                 continue
-            end = head if stop is None else stop * token
             for begin in range(slot * row, (slot + 1) * row, head):
-                _give_back(memory, begin + start * token, end - start * token)
+                _give_back(memory, begin + start * token, head - start * token)
+
+    def forget_passed(self, slot: int, count: int, before: int = 0) -> None:
+        """The same for what lies behind the window of each array once a slot has `count` tokens; this was done last
+        when it had `before`."""
+        arrays = zip(self._memory, self._arrays.values(), self._windows, strict=True)
+        for memory, array, window in arrays:
+            if not window or count <= window:
+                continue
+            row, head, token = array.strides[:3]
+            # The page that was not whole then may be now.
+            start = max((before - window) * token - mmap.PAGESIZE, 0)
+            for begin in range(slot * row, (slot + 1) * row, head):
+                _give_back(memory, begin + start, (count - window) * token - start)
 
     def clear(self) -> None:
         """Let go of all memory, once no graph is bound to it."""

@@ -32,8 +32,8 @@ class RequestState:
     """Tokens to compute before the next one is chosen: the prompt, or more after `recompute`."""
     num_computed: int = 0
     """Tokens in the cache."""
-    num_forgotten: int = 0
-    """Of those, the first ones whose memory has been given back."""
+    num_passed: int = 0
+    """Tokens that there were when memory behind windows was given back last."""
     is_long: bool = False
     """Whether the text is beyond the model's first context (see `Row`)."""
     adapter: int = 0
@@ -97,7 +97,7 @@ class RequestState:
         """Begin again with all tokens so far."""
         self.num_seen = max(self.num_seen, self.num_computed)
         self.num_computed, self.num_prefill = 0, len(self.tokens)
-        self.num_cached = self.num_forgotten = 0
+        self.num_cached = self.num_passed = 0
         self.prefix_keys.clear()
         self.draft.clear()
         self.parked = None

@@ -80,7 +80,7 @@ def _describe(
         max_position_embeddings=spec.max_position_embeddings,
         bos_token_id=fields.optional_integer("bos_token_id", least=0),
         eos_token_ids=ends.token_ids("eos_token_id"),
-        sliding_window=_window(spec),
+        windows=_windows(spec),
         long_context=spec.long_context,
         target=target.use,
         providers=target.providers,
@@ -89,7 +89,7 @@ def _describe(
     )
 
 
-def _window(spec: DecoderSpec) -> int | None:
-    """The window of all layers, or the widest of those that differ; None if some have none."""
-    windows = [layer.window for layer in spec.layers]
-    return None if None in windows else max(window for window in windows if window)
+def _windows(spec: DecoderSpec) -> tuple[int, ...]:
+    """Those of all layers, if any has one."""
+    windows = tuple(layer.window or 0 for layer in spec.layers)
+    return windows if any(windows) else ()

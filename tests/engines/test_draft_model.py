@@ -24,6 +24,7 @@ from lifecycle.engines.ort import OnnxEngine
 from lifecycle.engines.pace import Pace
 from lifecycle.engines.pytorch import TorchEngine
 from lifecycle.engines.requests import Generation, Request, SamplingParams
+from lifecycle.engines.windows import Windows
 from lifecycle.errors import EngineError
 from lifecycle.graph.blockwise import Blockwise
 from lifecycle.graph.cache import calibrate_cache
@@ -83,15 +84,15 @@ def test_what_is_behind_the_window_is_given_back(
 
     monkeypatch.setattr(speculation, "choose_lengths", now_and_then)
     draft = Draft(ToyBackend(), 1500)
-    engine = ToyEngine.make(1, 1500, sliding_window=40, draft=draft, draft_tokens=5)
+    engine = ToyEngine.make(1, 1500, windows=Windows([40]), draft=draft, draft_tokens=5)
     engine.submit(Request("r", [5], SamplingParams(max_tokens=1400, ignore_eos=True)))
     held = 0
     while engine.num_running or engine.num_waiting:
         if 0 in engine.backend.texts:
-            kept = len(engine.backend.texts[0]) - engine.backend.forgotten.get(0, 0)
+            kept = len(engine.backend.texts[0]) - max(engine.backend.passed.get(0, 0) - 40, 0)
             held = max(held, kept)
         engine.step()
-    assert 40 <= held < 40 + 256 + 2 * 6
+    assert 40 <= held < 40 + 16 + 2 * 6
 
 
 @pytest.fixture

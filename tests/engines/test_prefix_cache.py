@@ -15,6 +15,7 @@ from lifecycle.engines.base import EngineOptions
 from lifecycle.engines.decoder import DecoderInfo
 from lifecycle.engines.ort import OnnxEngine
 from lifecycle.engines.requests import Event, Request, SamplingParams
+from lifecycle.engines.windows import Windows
 from lifecycle.errors import EngineError
 from lifecycle.graph.blockwise import Blockwise
 from lifecycle.graph.cache import calibrate_cache
@@ -227,19 +228,19 @@ def test_of_what_a_window_has_left_behind_no_part_is_taken(
 ) -> None:
     """A long chunk is computed in pieces beside one that decodes, and its beginning given back before its end."""
     engine = ToyEngine.make(
-        2, 2048, 1024, cuts_freely=True, sliding_window=64, prefix_cache_bytes=1 << 24,
+        2, 2048, 1024, cuts_freely=True, windows=Windows([64]), prefix_cache_bytes=1 << 24,
         max_stall=2.0,
     )  # fmt: skip
     StepClock(monkeypatch).times(engine.backend, 0.02, 0.0002)
     forgotten: list[int] = []
 
-    def forget(slot: int, start: int = 0, stop: int | None = None) -> None:
-        if stop is not None:
+    def forget(slot: int, count: int, before: int = 0) -> None:
+        if (stop := count - 64) > 0:
             forgotten.append(stop)
             text = engine.backend.texts[slot]
             engine.backend.texts[slot] = [0] * stop + text[stop:]
 
-    engine.backend.forget = forget
+    engine.backend.forget_passed = forget
     long = [1 + n * n % 7 for n in range(1000)]
     engine.submit(Request("decodes", [1, 2, 3], SamplingParams(max_tokens=400, ignore_eos=True)))
     for _ in range(4):

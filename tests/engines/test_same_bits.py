@@ -6,11 +6,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from transformers import MistralConfig, MistralForCausalLM
+from transformers import MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from lifecycle.engines.base import EngineOptions
 from lifecycle.engines.ort import OnnxEngine
@@ -40,24 +41,32 @@ def graph(
     return out
 
 
-@pytest.fixture(scope="module")
-def windowed(tmp_path_factory: pytest.TempPathFactory) -> Model:
-    """A random Mistral, whose layers all have a window."""
+SMALL: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 1024,
+    "sliding_window": WINDOW,
+    "initializer_range": 0.2,
+}
+
+
+@pytest.fixture(scope="module", params=["all", "some"])
+def windowed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Model:
+    """A random Mistral, whose layers all have a window, and a Qwen 2, of whose layers the second has one."""
     folder = tmp_path_factory.mktemp("windowed")
-    config = MistralConfig(
-        vocab_size=VOCAB,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=1024,
-        sliding_window=WINDOW,
-        initializer_range=0.2,
-    )
-    torch.manual_seed(0)
+    # No choice is close with it.
+    torch.manual_seed(2)
+    if request.param == "all":
+        model = MistralForCausalLM(MistralConfig(**SMALL))
+    else:
+        config = Qwen2Config(**SMALL, use_sliding_window=True, max_window_layers=1)
+        model = Qwen2ForCausalLM(config)
     checkpoint, graph = folder / "hf", folder / "onnx"
-    MistralForCausalLM(config).save_pretrained(checkpoint)
+    model.save_pretrained(checkpoint)
     graph.mkdir()
     export_decoder(checkpoint, graph, Cpu())
     return Model(checkpoint, graph)
@@ -130,14 +139,13 @@ def test_one_whose_beginning_was_given_back(
     options, (prompt, short) = EngineOptions(2, 900, prefill_chunk=64), texts([310, 40])
     engine, found = OnnxEngine.open(windowed.graph, options), dict[str, Bits]()
     forgotten: list[int] = []
-    honest = SlotCache.forget
+    honest = SlotCache.forget_passed
 
-    def forget(cache: SlotCache, slot: int, start: int = 0, stop: int | None = None) -> None:
-        honest(cache, slot, start, stop)
-        if stop is not None:
-            forgotten.append(stop)
+    def forget(cache: SlotCache, slot: int, count: int, before: int = 0) -> None:
+        honest(cache, slot, count, before)
+        forgotten.append(count - WINDOW)
 
-    monkeypatch.setattr(SlotCache, "forget", forget)
+    monkeypatch.setattr(SlotCache, "forget_passed", forget)
     engine.submit(Request("long", prompt, greedy(560), priority=1))
     for n in range(3):
         step(engine, found, 150)
@@ -146,7 +154,7 @@ def test_one_whose_beginning_was_given_back(
     step(engine, found)
     assert len(forgotten) > 2 and max(forgotten) > 500 and engine.stats.preemptions == 1
 
-    monkeypatch.setattr(SlotCache, "forget", lambda *_, **__: None)
+    monkeypatch.setattr(SlotCache, "forget_passed", lambda *_: None)
     assert found["long"] == alone(windowed.graph, options, prompt, greedy(560))
     for n, k in ((1, 0), (2, 0), (2, 1)):
         assert found[f"{n} {k}"] == alone(windowed.graph, options, short[n:], greedy(30))

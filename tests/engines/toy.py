@@ -17,6 +17,7 @@ from lifecycle.engines.backend import Row
 from lifecycle.engines.base import AdapterWeights, EngineOptions
 from lifecycle.engines.batched import BatchedEngine
 from lifecycle.engines.draft_model import Draft
+from lifecycle.engines.windows import ALL_SEEN, Windows
 from lifecycle.errors import EngineError
 
 VOCAB = 17
@@ -48,8 +49,8 @@ class ToyBackend:
     def __init__(self, agreement: float = 1.0) -> None:
         self.agreement = agreement
         self.texts: dict[int, list[int]] = {}
-        self.forgotten: dict[int, int] = {}
-        """The first tokens of slots that have been given back."""
+        self.passed: dict[int, int] = {}
+        """Tokens that slots had when what is behind their windows was given back."""
         self.steps: list[list[Row]] = []
         self.fail_next = False
         self.poison: int | None = None
@@ -102,11 +103,13 @@ class ToyBackend:
         assert len(self.texts[source]) >= stop
         self.texts[target] = self.texts[source][:stop]
 
-    def forget(self, slot: int, start: int = 0, stop: int | None = None) -> None:
-        if stop is None:
-            kept = self.texts.pop(slot, [])[:start]
-            self.texts |= {slot: kept} if kept else {}
-        self.forgotten[slot] = stop or 0
+    def forget(self, slot: int, start: int = 0) -> None:
+        kept = self.texts.pop(slot, [])[:start]
+        self.texts |= {slot: kept} if kept else {}
+        self.passed[slot] = 0
+
+    def forget_passed(self, slot: int, count: int, before: int = 0) -> None:
+        self.passed[slot] = count
 
     adapter_slots = 0
 
@@ -138,7 +141,7 @@ class ToyEngine(BatchedEngine):
         long_context: int | None = None,
         backend: ToyBackend | None = None,
         draft: Draft | None = None,
-        sliding_window: int | None = None,
+        windows: Windows = ALL_SEEN,
         cuts_freely: bool = False,
         **options: Any,
     ):
@@ -151,7 +154,7 @@ class ToyEngine(BatchedEngine):
             max_model_len=max_model_len,
             eos_token_ids=frozenset({EOS}),
             long_context=long_context,
-            sliding_window=sliding_window,
+            windows=windows,
             cuts_freely=cuts_freely,
             draft=draft,
         )
