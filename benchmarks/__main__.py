@@ -10,6 +10,7 @@ MEASUREMENTS = {
     "export_int4": "time and memory of making an int4 graph, beside onnxruntime-genai's builder",
     "kv_cache": "steps with caches in float32, int8 and int4, batch 8, contexts 16 to 900",
     "engine_decode": "decoding speed beside onnxruntime-genai, int4, batch 1 and 8",
+    "graph_decode": "one step of our int4 graph beside one of its builder's, in one runtime without engines",
     "llama_cpp": "decoding and prefill beside llama.cpp, 8 and 4 bits, batch 1 and 8",
 }
 
