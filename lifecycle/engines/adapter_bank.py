@@ -80,6 +80,8 @@ class AdapterBank:
         self._entries = dict[int, int]()
         """Number to entry, of the loaded adapters."""
         self._num_loaded = 0
+        self.state = 0
+        """Another number for other weights in some entry; 1 or more once there are any."""
         self._wasted = 0
 
     def entry_of(self, weights: Mapping[str, NDArray[np.float32]]) -> AdapterWeights:
@@ -122,6 +124,7 @@ class AdapterBank:
         for name, array in self._arrays.items():
             array[entry] = weights[name]
         self._num_loaded += 1
+        self.state += 1
         self._entries[self._num_loaded] = entry
         return self._num_loaded
 
@@ -162,6 +165,7 @@ class AdapterBank:
     def _gather(self, used: set[int]) -> None:
         """Exchange entries until those of the `used` adapters are the first ones."""
         self._wasted = 0
+        self.state += 1
         numbers = {entry: number for number, entry in self._entries.items()}
         free = [entry for entry in range(1, len(used) + 1) if numbers.get(entry) not in used]
         for number in used:

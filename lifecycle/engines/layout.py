@@ -19,13 +19,15 @@ its results do not depend on the width."""
 Inputs = dict[str, NDArray[np.int64] | NDArray[np.int32]]
 
 
-def pack(rows: Sequence[Row], max_model_len: int, long_offset: int = 0) -> Inputs:
+def pack(
+    rows: Sequence[Row], max_model_len: int, long_offset: int = 0, num_slots: int | None = None
+) -> Inputs:
     """The integer inputs of one step; row b of the graph is slot b, idle where `rows` has none.
 
     `max_model_len` is the most tokens that a row can have, `long_offset` what is added to the
-    positions of long texts.
+    positions of long texts. There are `num_slots` rows, or as many as to the last one of `rows`.
     """
-    num_slots = max(row.slot for row in rows) + 1
+    num_slots = num_slots or max(row.slot for row in rows) + 1
     width = max(MIN_WIDTH, *(len(row.tokens) for row in rows))
     total = sum(len(row.tokens) for row in rows)
     input_ids = np.empty(total, dtype=np.int64)

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import onnxruntime as ort
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from lifecycle.engines.base import AdapterWeights
 from lifecycle.engines.native.sampling import Columns, num_columns
 from lifecycle.engines.native.swap import TOPS
-from lifecycle.engines.ort_session import present_name
+from lifecycle.engines.ort_session import HOST, present_name
 
 
 class BoundGraph:
@@ -25,6 +25,9 @@ class BoundGraph:
         """`output` is what it gives besides its cache, [L, width]."""
         self.session, self.output, self.width = session, output, width
         self.step_inputs = {i.name for i in session.get_inputs()}
+        inputs = zip(session.get_inputs(), session.get_input_memory_infos(), strict=True)
+        self.copied_inputs = {each.name for each, info in inputs if info.name != HOST}
+        """Those that a device reads: they are copied when they are bound, so what changes must be bound anew."""
         self.tells_tops = any(o.name == TOPS for o in session.get_outputs())
         self.bindings: dict[tuple[int, range | None], Binding] = {}
 
@@ -40,19 +43,21 @@ class Output(NamedTuple):
 class Binding:
     """The cache and the output of steps over so many slots, bound once."""
 
-    def __init__(self, graph: BoundGraph, cache: dict[str, NDArray[Any]]) -> None:
+    def __init__(self, graph: BoundGraph, cache: dict[str, ort.OrtValue]) -> None:
         self.binding = ort.IOBinding(graph.session)
         self._name, self._tells_tops = graph.output, graph.tells_tops
         self._output: Output | None = None
-        for name, array in cache.items():
-            value = ort.OrtValue.ortvalue_from_numpy(array)
+        self.bound_adapters = 0
+        """The state of the adapters whose weights are bound, if any are."""
+        for name, value in cache.items():
             self.binding.bind_ortvalue_input(name, value)
             self.binding.bind_ortvalue_output(present_name(name), value)
         self._found = np.empty((0, graph.width), np.float32)
         self._tops = np.empty((0, num_columns(graph.width)), np.float32)
 
-    def bind(self, weights: AdapterWeights) -> None:
-        """Bind inputs that stay where they are."""
+    def bind(self, weights: AdapterWeights, state: int) -> None:
+        """Bind the weights of adapters in some state of theirs."""
+        self.bound_adapters = state
         for name, array in weights.items():
             self.binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
 

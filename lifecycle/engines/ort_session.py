@@ -25,6 +25,9 @@ from lifecycle.engines.onnx_file import check_external_data
 from lifecycle.engines.packed_weights import PROVIDERS, open_packed
 from lifecycle.errors import EngineError
 
+Provider = str | tuple[str, dict[str, str]]
+"""An execution provider by name, or with its options."""
+
 STEP_INPUTS = frozenset(
     {
         "input_ids",
@@ -49,6 +52,9 @@ CACHE_TYPES = {
 }
 """`DecoderInfo.kv_dtype` -> the type that holds the cache."""
 
+HOST = "Cpu"
+"""What ONNX Runtime calls the memory of the host."""
+
 PAST = "past_key_values."
 """What the names of the inputs that hold keys and values begin with."""
 
@@ -64,9 +70,14 @@ _ENVIRONMENT = Lock()
 _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
+def provider_names(providers: Sequence[Provider]) -> tuple[str, ...]:
+    """Those of providers with and without options."""
+    return tuple(each if isinstance(each, str) else each[0] for each in providers)
+
+
 def open_session(
     graph: Path,
-    providers: Sequence[str],
+    providers: Sequence[Provider],
     threads: int | None = None,
     packed_weights: Path | None = None,
     *,
@@ -83,7 +94,7 @@ def open_session(
             build of ONNX Runtime lacks one of `providers`, or anyone may write to the folder.
     """
     available: list[str] = ort.get_available_providers()
-    if missing := [name for name in providers if name not in available]:
+    if missing := [name for name in provider_names(providers) if name not in available]:
         raise EngineError(
             f"{graph} was made for {missing[0]}, which this onnxruntime does not have; "
             f"it has {', '.join(available)}"
@@ -95,7 +106,10 @@ def open_session(
                 return _open_native(graph, providers, threads, kernels)
             if packed_weights is not None and tuple(providers) == PROVIDERS:
                 return open_packed(graph, packed_weights, partial(_options, threads))
-            return ort.InferenceSession(graph, _options(threads), providers=list(providers))
+            # ONNX Runtime would take the CPU, and say nothing, where a device cannot be opened.
+            return ort.InferenceSession(
+                graph, _options(threads), providers=list(providers), enable_fallback=0
+            )
     except EngineError:
         raise
     except Exception as error:
@@ -103,7 +117,7 @@ def open_session(
 
 
 def _open_native(
-    graph: Path, providers: Sequence[str], threads: int | None, kernels: Path
+    graph: Path, providers: Sequence[Provider], threads: int | None, kernels: Path
 ) -> ort.InferenceSession:
     """Open a graph with our operators in it. It is given as bytes, so where its weights are has to be said."""
     options = _options(threads)

@@ -1,5 +1,8 @@
 """Keys and values of a fixed number of slots, in memory that follows what is in use."""
 
+# onnxruntime ships no type information.
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
+
 from __future__ import annotations
 
 import math
@@ -9,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import onnxruntime as ort
 from numpy.typing import NDArray
 
 from lifecycle.engines.backend import Block
@@ -24,21 +28,18 @@ class SlotCache:
 
     def __init__(
         self,
-        names: list[str],
-        *,
-        slots: int,
-        heads: int,
-        capacity: int,
-        width: int,
+        names: Sequence[str],
+        shape: tuple[int, int, int, int],
         dtype: np.dtype[Any],
         windows: Sequence[int] = (),
     ) -> None:
-        """Reserve room for `capacity` tokens per slot at least. `windows` are the tokens that is looked back on in each
+        """Reserve room for `shape`, or some more tokens per slot. `windows` are the tokens that is looked back on in each
         array, 0 for all; empty where that is so in all.
 
         Raises:
             EngineError: there is not so much memory.
         """
+        slots, heads, capacity, width = shape
         # Whole pages for each head, so that what is given back is no other head's.
         per_page = mmap.PAGESIZE // math.gcd(mmap.PAGESIZE, width * dtype.itemsize)
         capacity = -(-capacity // per_page) * per_page
@@ -55,6 +56,14 @@ class SlotCache:
         arrays = [np.frombuffer(memory, dtype).reshape(shape) for memory in self._memory]
         self._arrays = dict(zip(names, arrays, strict=True))
         self._windows = windows or [0] * len(names)
+
+    def num_rows(self, count: int) -> int:
+        """Slots that a graph is given where it needs the first `count`."""
+        return count
+
+    def values(self, count: int) -> dict[str, ort.OrtValue]:
+        """The first `count` slots of each array, as a graph is bound to them."""
+        return {n: ort.OrtValue.ortvalue_from_numpy(a) for n, a in self.rows(count).items()}
 
     def rows(self, count: int) -> dict[str, NDArray[Any]]:
         """The first `count` slots of each array; views, not copies."""

@@ -109,7 +109,7 @@ def test_a_full_cache_gives_back_at_once() -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux promises zeros")
 def test_of_a_slot_the_pages_from_a_token_on_are_zeros_then() -> None:
     kind = np.dtype(np.float32)
-    cache = SlotCache(["keys"], slots=3, heads=2, capacity=256, width=64, dtype=kind)
+    cache = SlotCache(["keys"], (3, 2, 256, 64), kind)
     keys = cache.rows(3)["keys"]
     keys[:] = 1
     # A page holds 16 tokens: one that has been begun stays.

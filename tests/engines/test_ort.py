@@ -91,7 +91,7 @@ def test_what_an_earlier_text_left_in_a_slot_is_never_read(random_model: Model) 
 def test_a_failure_of_the_runtime_ends_its_requests_and_the_engine_goes_on(
     random_model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import lifecycle.engines.ort as module
+    import lifecycle.engines.ort_backend as module
 
     engine = OnnxEngine.open(random_model.graph)
     text = prompts(160, [10])[0]

@@ -14,7 +14,8 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from lifecycle.engines.base import EngineOptions
-from lifecycle.engines.ort import OnnxEngine, OrtBackend
+from lifecycle.engines.ort import OnnxEngine
+from lifecycle.engines.ort_backend import HostOrtBackend
 from lifecycle.engines.requests import Request, SamplingParams
 from lifecycle.engines.slot_cache import SlotCache
 from lifecycle.engines.windows import ALL_SEEN, Windows
@@ -48,9 +49,7 @@ def test_what_is_held(layers: tuple[int, ...], count: int, held: float, narrowes
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux promises zeros")
 def test_each_layer_gives_back_what_is_behind_its_own_window() -> None:
     kind, names = np.dtype(np.float32), ["narrow", "wide", "all"]
-    cache = SlotCache(
-        names, slots=3, heads=2, capacity=256, width=64, dtype=kind, windows=[20, 100, 0]
-    )
+    cache = SlotCache(names, (3, 2, 256, 64), kind, [20, 100, 0])
     arrays = cache.rows(3)
     for array in arrays.values():
         array[:] = 1
@@ -91,7 +90,7 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_long_text_takes_what_its_layers_look_back_on(mixed: Path) -> None:
     engine = OnnxEngine.open(mixed, EngineOptions(2, 900, prefill_chunk=32))
     backend = engine._backend
-    assert isinstance(backend, OrtBackend)
+    assert isinstance(backend, HostOrtBackend)
     engine.submit(Request("long", list(range(3, 203)), FREE))
     most = 0.0
     while engine.num_running or engine.num_waiting:
