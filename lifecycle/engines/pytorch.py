@@ -27,12 +27,8 @@ from lifecycle.engines.batched import BatchedEngine
 from lifecycle.engines.draft_model import Draft
 from lifecycle.engines.draft_pair import check_pair
 from lifecycle.engines.limits import context_length
+from lifecycle.engines.pytorch_adapters import TorchAdapters
 from lifecycle.errors import CheckpointError, EngineError
-
-_NO_SLOTS = (
-    "the PyTorch engine runs the adapter beside its model and loads no others; export the model with "
-    "adapter slots"
-)
 
 
 class TorchEngine(BatchedEngine):
@@ -63,7 +59,7 @@ class TorchEngine(BatchedEngine):
 
 
 class TorchBackend:
-    """A model of transformers with one cache per slot."""
+    """A model of transformers with one cache per slot, and adapters beside it."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
@@ -72,6 +68,7 @@ class TorchBackend:
         self.hidden_size: int = config.hidden_size
         self._make_long_frequencies()
         self._caches: dict[int, DynamicCache] = {}
+        self._adapters = TorchAdapters(model)
 
     def forward(self, rows: Sequence[Row]) -> NDArray[np.float32]:
         return np.concatenate([self._logits(row) for row in rows])
@@ -81,20 +78,20 @@ class TorchBackend:
 
     @property
     def adapter_slots(self) -> int:
-        return 0
+        return self._adapters.slots
 
     def read_adapter(self, folder: Path) -> AdapterWeights:
-        raise EngineError(_NO_SLOTS)
+        return self._adapters.read(folder)
 
     def load_adapter(self, weights: AdapterWeights, instead_of: int = 0) -> int:
-        raise EngineError(_NO_SLOTS)
+        return self._adapters.load(weights, instead_of)
 
     def unload_adapter(self, number: int) -> None:
-        raise EngineError(_NO_SLOTS)
+        self._adapters.unload(number)
 
     def close(self) -> None:
         self._caches.clear()
-        del self._model
+        del self._model, self._adapters
 
     def _make_long_frequencies(self) -> None:
         """Let transformers make them now: it does so at the first long position, from a config
@@ -123,7 +120,7 @@ class TorchBackend:
             self._caches[row.slot].crop(-beyond)
         rotation = _rotated_as_long(config) if row.is_long else nullcontext()
         try:
-            with rotation:
+            with rotation, self._adapters.applied(row.adapter):
                 return module(
                     input_ids=torch.tensor([row.tokens]),
                     **{self._cache_argument: self._caches[row.slot]},

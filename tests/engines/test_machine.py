@@ -71,9 +71,10 @@ def is_ample(
 ) -> bool:
     """Whether each token of PyTorch's answer is far ahead of the next one; it is that of the other engine
     then."""
-    (wanted,) = reference.generate([prompt], SamplingParams(LONGEST, ignore_eos=True))
+    params = SamplingParams(LONGEST, ignore_eos=True)
+    (wanted,) = reference.generate([prompt], params, adapter=adapter)
     text = [*prompt, *wanted.token_ids[:-1]]
-    logits = reference.logits(text)
+    logits = reference.logits(text, adapter)
     assert np.abs(engine.logits(text, adapter) - logits).max() < ample / 3
     first, second = np.sort(logits[len(prompt) - 1 :])[:, [-1, -2]].T
     if (first - second).min() < ample:
@@ -139,19 +140,15 @@ def make_stories(base: Path, story: list[int], root: Path) -> Subject:
     layout = AdapterLayout.load(graph)
     assert layout is not None
     engine, reference = OnnxEngine.open(graph, ALONE), TorchEngine.open(base, ALONE)
+    adapters = [root / str(n) for n in range(ADAPTER_SLOTS)]
+    for n, folder in enumerate(adapters):
+        write_random_adapter(folder, layout, seed=n)
+        for each in (engine, reference):
+            each.load_adapter(str(n), folder)
     # Of the first seeds the one whose answers have no close choices.
     prompts, ample = shared_prompts(story[1:41], reference.vocab_size, seed=12), 0.008
-    assert all(is_ample(reference, engine, prompt, ample) for prompt in prompts)
-    adapters: list[Path] = []
-    for n in range(ADAPTER_SLOTS):
-        tuned = root / str(n)
-        write_random_adapter(tuned / "adapter", layout, seed=n)
-        for file in base.iterdir():
-            (tuned / file.name).symlink_to(file)
-        engine.load_adapter("a", tuned / "adapter", replace=True)
-        reference = TorchEngine.open(tuned, ALONE)
-        assert all(is_ample(reference, engine, prompt, ample, "a") for prompt in prompts)
-        adapters.append(tuned / "adapter")
+    for name in (None, *engine.adapters):
+        assert all(is_ample(reference, engine, prompt, ample, name) for prompt in prompts)
     return make_subject(graph, prompts, adapters, tolerance=1e-4)
 
 
