@@ -37,8 +37,7 @@ def layout_of(graph: Path) -> AdapterLayout:
 
 
 def open_form(folder: Path, options: EngineOptions | None = None) -> BatchedEngine:
-    """The engine of a form. How PyTorch's is asked to cut a prompt does not depend on its neighbours: its
-    last bits do on that."""
+    """The engine of a form. How a prompt is cut shows in PyTorch's last bits, so there no pace does it."""
     options = options or EngineOptions()
     if folder.name == CHECKPOINT:
         return TorchEngine.open(folder, replace(options, max_stall=None))
