@@ -55,7 +55,8 @@ class Watched:
     def write_cache(self, slot: int, start: int, block: Block, count: int | None = None) -> None:
         """As `CacheBackend.write_cache`."""
         self._expect_held(slot, start)
-        self.held[slot] = start + (block.shape[2] if count is None else count)
+        num_tokens = block.nbytes // self._backend.bytes_per_token if count is None else count
+        self.held[slot] = start + num_tokens
         self._backend.write_cache(slot, start, block, count)
 
     def copy_cache(self, source: int, target: int, stop: int) -> None:

@@ -26,7 +26,7 @@ def serve_parser() -> Parser:
         default=[],
         metavar="NAME=FOLDER",
         help="LoRA adapter (a PEFT folder) that clients get by naming it as their model; may be "
-        "given several times, for a model that was exported with adapter slots",
+        "given several times; an exported model must have adapter slots",
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
     parser.add_argument(

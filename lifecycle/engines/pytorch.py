@@ -19,20 +19,17 @@ from typing import Any, Self
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
-from lifecycle.engines.backend import Row
+from lifecycle.engines.backend import Block, Row
 from lifecycle.engines.base import AdapterWeights, EngineOptions, StrPath
 from lifecycle.engines.batched import BatchedEngine
 from lifecycle.engines.draft_model import Draft
 from lifecycle.engines.draft_pair import check_pair
 from lifecycle.engines.limits import context_length
+from lifecycle.engines.pytorch_adapters import TorchAdapters
+from lifecycle.engines.pytorch_cache import TorchCache
 from lifecycle.errors import CheckpointError, EngineError
-
-_NO_SLOTS = (
-    "the PyTorch engine runs the adapter beside its model and loads no others; export the model with "
-    "adapter slots"
-)
 
 
 class TorchEngine(BatchedEngine):
@@ -52,7 +49,7 @@ class TorchEngine(BatchedEngine):
         config: Any = model.config
         max_model_len = context_length(options, config.max_position_embeddings)
         return cls(
-            TorchBackend(model),
+            _backend(model),
             options=options,
             vocab_size=config.vocab_size,
             max_model_len=max_model_len,
@@ -63,7 +60,7 @@ class TorchEngine(BatchedEngine):
 
 
 class TorchBackend:
-    """A model of transformers with one cache per slot."""
+    """A model of transformers with one cache per slot, and adapters beside it."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
@@ -71,7 +68,8 @@ class TorchBackend:
         config: Any = model.config
         self.hidden_size: int = config.hidden_size
         self._make_long_frequencies()
-        self._caches: dict[int, DynamicCache] = {}
+        self._cache = TorchCache(config)
+        self._adapters = TorchAdapters(model)
 
     def forward(self, rows: Sequence[Row]) -> NDArray[np.float32]:
         return np.concatenate([self._logits(row) for row in rows])
@@ -81,20 +79,20 @@ class TorchBackend:
 
     @property
     def adapter_slots(self) -> int:
-        return 0
+        return self._adapters.slots
 
     def read_adapter(self, folder: Path) -> AdapterWeights:
-        raise EngineError(_NO_SLOTS)
+        return self._adapters.read(folder)
 
     def load_adapter(self, weights: AdapterWeights, instead_of: int = 0) -> int:
-        raise EngineError(_NO_SLOTS)
+        return self._adapters.load(weights, instead_of)
 
     def unload_adapter(self, number: int) -> None:
-        raise EngineError(_NO_SLOTS)
+        self._adapters.unload(number)
 
     def close(self) -> None:
-        self._caches.clear()
-        del self._model
+        self._cache.clear()
+        del self._model, self._adapters
 
     def _make_long_frequencies(self) -> None:
         """Let transformers make them now: it does so at the first long position, from a config
@@ -117,21 +115,57 @@ class TorchBackend:
     def _run(self, module: Any, row: Row, **options: int) -> Any:
         """What a module, the model or its inner one, makes of a row."""
         config = self._model.config
-        if row.start == 0:
-            self._caches[row.slot] = DynamicCache(config=config)
-        elif (beyond := self._caches[row.slot].get_seq_length() - row.start) > 0:
-            self._caches[row.slot].crop(-beyond)
+        cache = self._cache.begin(row.slot, row.start)
         rotation = _rotated_as_long(config) if row.is_long else nullcontext()
-        try:
-            with rotation:
-                return module(
-                    input_ids=torch.tensor([row.tokens]),
-                    **{self._cache_argument: self._caches[row.slot]},
-                    use_cache=True,
-                    **options,
-                )
-        except RuntimeError as error:
-            raise EngineError(f"PyTorch failed: {error}") from error
+        with _failures(), rotation, self._adapters.applied(row.adapter):
+            return module(
+                input_ids=torch.tensor([row.tokens]),
+                **{self._cache_argument: cache},
+                use_cache=True,
+                **options,
+            )
+
+
+class CopyingBackend(TorchBackend):
+    """One that can copy its cache, for a model with keys and values of all tokens."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__(model)
+        # How keys and values lie is known once there are some.
+        self.forward([Row(0, 0, [0], 1)])
+        self._shapes = self._cache.shapes(0)
+        self.bytes_per_token = self._cache.read(0, 0, 1).nbytes
+        self.forget(0)
+
+    def read_cache(self, slot: int, start: int, stop: int) -> Block:
+        with _failures():
+            return self._cache.read(slot, start, stop)
+
+    def write_cache(self, slot: int, start: int, block: Block, count: int | None = None) -> None:
+        with _failures():
+            self._cache.write(slot, start, block[:count], self._shapes)
+
+    def copy_cache(self, source: int, target: int, stop: int) -> None:
+        with _failures():
+            self._cache.copy(source, target, stop)
+
+    def forget(self, slot: int, start: int = 0, stop: int | None = None) -> None:
+        # What is before `stop` only is behind a window, which no layer has.
+        if stop is None:
+            self._cache.forget(slot, start)
+
+
+@contextmanager
+def _failures() -> Generator[None]:
+    """Inside, PyTorch's errors, among them that there is no memory, are the engine's."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise EngineError(f"PyTorch failed: {error}") from error
+
+
+def _backend(model: PreTrainedModel) -> TorchBackend:
+    return CopyingBackend(model) if TorchCache(model.config).is_copyable else TorchBackend(model)
 
 
 def _draft(path: Path, config: Any, options: EngineOptions, max_model_len: int) -> Draft | None:
@@ -148,13 +182,13 @@ def _draft(path: Path, config: Any, options: EngineOptions, max_model_len: int) 
     draft: Any = model.config
     check_pair(path, config.vocab_size, folder, draft.vocab_size)
     for name, each in ((path, config), (folder, draft)):
-        if DynamicCache(config=each).is_sliding.count(True):
+        if not TorchCache(each).is_copyable:
             raise EngineError(
-                f"draft_model: {name} has sliding windows, whose tokens PyTorch's cache cannot take "
-                "back; leave draft_model out, or export both models and run them in ONNX Runtime"
+                f"draft_model: {name} has sliding windows or recurrent layers, where PyTorch's cache cannot "
+                "take tokens back; leave draft_model out, or export both models and run them in ONNX Runtime"
             )
     most = min(max_model_len, draft.max_position_embeddings)
-    return Draft(TorchBackend(model), most, _long_context(draft))
+    return Draft(_backend(model), most, _long_context(draft))
 
 
 def _cache_argument(model: Any) -> str:

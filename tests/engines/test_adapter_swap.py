@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,17 +13,14 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from numpy.typing import NDArray
 
-from lifecycle.engines.adapters import AdapterLayout
+from lifecycle.engines import pytorch_adapters
 from lifecycle.engines.backend import Row
 from lifecycle.engines.base import AdapterWeights, EngineOptions
-from lifecycle.engines.ort import OnnxEngine
+from lifecycle.engines.batched import BatchedEngine
 from lifecycle.engines.requests import FinishReason, Request, SamplingParams
 from lifecycle.errors import EngineError, RequestError
-from lifecycle.evaluation.random_adapter import write_random_adapter
-from lifecycle.graph.export import export_decoder
-from lifecycle.graph.targets import Cpu
+from tests.engines.adapted import FORMS, GRAPH, make_adapted, open_form
 from tests.engines.toy import EOS, VOCAB, ToyBackend, ToyEngine, next_token
-from tests.graph.models import save_model
 
 SLOTS = 2
 CHUNK = 4
@@ -198,28 +195,30 @@ TestAdapters = AdapterMachine.TestCase
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A graph with two slots, and three adapters for them."""
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, and three adapters for its two slots."""
     root = tmp_path_factory.mktemp("swap")
-    save_model("llama-tied", root / "hf")
-    (root / "onnx").mkdir()
-    export_decoder(root / "hf", root / "onnx", Cpu(), slots=(SLOTS, 6))
-    layout = AdapterLayout.load(root / "onnx")
-    assert layout is not None
-    for n in range(3):
-        write_random_adapter(root / str(n), layout, seed=n)
+    make_adapted(root, SLOTS, adapters=3)
     return root
 
 
-def _open(model: Path) -> OnnxEngine:
+@pytest.fixture(scope="module", params=FORMS)
+def model(request: pytest.FixtureRequest, root: Path) -> Iterator[Path]:
+    """Both engines have two slots."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pytorch_adapters, "SLOTS", SLOTS)
+        yield root / request.param
+
+
+def _open(model: Path) -> BatchedEngine:
     options = EngineOptions(max_num_seqs=4, prefill_chunk=4, prefix_cache_bytes=1 << 20)
-    return OnnxEngine.open(model / "onnx", options)
+    return open_form(model, options)
 
 
 Output = list[tuple[int, float]]
 
 
-def _finish(engine: OnnxEngine, found: dict[str, Output], steps: int = 1000) -> None:
+def _finish(engine: BatchedEngine, found: dict[str, Output], steps: int = 1000) -> None:
     while steps and (engine.num_running or engine.num_waiting):
         steps -= 1
         for event in engine.step():
@@ -233,13 +232,13 @@ def _request(id: str, adapter: str | None) -> Request:
 
 
 @pytest.fixture(scope="module")
-def alone(model: Path) -> list[Output]:
+def alone(model: Path, root: Path) -> list[Output]:
     """What a request gets from each adapter, and without one."""
     outputs: list[Output] = []
     for n in (0, 1, 2, None):
         engine, found = _open(model), dict[str, Output]()
         if n is not None:
-            engine.load_adapter("a", model / str(n))
+            engine.load_adapter("a", root / str(n))
         engine.submit(_request("x", "a" if n is not None else None))
         _finish(engine, found)
         outputs.append(found["x"])
@@ -247,22 +246,24 @@ def alone(model: Path) -> list[Output]:
     return outputs
 
 
-def test_a_replaced_adapter_ends_what_it_began(model: Path, alone: list[Output]) -> None:
+def test_a_replaced_adapter_ends_what_it_began(
+    model: Path, root: Path, alone: list[Output]
+) -> None:
     """To the last bit of every log-probability, beside its successor and a request without any, with all of
     them behind one prompt that the prefix cache holds."""
     engine, found = _open(model), dict[str, Output]()
-    engine.load_adapter("a", model / "0")
+    engine.load_adapter("a", root / "0")
     engine.submit(_request("old", "a"))
     _finish(engine, found, steps=6)
     assert 0 < len(found["old"]) < 12
-    engine.load_adapter("a", model / "1", replace=True)
+    engine.load_adapter("a", root / "1", replace=True)
     engine.submit(_request("new", "a"))
     engine.submit(_request("plain", None))
     with pytest.raises(EngineError, match=r"all 2 adapter slots are taken \(1 until requests have"):
-        engine.load_adapter("b", model / "2")
+        engine.load_adapter("b", root / "2")
     _finish(engine, found)
     assert found == {"old": alone[0], "new": alone[1], "plain": alone[3]}
-    engine.load_adapter("b", model / "2")
+    engine.load_adapter("b", root / "2")
     found.clear()
     for id, name in (("again", "a"), ("other", "b")):
         engine.submit(_request(id, name))
@@ -271,10 +272,10 @@ def test_a_replaced_adapter_ends_what_it_began(model: Path, alone: list[Output])
 
 
 def test_an_unloaded_adapter_is_gone_for_new_requests_only(
-    model: Path, alone: list[Output]
+    model: Path, root: Path, alone: list[Output]
 ) -> None:
     engine, found = _open(model), dict[str, Output]()
-    engine.load_adapter("a", model / "0")
+    engine.load_adapter("a", root / "0")
     engine.submit(_request("x", "a"))
     _finish(engine, found, steps=5)
     engine.unload_adapter("a")
@@ -284,36 +285,38 @@ def test_an_unloaded_adapter_is_gone_for_new_requests_only(
     with pytest.raises(EngineError, match="no adapter 'a' is loaded"):
         engine.unload_adapter("a")
     # The name is free at once, its slot is not.
-    engine.load_adapter("a", model / "1")
+    engine.load_adapter("a", root / "1")
     engine.submit(_request("z", "a"))
     _finish(engine, found)
     assert found == {"x": alone[0], "z": alone[1]}
 
 
-def test_the_least_recently_used_one_that_may_go_does(model: Path, alone: list[Output]) -> None:
+def test_the_least_recently_used_one_that_may_go_does(
+    model: Path, root: Path, alone: list[Output]
+) -> None:
     engine, found = _open(model), dict[str, Output]()
-    engine.load_adapter("a", model / "0")
-    engine.load_adapter("b", model / "1")
+    engine.load_adapter("a", root / "0")
+    engine.load_adapter("b", root / "1")
     engine.submit(_request("x", "a"))
     with pytest.raises(EngineError, match="all 2 adapter slots are taken"):
-        engine.load_adapter("c", model / "2", evict=["a"])
-    engine.load_adapter("c", model / "2", evict=["a", "b"])
+        engine.load_adapter("c", root / "2", evict=["a"])
+    engine.load_adapter("c", root / "2", evict=["a", "b"])
     assert engine.adapters == ("a", "c")
     engine.submit(_request("y", "c"))
     _finish(engine, found)
     assert found == {"x": alone[0], "y": alone[2]}
-    engine.load_adapter("b", model / "1", evict=["a", "c"])
+    engine.load_adapter("b", root / "1", evict=["a", "c"])
     assert engine.adapters == ("c", "b")
 
 
-def test_what_does_not_fit_leaves_the_old_one(model: Path, tmp_path: Path) -> None:
+def test_what_does_not_fit_leaves_the_old_one(model: Path, root: Path, tmp_path: Path) -> None:
     engine = _open(model)
-    engine.load_adapter("a", model / "0")
+    engine.load_adapter("a", root / "0")
     wanted = engine.logits(PROMPT, "a")
     with pytest.raises(EngineError, match="no PEFT adapter"):
         engine.load_adapter("a", tmp_path, replace=True)
     np.testing.assert_array_equal(engine.logits(PROMPT, "a"), wanted)
-    weights = dict(engine.read_adapter(model / "1"))
+    weights = dict(engine.read_adapter(root / "1"))
     engine.load_adapter("b", weights)
     name = min(weights)
     for wrong in (
@@ -329,16 +332,24 @@ def test_what_does_not_fit_leaves_the_old_one(model: Path, tmp_path: Path) -> No
             engine.load_adapter("a", wrong, replace=True)
     assert engine.adapters == ("a", "b")
     np.testing.assert_array_equal(engine.logits(PROMPT, "a"), wanted)
-    with pytest.raises(EngineError, match="read it with this engine"):
-        _open(model).load_adapter("a", weights)
 
 
-def test_reading_in_another_thread_holds_nobody_up(model: Path, alone: list[Output]) -> None:
+def test_weights_of_another_engine_are_refused(root: Path) -> None:
+    """Until this one has read an adapter, it does not know how its own lie."""
+    weights = _open(root / GRAPH).read_adapter(root / "0")
+    for form in FORMS:
+        with pytest.raises(EngineError, match="read it with this engine"):
+            _open(root / form).load_adapter("a", weights)
+
+
+def test_reading_in_another_thread_holds_nobody_up(
+    model: Path, root: Path, alone: list[Output]
+) -> None:
     """Not even for the first adapter, which opens the graph with slots."""
     engine, found = _open(model), dict[str, Output]()
     read: list[AdapterWeights] = []
     threads = [
-        threading.Thread(target=lambda n=n: read.append(engine.read_adapter(model / str(n))))
+        threading.Thread(target=lambda n=n: read.append(engine.read_adapter(root / str(n))))
         for n in range(2)
     ]
     engine.submit(_request("plain", None))

@@ -22,9 +22,10 @@ from hypothesis.stateful import run_state_machine_as_test
 from transformers import PreTrainedModel
 
 from lifecycle.data.chat import ChatTokenizer
-from lifecycle.engines import batched
+from lifecycle.engines import batched, prefix_cache, pytorch_adapters, speculation
 from lifecycle.engines.adapters import AdapterLayout
 from lifecycle.engines.base import EngineOptions
+from lifecycle.engines.batched import BatchedEngine
 from lifecycle.engines.ort import OnnxEngine
 from lifecycle.engines.pytorch import TorchBackend, TorchEngine
 from lifecycle.engines.requests import Request, SamplingParams
@@ -41,6 +42,8 @@ from tests.engines.machine import (
     Answer,
     EngineMachine,
     Paced,
+    PacedEngine,
+    PacedTorchEngine,
     Subject,
 )
 from tests.reduced import OVERRIDES
@@ -50,7 +53,7 @@ from tests.tiny import one_thread
 ALONE = EngineOptions(1, CONTEXT)
 
 
-def answer(engine: OnnxEngine, prompt: Sequence[int], adapter: str | None) -> Answer:
+def answer(engine: BatchedEngine, prompt: Sequence[int], adapter: str | None) -> Answer:
     """What a request gets that is there alone."""
     params = SamplingParams(LONGEST, logprobs=0, ignore_eos=True)
     engine.submit(Request("alone", prompt, params, adapter))
@@ -71,9 +74,10 @@ def is_ample(
 ) -> bool:
     """Whether each token of PyTorch's answer is far ahead of the next one; it is that of the other engine
     then."""
-    (wanted,) = reference.generate([prompt], SamplingParams(LONGEST, ignore_eos=True))
+    params = SamplingParams(LONGEST, ignore_eos=True)
+    (wanted,) = reference.generate([prompt], params, adapter=adapter)
     text = [*prompt, *wanted.token_ids[:-1]]
-    logits = reference.logits(text)
+    logits = reference.logits(text, adapter)
     assert np.abs(engine.logits(text, adapter) - logits).max() < ample / 3
     first, second = np.sort(logits[len(prompt) - 1 :])[:, [-1, -2]].T
     if (first - second).min() < ample:
@@ -83,7 +87,8 @@ def is_ample(
 
 
 def make_subject(
-    graph: Path,
+    kind: type[PacedEngine | PacedTorchEngine],
+    folder: Path,
     prompts: Sequence[list[int]],
     adapters: Sequence[Path] = (),
     *,
@@ -92,7 +97,7 @@ def make_subject(
     assert len(prompts) == NUM_PROMPTS
     answers: dict[tuple[int, int, int | None], Answer] = {}
     for chunk in CHUNKS:
-        engine = OnnxEngine.open(graph, EngineOptions(1, CONTEXT, 1, chunk))
+        engine = kind.open(folder, EngineOptions(1, CONTEXT, 1, chunk))
         for number in (None, *range(len(adapters))):
             if number is not None:
                 engine.load_adapter("a", adapters[number], replace=True)
@@ -102,7 +107,7 @@ def make_subject(
                 first = answers[n, CHUNKS[0], number]
                 assert [token for token, _ in found] == [token for token, _ in first]
     per_token = engine.stats.cache_capacity_bytes // CONTEXT
-    return Subject(graph, prompts, adapters, answers, per_token, tolerance)
+    return Subject(kind, folder, prompts, adapters, answers, per_token, tolerance)
 
 
 def shared_prompts(stem: list[int], vocab_size: int, seed: int) -> list[list[int]]:
@@ -126,42 +131,51 @@ def run(subject: Subject, examples: int) -> None:
 
 @pytest.fixture(autouse=True)
 def clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The engine's time is that of `Paced`."""
+    """The engine's time is that of `Paced`, also where it decides how much is copied or guessed."""
     time = SimpleNamespace(perf_counter=lambda: Paced.now, monotonic=lambda: Paced.now)
-    monkeypatch.setattr(batched, "time", time)
+    for module in (batched, prefix_cache, speculation):
+        monkeypatch.setattr(module, "time", time)
 
 
-def make_stories(base: Path, story: list[int], root: Path) -> Subject:
-    """stories260K with as many adapters as slots."""
+def make_stories(base: Path, story: list[int], root: Path) -> dict[str, Subject]:
+    """stories260K with as many adapters as slots, for each engine."""
     graph = root / "onnx"
     graph.mkdir()
     export_decoder(base, graph, Cpu(), slots=(ADAPTER_SLOTS, 8))
     layout = AdapterLayout.load(graph)
     assert layout is not None
     engine, reference = OnnxEngine.open(graph, ALONE), TorchEngine.open(base, ALONE)
+    adapters = [root / str(n) for n in range(ADAPTER_SLOTS)]
+    for n, folder in enumerate(adapters):
+        write_random_adapter(folder, layout, seed=n)
+        for each in (engine, reference):
+            each.load_adapter(str(n), folder)
     # Of the first seeds the one whose answers have no close choices.
     prompts, ample = shared_prompts(story[1:41], reference.vocab_size, seed=12), 0.008
-    assert all(is_ample(reference, engine, prompt, ample) for prompt in prompts)
-    adapters: list[Path] = []
-    for n in range(ADAPTER_SLOTS):
-        tuned = root / str(n)
-        write_random_adapter(tuned / "adapter", layout, seed=n)
-        for file in base.iterdir():
-            (tuned / file.name).symlink_to(file)
-        engine.load_adapter("a", tuned / "adapter", replace=True)
-        reference = TorchEngine.open(tuned, ALONE)
-        assert all(is_ample(reference, engine, prompt, ample, "a") for prompt in prompts)
-        adapters.append(tuned / "adapter")
-    return make_subject(graph, prompts, adapters, tolerance=1e-4)
+    for name in (None, *engine.adapters):
+        assert all(is_ample(reference, engine, prompt, ample, name) for prompt in prompts)
+    forms = {"onnxruntime": (PacedEngine, graph), "pytorch": (PacedTorchEngine, base)}
+    return {
+        name: make_subject(*form, prompts, adapters, tolerance=1e-4) for name, form in forms.items()
+    }
 
 
 @pytest.fixture(scope="module")
-def with_adapters(
+def both(
     data_dir: Path, story: list[int], tmp_path_factory: pytest.TempPathFactory
-) -> Subject:
+) -> dict[str, Subject]:
     root = tmp_path_factory.mktemp("machine")
     with one_thread():
         return make_stories(data_dir / "stories260K" / "hf", story, root)
+
+
+@pytest.fixture(params=["onnxruntime", "pytorch"])
+def with_adapters(
+    request: pytest.FixtureRequest, both: dict[str, Subject], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Subject]:
+    monkeypatch.setattr(pytorch_adapters, "SLOTS", ADAPTER_SLOTS)
+    with one_thread():
+        yield both[request.param]
 
 
 def test_a_model_with_adapters(with_adapters: Subject) -> None:
@@ -256,7 +270,7 @@ def make_quickstart(stages: dict[str, Any]) -> Subject:
     # An activation that is rounded to the next integer moves a logit by up to 0.33.
     short = (prompt for prompt in found if len(prompt) <= CONTEXT - LONGEST)
     far = (prompt for prompt in short if is_ample(reference, engine, prompt, 1.0))
-    return make_subject(bundle, list(islice(far, NUM_PROMPTS)), tolerance=1.0)
+    return make_subject(PacedEngine, bundle, list(islice(far, NUM_PROMPTS)), tolerance=1.0)
 
 
 @pytest.mark.slow

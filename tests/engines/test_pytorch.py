@@ -7,11 +7,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from lifecycle.engines.backend import Row
 from lifecycle.engines.base import EngineOptions
-from lifecycle.engines.pytorch import TorchEngine
+from lifecycle.engines.pytorch import CopyingBackend, TorchEngine
 from lifecycle.engines.requests import SamplingParams
 from lifecycle.errors import EngineError
+from lifecycle.training.models import load_base
 from tests.engines.conftest import Model
+from tests.engines.test_pytorch_adapters import UNKNOWN, save_unknown
+from tests.graph.models import VOCAB, save_model
 
 
 def test_the_published_story_comes_out(stories: Model, story: list[int]) -> None:
@@ -45,3 +49,26 @@ def test_it_generates_as_transformers_does(random_model: Model) -> None:
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match=str(tmp_path)):
         TorchEngine.open(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["mistral-window", "recurrent_gemma"])
+def test_what_cannot_be_copied_is_computed(name: str, tmp_path: Path) -> None:
+    """A window forgets what is before it, and a state what it was made of."""
+    (save_unknown if name in UNKNOWN else save_model)(name, tmp_path)
+    text, params = np.random.default_rng(2).integers(3, VOCAB, 20).tolist(), SamplingParams(4)
+    options = EngineOptions(prefill_chunk=8, prefix_cache_bytes=1 << 20)
+    engine = TorchEngine.open(tmp_path, options)
+    assert engine.generate([text], params) == engine.generate([text], params)
+    assert engine.stats.prefix_hit_tokens == 0
+    with pytest.raises(EngineError, match="cannot bound its cache: leave kv_cache_bytes out"):
+        TorchEngine.open(tmp_path, EngineOptions(kv_cache_bytes=1 << 20))
+
+
+def test_a_copy_that_fails_is_the_engines_error(random_model: Model) -> None:
+    """It only costs what the copy would have saved."""
+    backend = CopyingBackend(load_base(random_model.checkpoint))
+    backend.forward([Row(0, 0, [5, 6, 7], 1)])
+    block = backend.read_cache(0, 0, 3)
+    assert block.nbytes == 3 * backend.bytes_per_token
+    with pytest.raises(EngineError, match="PyTorch failed"):
+        backend.write_cache(1, 0, block[:, 1:])

@@ -82,12 +82,17 @@ def texts(folder: Path) -> dict[str, str]:
 
 @contextmanager
 def served(
-    folder: Path, *, evict: bool = False, fixed: str = ""
+    folder: Path, *, evict: bool = False, fixed: str = "", checkpoint: Path | None = None
 ) -> Iterator[tuple[httpx.Client, Service]]:
     """A server asked with the operator's key."""
     options = EngineOptions(max_num_seqs=4, prefix_cache_bytes=1 << 20, prefill_chunk=4)
     adapters = {name: folder / "adapters" / name for name in fixed}
-    service = open_service(folder / "base", options=options, adapters=adapters)
+    service = open_service(
+        checkpoint or folder / "base",
+        engine="pytorch" if checkpoint else "onnxruntime",
+        options=options,
+        adapters=adapters,
+    )
     settings = ServerSettings(
         admin_keys=("admin",), adapter_root=folder / "adapters", evict_adapters=evict
     )
@@ -132,6 +137,14 @@ def test_they_come_and_go(folder: Path, texts: dict[str, str]) -> None:
             error = error_of(http.post(UNLOAD, json={"lora_name": name}), 404)
             assert error["param"] == "lora_name" and "this server has 'b'" in error["message"]
         assert "is the model" in error_of(load(http, "base", "x"), 400)["message"]
+
+
+def test_a_checkpoint_takes_them_as_it_is(
+    chat_model: Path, folder: Path, texts: dict[str, str]
+) -> None:
+    with served(folder, checkpoint=chat_model, fixed="x") as (http, _):
+        assert load(http, "second", folder / "adapters" / "y").status_code == 200
+        assert [ask(http, name) for name in ("x", "second")] == [texts["x"], texts["y"]]
 
 
 def test_requests_that_run_end_with_what_they_began(folder: Path, texts: dict[str, str]) -> None:
