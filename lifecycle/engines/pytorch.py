@@ -149,10 +149,11 @@ class CopyingBackend(TorchBackend):
         with _failures():
             self._cache.copy(source, target, stop)
 
-    def forget(self, slot: int, start: int = 0, stop: int | None = None) -> None:
-        # What is before `stop` only is behind a window, which no layer has.
-        if stop is None:
-            self._cache.forget(slot, start)
+    def forget(self, slot: int, start: int = 0) -> None:
+        self._cache.forget(slot, start)
+
+    def forget_passed(self, slot: int, count: int, before: int = 0) -> None:
+        """No layer has a window."""
 
 
 @contextmanager
