@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from lifecycle.errors import StageError
 from lifecycle.graph.pieces import Floats, Pieces, Values
 from lifecycle.graph.rotation import Rotation
+from lifecycle.graph.routing import Routed, routing_shares
 
 _ADDING = ("Add", "SkipSimplifiedLayerNormalization", "SkipLayerNormalization")
 """Operators that add their first two inputs."""
@@ -48,6 +49,10 @@ class Calibration:
         """
         self._pieces = Pieces(folder, texts)
         products = [n for i in range(len(self._pieces.nodes)) for n in self._pieces.products(i)]
+        nodes = (node for piece in self._pieces.nodes for node in piece)
+        self._mixtures = {node.name: node for node in nodes if node.op_type == "MoE"}
+        self.visits: dict[str, NDArray[np.int64]] = {}
+        """How many tokens each expert gets, by the names of the mixtures that were passed."""
         self._reads = {node.name: node.input[0] for node in products}
         self._weight_of = {node.name: node.input[1] for node in products}
         self._at = -1
@@ -93,12 +98,34 @@ class Calibration:
             if beside is not None:
                 add("beside", _rows(wanted[beside]) - _rows(found[beside]), rows)
         means = {name: value / np.float32(self._tokens) for name, value in sums.items()}
-        _require_finite(means, f"what {product} reads")
+        require_finite(means, f"what {product} reads")
         return Inputs(means["moments"], means["missed"], means.get("beside"))
 
     def largest(self, product: str) -> Floats:
         """The largest absolute value of each input of a product, [in]; in the order of the graph."""
         return self._measure(product, "largest", lambda rows: np.abs(rows).max(axis=0), np.maximum)
+
+    def routed(self, mixture: str) -> Routed:
+        """What a mixture reads now that those before it are replaced, and which of its experts get it; in the
+        order of the graph.
+
+        Raises:
+            StageError: it is not finite.
+        """
+        pieces, node = self._pieces, self._mixtures[mixture]
+        self._go_to(pieces.holding[mixture])
+        x, logits = node.input[:2]
+        known = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+        per_token, normalize = known["k"], bool(known["normalize_routing_weights"])
+        rows: list[Floats] = []
+        shares: list[Floats] = []
+        for found in self._values([x, logits], self._replaced, self._live):
+            require_finite(found, f"what {mixture} reads")
+            rows.append(_rows(found[x]))
+            shares.append(routing_shares(_rows(found[logits]), per_token, normalize))
+        routed = Routed(rows, shares)
+        self.visits[mixture] = routed.counts()
+        return routed
 
     def cached(self, layer: int) -> tuple[Floats, Floats]:
         """The keys, rotated, and the values that a layer stores of all tokens, text after text,
@@ -114,7 +141,7 @@ class Calibration:
                 lengths = batch.inputs["query_seqlens"]
                 part += [row[:, :length] for row, length in zip(found[name], lengths, strict=True)]
         keys, values = (np.concatenate(part, axis=1) for part in rows)
-        _require_finite(dict(zip(names, (keys, values), strict=True)), f"what layer {layer} caches")
+        require_finite(dict(zip(names, (keys, values), strict=True)), f"what layer {layer} caches")
         return keys, values
 
     def replace(self, product: str, weights: Floats) -> None:
@@ -160,7 +187,7 @@ class Calibration:
         if (kind, self._reads[product]) not in self._measured:
             self._read_inputs(kind, measure, combine)
         found = self._measured[kind, self._reads[product]]
-        _require_finite({kind: found}, f"what {product} reads")
+        require_finite({kind: found}, f"what {product} reads")
         return found
 
     def _read_inputs(
@@ -239,7 +266,11 @@ class Calibration:
         ]
 
 
-def _require_finite(found: Mapping[str, Floats], what: str) -> None:
+def require_finite(found: Mapping[Any, Floats], what: str) -> None:
+    """
+    Raises:
+        StageError: some of what was found on calibration texts is not.
+    """
     if not all(np.isfinite(values).all() for values in found.values()):
         raise StageError(
             f"{what} on the calibration texts is not finite, or too large to be squared in "

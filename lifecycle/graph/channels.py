@@ -1,7 +1,7 @@
 """Where channels of activations can be scaled without a change of what the graph computes.
 
-The products that read a value take the scale into their columns; it is taken out of what makes the
-value: the weights of a norm, or rows of the product before it. Between the two may be what hands
+The products that read a value take the scale into their columns, also those of all experts of a mixture; it
+is taken out of what makes the value: the weights of a norm, or rows of the product before it. Between the two may be what hands
 channels on in proportion: a rectifier, the second factor of a gated MLP, attention from its
 values to its output.
 """
@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from lifecycle.graph.rewrite import GraphRewrite, Linear
+from lifecycle.graph.rewrite import GraphRewrite, Linear, Mixture
 
 NORMS = {
     "RMSNormalization": slice(1, 3),
@@ -44,6 +44,14 @@ class Channels:
 
     readers: tuple[Linear, ...]
     source: Source
+    mixture: Mixture | None = None
+    """That reads them too: its router is one of `readers`."""
+
+    @property
+    def weights(self) -> list[ir.Value]:
+        """The matrices whose columns meet these channels."""
+        found = [reader.weight for reader in self.readers]
+        return found if self.mixture is None else [*found, self.mixture.gate_up]
 
 
 def scalable_channels(rewrite: GraphRewrite) -> list[Channels]:
@@ -51,14 +59,17 @@ def scalable_channels(rewrite: GraphRewrite) -> list[Channels]:
     readers: dict[ir.Value, list[Linear]] = {}
     for linear in rewrite.linears():
         readers.setdefault(linear.x, []).append(linear)
+    mixtures = {mixture.node.inputs[0]: mixture for mixture in rewrite.mixtures()}
     found: list[Channels] = []
     for value, linears in readers.items():
-        read_by_others = len(value.uses()) > len(linears)
-        if read_by_others or not all(_is_own(linear.weight) for linear in linears):
-            continue
+        mixture = mixtures.get(value)
         source = _trace(value, 0, linears[0].shape[1])
-        if source is not None and all(map(_is_own, source.constants)):
-            found.append(Channels(tuple(linears), source))
+        if source is None:
+            continue
+        channels = Channels(tuple(linears), source, mixture)
+        read_by_others = len(value.uses()) > len(channels.weights)
+        if not read_by_others and all(map(_is_own, (*channels.weights, *source.constants))):
+            found.append(channels)
     return found
 
 

@@ -9,24 +9,29 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from lifecycle.graph import rounding
 from lifecycle.graph.blockwise import Blockwise
-from lifecycle.graph.calibration import Calibration, Inputs
+from lifecycle.graph.calibration import Calibration, Inputs, require_finite
 from lifecycle.graph.descent import refine
-from lifecycle.graph.rewrite import GraphRewrite, Linear
-from lifecycle.graph.rounding import Blocks, Fit, Floats, Grid
+from lifecycle.graph.experts import common_grid, store_experts
+from lifecycle.graph.rewrite import GraphRewrite, Linear, Mixture
+from lifecycle.graph.rounding import Blocks, Fit, Floats, Grid, Packed
+from lifecycle.graph.routing import gated
 
 _DAMPING = 0.01
 """Part of the mean of the diagonal that is added to it, so that it can be inverted."""
 _COMPENSATED = 0.5
 """Part of earlier errors that is made up for: all would fit the calibration texts too closely."""
+_DOUBT = 2.0
+"""Tokens for each input of an expert with which the products of two of its inputs count half."""
 _COLUMNS = 128
 """Columns whose errors are collected before those behind them are changed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gptq(Blockwise):
-    """`Blockwise` with the products of the layers rounded by what they read; the embedding, a head that
-    is the same matrix, and mixtures are rounded as `Blockwise` does."""
+    """`Blockwise` with the products of the layers, and the experts of mixtures, rounded by what they read; the
+    embedding, and a head that is the same matrix, are rounded as `Blockwise` does."""
 
     calibration: Calibration
 
@@ -51,6 +56,44 @@ class Gptq(Blockwise):
             weights, moments = compensating(weights, inputs), inputs.moments
         grid = self.grid.fitting([self.grid.largest(weights)])
         return quantize(weights, moments, grid, self.fit)
+
+    def experts(self, rewrite: GraphRewrite, mixture: Mixture) -> None:
+        """Replace a mixture, each of its experts rounded for the tokens that visit it, and plainly if none does."""
+        grid = common_grid(mixture, self.grid)
+        grids = [rewrite.fitted(grid, weight) for weight in (mixture.gate_up, mixture.down)]
+        routed = self.calibration.routed(mixture.name)
+
+        def rounded(expert: int) -> list[Packed]:
+            visits = routed.visits(expert)
+            gate_up, down = (rewrite.expert(w, expert) for w in (mixture.gate_up, mixture.down))
+            read = (visits.rows, gated(visits.rows, gate_up))
+            require_finite(dict(enumerate(read)), f"what expert {expert} of {mixture.name} reads")
+            matrices = zip((gate_up, down), read, grids, strict=True)
+            return [self._visited(w, x, visits.shares, own).pack() for w, x, own in matrices]
+
+        # One after the other: moments of all would take more memory than their weights.
+        made = map(rounded, range(mixture.num_experts))
+        gate_up, down = map(Packed.joined, zip(*made, strict=True))
+        store_experts(rewrite, mixture, grid, gate_up, down)
+
+    def _visited(self, weights: Floats, rows: Floats, shares: Floats, grid: Grid) -> Blocks:
+        """Weights of an expert, rounded for what they read."""
+        if not len(rows):
+            return rounding.quantize(weights, grid, self.fit)
+        return quantize(weights, expert_moments(rows, shares), grid, self.fit)
+
+
+def expert_moments(rows: Floats, shares: Floats) -> Floats:
+    """The second moments [in, in] of what an expert reads, [tokens, in], each token by what the expert's output for
+    it is multiplied by, [tokens, 1]. What few tokens say of two channels together counts less than what they say of
+    each by itself, or weights would be rounded for these tokens alone."""
+    weighed: Floats = rows * shares
+    count, width = rows.shape
+    moments = weighed.T @ weighed / np.float32(count)
+    diagonal = np.diag(moments).copy()
+    moments *= np.float32(count / (count + _DOUBT * width))
+    np.fill_diagonal(moments, diagonal)
+    return moments
 
 
 def compensating(weights: Floats, inputs: Inputs) -> Floats:

@@ -182,14 +182,13 @@ def _replace_all(
         if isinstance(picked, ConvolutionScheme):
             picked.convolution(rewrite, conv)
         on_done(done := done + 1, total)
-    for linear in linears:
-        picked = chosen[linear.name]
-        if linear not in heads.values() and picked is not None:
-            picked.linear(rewrite, linear)
-        on_done(done := done + 1, total)
-    for mixture in mixtures:
-        if (picked := chosen[mixture.name]) is not None:
-            picked.experts(rewrite, mixture)
+    for matrix in _in_order(rewrite, linears, mixtures):
+        picked = chosen[matrix.name]
+        if matrix not in heads.values() and picked is not None:
+            if isinstance(matrix, Mixture):
+                picked.experts(rewrite, matrix)
+            else:
+                picked.linear(rewrite, matrix)
         on_done(done := done + 1, total)
     for node, head in heads.items():
         picked = chosen[str(node.name)] if head is None else tied(chosen, scheme, head.name)
@@ -198,6 +197,14 @@ def _replace_all(
         on_done(done := done + 1, total)
     if isinstance(scheme, ConvolutionScheme):
         scheme.finish(rewrite)
+
+
+def _in_order(
+    rewrite: GraphRewrite, linears: Sequence[Linear], mixtures: Sequence[Mixture]
+) -> list[Linear | Mixture]:
+    """As they stand in the graph: what walks through layers walks once."""
+    by_node = {matrix.node: matrix for matrix in (*linears, *mixtures)}
+    return [by_node[node] for node in rewrite.graph if node in by_node]
 
 
 def tied(chosen: Mapping[str, Scheme | None], scheme: Scheme | None, head: str) -> Scheme | None:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from lifecycle.engines.decoder import HIDDEN_GRAPH, DecoderInfo
 from lifecycle.engines.limits import usable_cores
 from lifecycle.graph.adapters import graph_file
+from lifecycle.graph.factors import Factors
 from lifecycle.graph.hidden import read_hidden
 from lifecycle.graph.nodes import MICROSOFT, GraphNodes
 from lifecycle.graph.rounding import Grid
@@ -67,7 +68,14 @@ class Mixture:
     node: ir.Node
     name: str
     gate_up: ir.Value
+    """Rows of gates and ups take turns."""
     down: ir.Value
+
+    @property
+    def num_experts(self) -> int:
+        """How many there are, whoever visits them."""
+        assert self.down.shape is not None
+        return self.down.shape.numpy()[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +104,7 @@ class GraphRewrite:
         """Weights that are stored as integers so far."""
         self.quantized_bytes = 0
         """Bytes that stand for them, scales included."""
-        self._scales: dict[str, list[NDArray[np.float32]]] = {}
+        self._factors: dict[str, Factors] = {}
         self._pool = ThreadPoolExecutor(usable_cores())
 
     @property
@@ -196,27 +204,37 @@ class GraphRewrite:
 
         return (partial(read, row, min(row + step, rows)) for row in range(0, rows, step))
 
+    def expert(self, weight: ir.Value, expert: int) -> NDArray[np.float32]:
+        """The weights of one expert of a mixture, [out, in]; with the factors of `scale`."""
+        tensor = weight.const_value
+        assert tensor is not None
+        _, rows, width = tensor.shape.numpy()
+        if isinstance(tensor, ir.ExternalTensor):
+            start = expert * rows * width
+            found = _floats(tensor, start, start + rows * width).reshape(rows, width)
+        else:
+            found = tensor.numpy()[expert]
+        return self._scaled(weight, found, expert * rows)
+
     def _scaled(
         self, constant: ir.Value, block: NDArray[np.float32], row: int
     ) -> NDArray[np.float32]:
         """Rows of a constant from `row` on, with the factors that it was given."""
-        match self._scales.get(str(constant.name)):
-            case [columns]:
-                return block * columns
-            case [rows, columns]:
-                return block * rows[row : row + len(block), None] * columns
-            case _:
-                return block
+        factors = self._factors.get(str(constant.name))
+        return block if factors is None else factors.applied(block, row)
 
     def map_blocks(
         self, weight: ir.Value, change: Callable[[NDArray[np.float32]], T]
     ) -> Iterator[T]:
-        """`change` of each of `blocks`, in order; a few are read and worked on at once, which numpy's
-        larger operations allow."""
+        """`change` of each of `blocks`, in order."""
+        return self.at_once(lambda read=read: change(read()) for read in self._reads(weight))
+
+    def at_once(self, tasks: Iterable[Callable[[], T]]) -> Iterator[T]:
+        """What tasks give, in order; a few are worked on at once, which numpy's larger operations allow."""
         pending: deque[Future[T]] = deque()
         try:
-            for read in self._reads(weight):
-                pending.append(self._pool.submit(lambda read=read: change(read())))
+            for task in tasks:
+                pending.append(self._pool.submit(task))
                 if len(pending) > 2 * usable_cores():
                     yield pending.popleft().result()
             while pending:
@@ -236,13 +254,10 @@ class GraphRewrite:
         rows: NDArray[np.float32] | None = None,
         columns: NDArray[np.float32] | None = None,
     ) -> None:
-        """Let a constant [rows, columns] or [rows] be multiplied by factors when it is read."""
+        """Let a constant be multiplied by factors, as `Factors` takes them, when it is read."""
         assert constant.name is not None and constant.shape is not None
         shape = constant.shape.numpy()
-        before = self._scales.setdefault(constant.name, [np.ones(n, np.float32) for n in shape])
-        for axis, factors in enumerate((rows, columns)):
-            if factors is not None:
-                before[axis] = before[axis] * factors
+        self._factors.setdefault(constant.name, Factors(shape)).multiply(rows, columns)
 
     def add(self, name: str, values: NDArray[Any], elements: int = 0) -> ir.Value:
         """Store a quantised tensor, or its scales, that stands for `elements` weights."""
@@ -299,7 +314,7 @@ class GraphRewrite:
         for node in reversed(self.graph):
             if not any(value.uses() or value.is_graph_output() for value in node.outputs):
                 self.graph.remove(node, safe=True)
-        for name in self._scales:
+        for name in self._factors:
             value = self.graph.initializers.get(name)
             if value is not None and value.uses():
                 tensor = value.const_value

@@ -78,7 +78,7 @@ class Quantize(Stage):
 
     produces = OnnxGraph
     keeps_kind_of: ClassVar[str | None] = "model"
-    version: ClassVar[int] = 6
+    version: ClassVar[int] = 7
 
     model: Ref[OnnxGraph]
     """A graph in float32: an exported decoder, or any that `onnx` brought in."""
@@ -87,9 +87,9 @@ class Quantize(Stage):
     on the rest of the batch; best for batches and prefill. `int4`: weights in blocks; best
     for single streams of models that are larger than the processor's cache. `int8`: the same in
     8 bits. `mixed`: each matrix as by `int4` or by `int8-rowwise`, by what 4 bits cost it on
-    `calibration`. `int8-static`: weights by output channel, convolutions included, activations by tensor
-    in ranges that `calibration` fixes; what networks of convolutions want. `fp16` and `bf16`: floats of
-    16 bits in the file, computed with in float32. `fp32`: as they are, for a graph of which only the cache
+    `calibration`; the experts of mixtures all as by `int4`. `int8-static`: weights by output channel,
+    convolutions included, activations by tensor in ranges that `calibration` fixes; what networks of
+    convolutions want. `fp16` and `bf16`: floats of 16 bits in the file, computed with in float32. `fp32`: as they are, for a graph of which only the cache
     changes. `auto`: the best of several candidates, measured on this host, that holds `bound`."""
     budget: Budget | None = None
     """For `mixed`: `bits_per_weight`, or `kl`, the divergence of the predictions from float32 in nats per
@@ -117,7 +117,8 @@ class Quantize(Stage):
     squared error. `hqq`: each block by itself, its zero by half-quadratic steps. `awq`: as `rtn`,
     with the channels that carry much on `calibration` scaled up before. `gptq`: each product by what
     it reads on `calibration`, to the least change of its output, the errors of those before it made up
-    for; the best."""
+    for; the best. The experts of a mixture count by the tokens that visit them: few say little, and those
+    that none visits are rounded as by `rtn`."""
     distill: Distill | None = None
     """For `int4` and `mixed`: train the rounded weights, with norms and biases, against the divergence of the
     predictions from float32 on `calibration`, such as `{steps: 2000}`. The best that few bits can be; takes a training's

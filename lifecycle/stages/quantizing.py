@@ -44,6 +44,8 @@ class Quantizing:
     def __init__(self, stage: Quantize, ctx: Context, source: Path) -> None:
         self._stage, self._ctx, self._source = stage, ctx, source
         self._texts: list[tuple[int, ...]] | None = None
+        self._walk: Calibration | None = None
+        """That `method` has taken through the layers."""
         self.metrics: Metrics = {}
         """What else than sizes there is to say of it."""
 
@@ -55,11 +57,7 @@ class Quantizing:
         stage, ctx = self._stage, self._ctx
         self._tell_of_experts()
         told = self._told() if stage.distill else []
-        exceptions: dict[str, Scheme | None] = dict.fromkeys(stage.skip)
-        is_decoder = isinstance(ctx.input(stage.model), OnnxModel)
-        if stage.scheme == "int4" and (is_decoder or "int8" in stage.model_fields_set):
-            # The default names a part that other graphs do not have.
-            exceptions |= dict.fromkeys(stage.int8, self._int8())
+        exceptions = self._exceptions()
         with emptied(ctx.scratch / "work") as scratch:
             scheme: Scheme | None = None
             changes, source, measured = self._smoothing(), self._source, None
@@ -86,7 +84,7 @@ class Quantizing:
                     pass
             cache = self._cache(measured or source)
             ctx.progress.phase("matrices")
-            return quantize_graph(
+            made = quantize_graph(
                 source,
                 ctx.out,
                 stage.scheme,
@@ -96,6 +94,18 @@ class Quantizing:
                 cache=cache,
                 changes=changes,
             )
+        self._tell_of_visits()
+        return made
+
+    def _exceptions(self) -> dict[str, Scheme | None]:
+        """Patterns of matrices -> what they are stored as, by the settings."""
+        stage = self._stage
+        found: dict[str, Scheme | None] = dict.fromkeys(stage.skip)
+        is_decoder = isinstance(self._ctx.input(stage.model), OnnxModel)
+        if stage.scheme == "int4" and (is_decoder or "int8" in stage.model_fields_set):
+            # The default names a part that other graphs do not have.
+            found |= dict.fromkeys(stage.int8, self._int8())
+        return found
 
     def _tell_of_experts(self) -> None:
         """Mixtures are most of the weights of their models, and not all that is asked for reaches them."""
@@ -103,9 +113,7 @@ class Quantizing:
         from lifecycle.engines.native.nodes import Graph
 
         stage = self._stage
-        if stage.method in ("awq", "gptq"):
-            how = f"each block by itself: {stage.method} is for the other matrices"
-        elif stage.scheme == "mixed":
+        if stage.scheme == "mixed":
             how = "all in 4 bits: only other matrices get more"
         elif stage.scheme in ("int8-rowwise", "int8-static"):
             how = "in 8 bits by blocks of 32, which is what their operator takes"
@@ -114,6 +122,21 @@ class Quantizing:
         graph = Graph((self._source / GRAPH).read_bytes())
         if any(node.is_a("MoE") for node in graph.nodes):
             self._ctx.progress.log(f"the experts of '{stage.model}' are rounded {how}")
+
+    def _tell_of_visits(self) -> None:
+        """A method knows of an expert what the tokens say that visit it."""
+        from lifecycle.engines.decoder import DecoderInfo
+
+        if self._walk is None:
+            return
+        counts = [count for visits in self._walk.visits.values() for count in visits]
+        none, width = counts.count(0), DecoderInfo.load(self._source).hidden_size
+        few = sum(0 < count < width for count in counts)
+        if none or few:
+            self._ctx.progress.log(
+                f"of {len(counts)} experts {none} are visited by no token of '{self._stage.calibration}' and rounded "
+                f"each block by itself, and {few} by fewer than {width} tokens, which say little: give more samples"
+            )
 
     def _int8(self) -> Int8Rowwise:
         from lifecycle.graph.int8 import Int8Rowwise
@@ -148,7 +171,8 @@ class Quantizing:
         stage = self._stage
         grid = (stage.block_size, 8 if stage.scheme == "int8" else 4, stage.symmetric)
         if stage.method == "gptq":
-            return Gptq(*grid, calibration=self._calibration(self._source))
+            self._walk = self._calibration(self._source)
+            return Gptq(*grid, calibration=self._walk)
         return Blockwise(*grid, hqq.fit if stage.method == "hqq" else least_squares)
 
     def _mixed(
@@ -241,6 +265,7 @@ class Quantizing:
         calibration, progress = self._calibration(self._source), self._ctx.progress
         progress.phase("channels")
         scale_channels(self._source, out, calibration, scheme, exceptions, progress.update)
+        self._walk = calibration
 
     def _static(self) -> Scheme:
         from lifecycle.evaluation.inputs import read_inputs

@@ -55,7 +55,7 @@ def test_the_graph_computes_the_same(name: str, tmp_path: Path) -> None:
         ("gpt2", {"qkv_proj", "o_proj", "up_proj"}),
         ("gpt2-inner", {"qkv_proj", "o_proj", "up_proj", "down_proj"}),
         ("olmo2", {"o_proj", "down_proj"}),
-        ("mixtral", {"qkv_proj", "o_proj"}),
+        ("mixtral", {"qkv_proj", "o_proj", "router", "experts"}),
     ],
 )
 def test_which_products_are_scaled(name: str, parts: set[str], tmp_path: Path) -> None:
@@ -63,6 +63,7 @@ def test_which_products_are_scaled(name: str, parts: set[str], tmp_path: Path) -
     with WeightFile(tmp_path / "weights") as weights:
         found = scalable_channels(GraphRewrite(source, weights))
     readers = [reader.name for channels in found for reader in channels.readers]
+    readers += [channels.mixture.name for channels in found if channels.mixture]
     assert {r.rpartition(".")[2] for r in readers if "layers.1." in r} == parts
 
 

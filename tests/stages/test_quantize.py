@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -173,9 +174,10 @@ def test_what_the_host_chooses_is_part_of_what_a_result_is_kept_under(
     [
         ({"scheme": "int8-rowwise"}, "in 8 bits by blocks of 32"),
         (
-            {"scheme": "int4", "method": "gptq", "calibration": "c", "samples": 4},
-            "gptq is for the other",
+            {"scheme": "mixed", "budget": {"kl": 1}, "calibration": "c", "samples": 4},
+            "only other matrices get more",
         ),
+        ({"scheme": "int4", "method": "gptq", "calibration": "c", "samples": 4}, None),
         ({"scheme": "int4"}, None),
     ],
 )
@@ -186,15 +188,29 @@ def test_it_is_told_how_experts_are_rounded(
     calibration: Artifact,
     run_stage: RunStage,
 ) -> None:
-    save_model("mixtral", tmp_path / "hf")
-    (tmp_path / "onnx").mkdir()
-    export_decoder(tmp_path / "hf", tmp_path / "onnx", Cpu())
-    tiny.write_tokenizer(tmp_path / "onnx")
-    made = run_stage(
-        stage(**settings), onnx=as_artifact(OnnxModel, tmp_path / "onnx"), c=calibration
-    )
+    made = run_stage(stage(**settings), onnx=exported_mixture(tmp_path), c=calibration)
     lines = [line for line in made.ctx.progress.lines if "experts of 'onnx'" in line]
     assert [told in line for line in lines] == ([True] if told else [])
+
+
+@pytest.mark.parametrize("method", ["awq", "gptq"])
+def test_it_is_told_of_how_many_experts_too_little_is_known(
+    method: str, tmp_path: Path, calibration: Artifact, run_stage: RunStage
+) -> None:
+    settings = {"scheme": "int4", "method": method, "calibration": "c", "samples": 1}
+    made = run_stage(stage(**settings), onnx=exported_mixture(tmp_path), c=calibration)
+    (line,) = (line for line in made.ctx.progress.lines if "visited by" in line)
+    # Two layers of four experts, of which a short text visits all with fewer tokens than there are channels.
+    none, few = map(int, re.findall(r"(\d+) (?:are visited by no|by fewer)", line))
+    assert line.startswith("of 8 experts") and none + few == 8 and few > 0
+
+
+def exported_mixture(folder: Path) -> Artifact:
+    save_model("mixtral", folder / "hf")
+    (folder / "onnx").mkdir()
+    export_decoder(folder / "hf", folder / "onnx", Cpu())
+    tiny.write_tokenizer(folder / "onnx")
+    return as_artifact(OnnxModel, folder / "onnx")
 
 
 @pytest.fixture
