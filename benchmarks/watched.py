@@ -59,11 +59,13 @@ class Watched:
         self.held[slot] = start + num_tokens
         self._backend.write_cache(slot, start, block, count)
 
-    def copy_cache(self, source: int, target: int, stop: int) -> None:
+    def copy_cache(self, source: int, target: int, stop: int, start: int = 0) -> None:
         """As `CacheBackend.copy_cache`."""
         self._expect_held(source, stop)
+        if start:
+            self._expect_held(target, start)
         self.held[target] = stop
-        self._backend.copy_cache(source, target, stop)
+        self._backend.copy_cache(source, target, stop, start)
 
     def forget(self, slot: int, start: int = 0) -> None:
         """As `CacheBackend.forget`."""

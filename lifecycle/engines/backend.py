@@ -119,8 +119,8 @@ class CacheBackend(Backend, Protocol):
         """Put such a copy, or its first `count` tokens, into a slot, from its token `start` on."""
         ...
 
-    def copy_cache(self, source: int, target: int, stop: int) -> None:
-        """Let a slot hold the first `stop` tokens that another one holds."""
+    def copy_cache(self, source: int, target: int, stop: int, start: int = 0) -> None:
+        """Let a slot that holds `start` tokens go on as another one does, up to `stop`."""
         ...
 
     def forget(self, slot: int, start: int = 0) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
+from itertools import chain
 from math import inf
 from pathlib import Path
 
@@ -321,14 +322,13 @@ class BatchedEngine(Engine):
             self._deadlines.add(state)
 
     def _make_scheduler(self) -> Scheduler:
-        reuse = self._prefixes.reuse if self._prefixes is not None else None
         return Scheduler(
             self.max_num_seqs,
             self._options.prefill_chunk,
             cache=self._cache,
             max_cache_tokens=self._max_cache_tokens if self._options.kv_cache_bytes else inf,
             windows=self._windows,
-            reuse=reuse,
+            reuse=self._prefixes and self._prefixes.reuse,
             on_release=self._speculation.release,
         )
 
@@ -365,10 +365,10 @@ class BatchedEngine(Engine):
         for state, row in batch:
             end = start + row.num_logits
             if end > start:
+                # A twin that ends with its first token needs no copy of what the other may leave now.
                 twins = self._scheduler.share(state)
-                events += self._tell(state, rows, start, end)
-                for twin in twins:
-                    events += self._tell(twin, rows, end - 1, end)
+                told = [self._tell(twin, rows, end - 1, end) for twin in twins]
+                events += chain(self._tell(state, rows, start, end), *told)
             start = end
         return events
 

@@ -204,8 +204,8 @@ class HostOrtBackend(OrtBackend):
     def write_cache(self, slot: int, start: int, block: Block, count: int | None = None) -> None:
         self.cache.write(slot, start, block if count is None else block[:, :, :count])
 
-    def copy_cache(self, source: int, target: int, stop: int) -> None:
-        self.cache.copy(source, target, stop)
+    def copy_cache(self, source: int, target: int, stop: int, start: int = 0) -> None:
+        self.cache.copy(source, target, stop, start)
 
     def forget(self, slot: int, start: int = 0) -> None:
         self.cache.forget(slot, start)

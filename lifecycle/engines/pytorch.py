@@ -145,9 +145,9 @@ class CopyingBackend(TorchBackend):
         with _failures():
             self._cache.write(slot, start, block[:count], self._shapes)
 
-    def copy_cache(self, source: int, target: int, stop: int) -> None:
+    def copy_cache(self, source: int, target: int, stop: int, start: int = 0) -> None:
         with _failures():
-            self._cache.copy(source, target, stop)
+            self._cache.copy(source, target, stop, start)
 
     def forget(self, slot: int, start: int = 0) -> None:
         self._cache.forget(slot, start)

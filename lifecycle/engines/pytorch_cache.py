@@ -54,9 +54,9 @@ class TorchCache:
         tensors = [part.unflatten(1, shape).transpose(0, 1)[None] for part, shape in pairs]
         self._add(slot, start, tensors)
 
-    def copy(self, source: int, target: int, stop: int) -> None:
-        """Let a slot hold the first `stop` tokens that another one holds."""
-        self._add(target, 0, self._tensors(source, stop))
+    def copy(self, source: int, target: int, stop: int, start: int = 0) -> None:
+        """Let a slot hold the tokens `start` to `stop` that another one holds."""
+        self._add(target, start, [each[:, :, start:] for each in self._tensors(source, stop)])
 
     def forget(self, slot: int, start: int) -> None:
         """What a slot holds from its token `start` on. The memory of a part goes once its text goes on."""

@@ -21,6 +21,7 @@ from lifecycle.engines.backend import COPY_ERRORS, Block, CacheBackend, Row
 from lifecycle.engines.leaving import Leaving
 from lifecycle.engines.line import WaitingLine
 from lifecycle.engines.state import GRAIN, RequestState
+from lifecycle.engines.twins import TwinCopies
 from lifecycle.engines.windows import ALL_SEEN, Windows
 
 Batch = list[tuple[RequestState, Row]]
@@ -54,6 +55,7 @@ class Scheduler:
         self._prefill_chunk = prefill_chunk
         self._cache = cache
         # A bounded cache has no room for what nobody needs.
+        self._copies = TwinCopies(cache) if cache is not None else None
         self._leaving = Leaving(cache) if cache is not None and max_cache_tokens == inf else None
         self._max_cache_tokens = max_cache_tokens
         self._windows = windows
@@ -103,7 +105,9 @@ class Scheduler:
     def forget_old(self, state: RequestState) -> None:
         """Give back the memory of what no token looks back on any more, now and then."""
         last = max(state.num_passed, self._windows.narrowest)
-        if self._cache is not None and state.num_computed - last >= self._windows.step:
+        if self._cache is None or state.num_computed - last < self._windows.step:
+            return
+        if self._copies is not None and not self._copies.is_read(state):
             self._cache.forget_passed(state.slot, state.num_computed, state.num_passed)
             state.num_passed = state.num_computed
 
@@ -120,7 +124,12 @@ class Scheduler:
         """
         self._admit()
         batch: Batch = []
+        copies = self._copies
+        if copies:
+            seconds = copies.run(seconds)
         for state in self.running.values():
+            if copies and state in copies:
+                continue
             if not state.is_prefilling and (row := state.next_row(self._prefill_chunk)) is not None:
                 batch.append((state, row))
         budget = self._prefill_chunk
@@ -134,20 +143,12 @@ class Scheduler:
 
     def share(self, leader: RequestState) -> list[RequestState]:
         """Take the requests in slots that have the prompt which `leader` has just finished to where it is."""
-        if self._cache is None or len(leader.tokens) > leader.num_prompt:
+        if self._copies is None or len(leader.tokens) > leader.num_prompt:
             return []
-        taken: list[RequestState] = []
-        for twin in self._twins(leader):
-            try:
-                self._cache.copy_cache(leader.slot, twin.slot, leader.num_computed)
-            except COPY_ERRORS:
-                twin.recompute()
-                continue
-            twin.num_computed = twin.num_cached = leader.num_computed
-            twin.num_passed = leader.num_passed
-            self._cache.forget_passed(twin.slot, twin.num_passed)
-            taken.append(twin)
-        return taken
+        twins = self._twins(leader)
+        for twin in twins:
+            self._copies.add(twin, leader)
+        return twins
 
     def _twins(self, leader: RequestState) -> list[RequestState]:
         """Those that can go on from what was computed for `leader`, as many as the cache has room for."""
@@ -257,7 +258,8 @@ class Scheduler:
         self.num_preemptions += 1
         del self.running[state.request.id]
         state.draft.clear()
-        state.parked = self._copy(state) if park else None
+        is_whole = self._copies is None or state not in self._copies
+        state.parked = self._copy(state) if park and is_whole else None
         if state.parked is not None:
             self._parked[state.request.id] = state
         else:
@@ -275,6 +277,8 @@ class Scheduler:
             return None
 
     def _release(self, state: RequestState) -> None:
+        if self._copies is not None:
+            self._copies.leave(state)
         if self._leaving is not None:
             self._leaving.add(state.slot, len(state.tokens))
             if not self.running:

@@ -78,10 +78,10 @@ class SlotCache:
         for array, part in zip(self._arrays.values(), block, strict=True):
             array[slot, :, start : start + part.shape[1]] = part
 
-    def copy(self, source: int, target: int, stop: int) -> None:
-        """Let a slot hold the first `stop` tokens that another one holds."""
+    def copy(self, source: int, target: int, stop: int, start: int = 0) -> None:
+        """Let a slot hold the tokens `start` to `stop` that another one holds."""
         for array in self._arrays.values():
-            array[target, :, :stop] = array[source, :, :stop]
+            array[target, :, start:stop] = array[source, :, start:stop]
 
     def forget(self, slot: int, start: int = 0) -> None:
         """Give back the memory of a slot's tokens from `start` on: of the whole pages among them, which are zeros

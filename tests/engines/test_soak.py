@@ -38,8 +38,8 @@ def test_no_request_is_lost_and_nothing_is_kept(
 def test_what_is_not_given_alone_is_seen(stories: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     honest = Watched.copy_cache
 
-    def another(self: Watched, source: int, target: int, stop: int) -> None:
-        honest(self, source, target, stop)
+    def another(self: Watched, source: int, target: int, stop: int, start: int = 0) -> None:
+        honest(self, source, target, stop, start)
         for keys in self._backend.cache.rows(SLOTS).values():  # type: ignore[attr-defined]
             keys[target, :, : stop // 2] = 0
 

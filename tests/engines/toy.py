@@ -99,9 +99,11 @@ class ToyBackend:
 
     bytes_per_token = 8
 
-    def copy_cache(self, source: int, target: int, stop: int) -> None:
+    def copy_cache(self, source: int, target: int, stop: int, start: int = 0) -> None:
         assert len(self.texts[source]) >= stop
-        self.texts[target] = self.texts[source][:stop]
+        before = self.texts[target][:start] if start else []
+        assert len(before) == start
+        self.texts[target] = before + self.texts[source][start:stop]
 
     def forget(self, slot: int, start: int = 0) -> None:
         kept = self.texts.pop(slot, [])[:start]

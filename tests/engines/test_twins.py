@@ -1,0 +1,199 @@
+"""What was computed of a prompt is copied to those with the same one in parts, and read by none before it is whole."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from lifecycle.engines import twins
+from lifecycle.engines.backend import Row
+from lifecycle.engines.requests import Request, SamplingParams
+from lifecycle.engines.windows import Windows
+from lifecycle.errors import EngineError
+from tests.engines.clock import StepClock
+from tests.engines.toy import ToyBackend, ToyEngine, next_token
+
+PROMPT = [1 + n * n % 7 for n in range(40)]
+PARTS = [(0, 10), (10, 20), (20, 30), (30, 40)]
+
+
+class Recording(ToyBackend):
+    """Knows what was copied, and what memory was given back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.copies: list[tuple[int, int, int, int]] = []
+        self.fails = False
+        self.is_long: dict[int, bool] = {}
+        """Whether a slot was filled as that of a long text."""
+
+    def extend(self, row: Row) -> list[int]:
+        if row.start == 0:
+            self.is_long[row.slot] = row.is_long
+        assert self.is_long[row.slot] == row.is_long
+        return super().extend(row)
+
+    def copy_cache(self, source: int, target: int, stop: int, start: int = 0) -> None:
+        if self.fails:
+            raise EngineError("the copy failed")
+        super().copy_cache(source, target, stop, start)
+        if start == 0:
+            self.is_long[target] = self.is_long[source]
+        assert self.is_long[target] == self.is_long[source]
+        self.copies.append((source, target, start, stop))
+
+
+class Texts:
+    """An engine whose copies take so long that one part is made in a step, and what its requests get."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, slots: int = 5, **options: Any) -> None:
+        monkeypatch.setattr(twins, "_PART", 10 * ToyBackend.bytes_per_token)
+        self.backend, clock = Recording(), StepClock(monkeypatch)
+        self.engine = ToyEngine.make(slots, 256, 64, backend=self.backend, max_stall=3.0, **options)
+        clock.times(self.backend, 0.02, 0.0002)
+        copy = self.backend.copy_cache
+
+        def slow(*args: int) -> None:
+            clock.now += 1.0
+            copy(*args)
+
+        self.backend.copy_cache = slow
+        self.found: dict[str, list[int]] = {}
+        self.prompts: dict[str, list[int]] = {}
+
+    def submit(self, id: str, prompt: list[int], count: int, **more: Any) -> None:
+        self.found[id], self.prompts[id] = [], prompt
+        self.engine.submit(Request(id, prompt, SamplingParams(count, ignore_eos=True), **more))
+
+    def step(self) -> set[str]:
+        """Who got tokens in one step."""
+        told: set[str] = set()
+        for event in self.engine.step():
+            assert not event.error
+            if event.token_id is not None:
+                self.found[event.request_id].append(event.token_id)
+                told.add(event.request_id)
+        return told
+
+    def finish(self) -> None:
+        """Run to the end: every text is what its prompt leads to."""
+        while self.engine.num_running or self.engine.num_waiting:
+            self.step()
+        for id, tokens in self.found.items():
+            text = list(self.prompts[id])
+            for token in tokens:
+                assert token == next_token(text)
+                text.append(token)
+
+    def begin(self, *counts: int) -> None:
+        """One that decodes, and beside it so many with one prompt, of which the first has just been computed."""
+        self.submit("decodes", [3, 2, 1], 200)
+        for _ in range(4):
+            self.step()
+        for n, count in enumerate(counts):
+            self.submit(f"t{n}", PROMPT, count)
+        while not self.found["t0"]:
+            self.step()
+
+
+def test_others_go_on_between_the_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = Texts(monkeypatch)
+    texts.begin(30, 30, 30)
+    # All have their first token at once.
+    assert [len(texts.found[f"t{n}"]) for n in range(3)] == [1, 1, 1]
+    assert texts.backend.copies == []
+    told = [texts.step() for _ in range(8)]
+    assert texts.backend.copies == [(1, slot, *part) for slot in (2, 3) for part in PARTS]
+    assert all({"decodes", "t0"} <= each for each in told)
+    assert ["t1" in each for each in told] == [False] * 3 + [True] * 5
+    assert ["t2" in each for each in told] == [False] * 7 + [True]
+    texts.finish()
+    assert [len(texts.found[f"t{n}"]) for n in range(3)] == [30, 30, 30]
+    assert texts.engine.stats.prompt_tokens == len(PROMPT) + 3
+
+
+def test_where_nobody_waits_all_is_copied_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = Texts(monkeypatch)
+    results = texts.engine.generate([PROMPT] * 3, SamplingParams(4, ignore_eos=True))
+    assert len({tuple(result.token_ids) for result in results}) == 1
+    rows = [len(rows) for rows in texts.backend.steps]
+    assert rows == [1, 3, 3, 3]
+
+
+def test_one_token_takes_no_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = Texts(monkeypatch)
+    texts.begin(1, 1, 1)
+    texts.finish()
+    assert texts.backend.copies == []
+
+
+@pytest.mark.parametrize("is_cancelled", [False, True])
+def test_of_those_left_one_gets_all_and_the_others_follow_it(
+    monkeypatch: pytest.MonkeyPatch, is_cancelled: bool
+) -> None:
+    texts = Texts(monkeypatch)
+    texts.begin(30 if is_cancelled else 1, 30, 30)
+    if is_cancelled:
+        texts.step()
+        assert texts.backend.copies == [(1, 2, *PARTS[0])]
+        texts.engine.cancel("t0")
+    assert texts.backend.copies == [(1, 2, *part) for part in PARTS]
+    texts.finish()
+    assert texts.backend.copies[4:] == [(2, 3, *part) for part in PARTS]
+    assert texts.engine.stats.prompt_tokens == len(PROMPT) + 3
+
+
+@pytest.mark.parametrize("who", ["t1", "t2"])
+def test_a_twin_that_leaves_is_not_copied_to(monkeypatch: pytest.MonkeyPatch, who: str) -> None:
+    texts = Texts(monkeypatch)
+    texts.begin(30, 30, 30)
+    texts.step()
+    texts.engine.cancel(who)
+    # Its slot goes to another.
+    texts.submit("other", [7, 7, 7], 20)
+    texts.finish()
+    assert len(texts.backend.copies) == (5 if who == "t1" else 4)
+    assert len(texts.found["other"]) == 20
+
+
+def test_a_copy_that_fails_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = Texts(monkeypatch)
+    texts.begin(30, 30)
+    texts.step()
+    texts.backend.fails = True
+    texts.finish()
+    assert len(texts.found["t1"]) == 30
+    assert texts.engine.stats.prompt_tokens == 2 * len(PROMPT) + 3 + 1
+
+
+def test_one_that_is_put_aside_before_its_copy_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = Texts(monkeypatch, slots=3)
+    texts.begin(30, 30)
+    texts.step()
+    texts.submit("urgent", [5, 5], 5, priority=-1)
+    texts.finish()
+    assert texts.engine.stats.preemptions == 1
+    assert len(texts.found["t1"]) == 30
+
+
+def test_what_is_still_to_be_copied_is_not_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = Texts(monkeypatch, slots=7, windows=Windows([16]))
+    texts.begin(60, 60, 60, 60, 60, 60)
+    while len(texts.backend.copies) < 20:
+        # As far as the prompt had gone when it was finished.
+        assert texts.backend.passed[1] == len(PROMPT)
+        texts.step()
+    assert len(texts.found["t0"]) > 16
+    for _ in range(20):
+        texts.step()
+    assert min(texts.backend.passed[slot] for slot in range(1, 7)) > len(PROMPT)
+    texts.finish()
+
+
+def test_texts_that_become_long_while_they_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first one is computed anew then, in the slot that would be copied."""
+    texts = Texts(monkeypatch, long_context=len(PROMPT) + 2)
+    texts.begin(30, 30, 30)
+    texts.finish()
+    assert [len(texts.found[f"t{n}"]) for n in range(3)] == [30, 30, 30]
