@@ -12,8 +12,8 @@ two pieces lie in files.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,11 @@ Floats = NDArray[np.float32]
 Values = dict[str, NDArray[Any]]
 
 LOGITS = "logits"
+LOGIT_INDEX = "logit_index"
+_PARTS = 64
+"""In which the logits of a batch come."""
+_TOGETHER = 8
+"""Parts that are computed together: the weights of a head are read once for them."""
 _BATCH_TOKENS = 4096
 """Tokens that run together, with all that a layer makes of them in memory."""
 _LARGE = 1 << 20
@@ -154,6 +159,17 @@ class Pieces:
         return ort.InferenceSession(
             model.SerializeToString(), options, providers=["CPUExecutionProvider"]
         )
+
+    def logits(self, session: ort.InferenceSession, batch: Batch, live: Values) -> Iterator[Floats]:
+        """The logits of a batch, some tokens at a time, [tokens, vocab]; `session` is the last piece's."""
+        index = batch.inputs[LOGIT_INDEX]
+        parts = [part for part in np.array_split(index, _PARTS) if len(part)]
+        for at in range(0, len(parts), _TOGETHER):
+            trim_heap()
+            group = parts[at : at + _TOGETHER]
+            inputs = batch.inputs | {LOGIT_INDEX: np.concatenate(group)}
+            found = self.run(session, replace(batch, inputs=inputs), [LOGITS], live)[LOGITS]
+            yield from np.split(found, np.cumsum([len(part) for part in group[:-1]]))
 
     def run(
         self, session: ort.InferenceSession, batch: Batch, outputs: Sequence[str], live: Values

@@ -17,6 +17,7 @@ from lifecycle.graph.gptq import Gptq
 from lifecycle.graph.int8 import Int8Rowwise
 from lifecycle.graph.pieces import Pieces
 from lifecycle.graph.quantize import quantize_graph
+from lifecycle.graph.sensitivity import divergences
 from lifecycle.graph.targets import Cpu
 from tests.graph.models import SHAPE
 
@@ -90,3 +91,11 @@ def test_activations_between_pieces_lie_in_files(tmp_path: Path) -> None:
         for name, value in found.items():
             np.testing.assert_array_equal(large.live[name], value)
     assert not list(scratch.iterdir())
+
+
+def test_logits_of_all_texts_are_not_held(tmp_path: Path) -> None:
+    source, some = exported(tmp_path, {}), texts(8)
+    weights = np.zeros((HIDDEN, INNER), np.float32)
+    change = {"layers.1.mlp.down_proj.weight": lambda: weights}
+    logits = 4 * VOCAB * sum(map(len, some))
+    assert peak(lambda: divergences(source, some, VOCAB, change, tmp_path)) < logits / 2
