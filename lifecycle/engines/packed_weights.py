@@ -11,7 +11,6 @@ common is in memory once.
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import logging
 import os
@@ -19,10 +18,8 @@ import platform
 import secrets
 import shutil
 import stat
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +27,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from lifecycle.engines.heap import trim_heap
 from lifecycle.engines.onnx_file import (
     Entries,
     change_external_tensors,
@@ -76,7 +74,7 @@ def _open(graph: Path, folder: Path, make_options: Callable[[], Any]) -> ort.Inf
         if not _is_whole(kept):
             log.info("preparing the weights of %s in %s", graph, folder)
             _make(graph, kept, make_options())
-            _trim_heap()
+            trim_heap()
             if not _is_whole(kept):
                 raise EngineError(f"{kept.parent} could not be written")
         options = make_options()
@@ -154,13 +152,6 @@ def _make(graph: Path, kept: Path, options: Any) -> None:
             (entry / data.name).unlink(missing_ok=True)
         except OSError:
             made.rename(kept)
-
-
-def _trim_heap() -> None:
-    """Give back what making took: glibc keeps a heap of the size of the weights for later."""
-    if sys.platform == "linux":
-        with suppress(OSError, AttributeError):
-            ctypes.CDLL(None).malloc_trim(0)
 
 
 def _share(graph: Path, data: Path, others: Sequence[Path]) -> None:

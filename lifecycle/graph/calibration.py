@@ -6,7 +6,7 @@ quantised for the inputs that it will get; what it would have got is known besid
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,13 +41,16 @@ class Inputs:
 class Calibration:
     """A walk through the layers of an exported float32 decoder."""
 
-    def __init__(self, folder: Path, texts: Sequence[Sequence[int]]) -> None:
-        """`texts` are token ids; each is read from its beginning.
+    def __init__(
+        self, folder: Path, texts: Sequence[Sequence[int]], scratch: Path | None = None
+    ) -> None:
+        """`texts` are token ids; each is read from its beginning. What layers make of them is kept in files in
+        `scratch`, by default where the system keeps such files.
 
         Raises:
             StageError: there are no texts, or one is longer than the model can read.
         """
-        self._pieces = Pieces(folder, texts)
+        self._pieces = Pieces(folder, texts, scratch=scratch)
         products = [n for i in range(len(self._pieces.nodes)) for n in self._pieces.products(i)]
         nodes = (node for piece in self._pieces.nodes for node in piece)
         self._mixtures = {node.name: node for node in nodes if node.op_type == "MoE"}
@@ -89,7 +92,8 @@ class Calibration:
         sums: dict[str, Floats] = {}
 
         def add(name: str, left: Floats, right: Floats) -> None:
-            sums[name] = sums.get(name, np.float32(0)) + left.T @ right
+            value = left.T @ right
+            sums[name] = value if name not in sums else np.add(sums[name], value, out=value)
 
         for found, wanted in zip(now, exact, strict=True):
             rows = _rows(found[x])
@@ -97,9 +101,10 @@ class Calibration:
             add("missed", _rows(wanted[x]) - rows, rows)
             if beside is not None:
                 add("beside", _rows(wanted[beside]) - _rows(found[beside]), rows)
-        means = {name: value / np.float32(self._tokens) for name, value in sums.items()}
-        require_finite(means, f"what {product} reads")
-        return Inputs(means["moments"], means["missed"], means.get("beside"))
+        for total in sums.values():
+            total /= np.float32(self._tokens)
+        require_finite(sums, f"what {product} reads")
+        return Inputs(sums["moments"], sums["missed"], sums.get("beside"))
 
     def largest(self, product: str) -> Floats:
         """The largest absolute value of each input of a product, [in]; in the order of the graph."""
@@ -249,21 +254,20 @@ class Calibration:
         if self._exact is None and self._replaced:
             self._exact = self._live
         if self._exact is not None:
-            self._exact = self._stepped({}, self._exact)
-        after = self._stepped(self._replaced, self._live)
-        for batch, live in zip(pieces.batches, after, strict=True):
-            batch.live = live
+            for i, exact in enumerate(self._stepped({}, self._exact)):
+                self._exact[i] = exact
+        live = self._stepped(self._replaced, (batch.live for batch in pieces.batches))
+        for batch, after in zip(pieces.batches, live, strict=True):
+            batch.live = after
         self._replaced.clear()
         self._measured.clear()
 
-    def _stepped(self, changed: dict[str, Floats], states: Sequence[Values]) -> list[Values]:
-        """What is live behind the current piece."""
+    def _stepped(self, changed: dict[str, Floats], states: Iterable[Values]) -> Iterator[Values]:
+        """What is live behind the current piece, batch by batch, so that each takes the place of what was before it."""
         pieces, at = self._pieces, self._at
         session = pieces.session(at, pieces.handed_on(at), changed)
-        return [
-            pieces.step(session, at, batch, live)
-            for batch, live in zip(pieces.batches, states, strict=True)
-        ]
+        for batch, live in zip(pieces.batches, states, strict=True):
+            yield pieces.step(session, at, batch, live)
 
 
 def require_finite(found: Mapping[Any, Floats], what: str) -> None:

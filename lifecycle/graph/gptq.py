@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from lifecycle.engines.heap import trim_heap
 from lifecycle.graph import rounding
 from lifecycle.graph.blockwise import Blockwise
 from lifecycle.graph.calibration import Calibration, Inputs, require_finite
@@ -54,6 +55,9 @@ class Gptq(Blockwise):
             moments = self.calibration.second_moments(linear.name)
         else:
             weights, moments = compensating(weights, inputs), inputs.moments
+        # What was missed is as large as the moments, and not needed any more.
+        del inputs
+        trim_heap()
         grid = self.grid.fitting([self.grid.largest(weights)])
         return quantize(weights, moments, grid, self.fit)
 
@@ -120,7 +124,9 @@ def quantize(weights: Floats, moments: Floats, grid: Grid, fit: Fit) -> Blocks:
     order = np.argsort(-np.diag(moments), kind="stable")
     left = weights[:, order].copy()
     damped = _damped(moments)
-    upper = _inverse_factor(damped[np.ix_(order, order)])
+    sorted_moments, damped = damped[np.ix_(order, order)], damped.astype(np.float32)
+    upper = _inverse_factor(sorted_moments)
+    del sorted_moments
     rounded = np.repeat(zeros, grid.block_size, axis=1)
     for start in range(0, width, _COLUMNS):
         stop = min(start + _COLUMNS, width)
@@ -135,7 +141,7 @@ def quantize(weights: Floats, moments: Floats, grid: Grid, fit: Fit) -> Blocks:
             errors[:, column - start] = error
         left[:, stop:] -= errors @ upper[start:stop, stop:]
     blocks = Blocks.of(grid, rows, rounded, scales, zeros)
-    return refine(weights, blocks, damped.astype(np.float32))
+    return refine(weights, blocks, damped)
 
 
 def _damped(moments: Floats) -> NDArray[np.float64]:
@@ -152,4 +158,7 @@ def _damped(moments: Floats) -> NDArray[np.float64]:
 def _inverse_factor(damped: NDArray[np.float64]) -> Floats:
     """The upper factor U of the inverse, UᵀU = damped⁻¹."""
     inverse = np.linalg.inv(damped)
-    return np.linalg.cholesky((inverse + inverse.T) / 2).T.astype(np.float32)
+    # In place: for a wide product each of these is as large as its layer.
+    inverse += inverse.T
+    inverse /= 2
+    return np.linalg.cholesky(inverse).T.astype(np.float32)

@@ -9,6 +9,7 @@ from functools import partial
 from math import prod
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 
 from lifecycle.errors import StageError
@@ -18,6 +19,7 @@ from lifecycle.graph.int8 import Int8Rowwise
 from lifecycle.graph.quantize import EMBEDDING, Scheme, choose, decoder_names
 from lifecycle.graph.rewrite import GraphRewrite, matrix_shape
 from lifecycle.graph.rounding import Blocks, Floats
+from lifecycle.graph.scratch import mapped
 from lifecycle.graph.sensitivity import divergences
 from lifecycle.graph.weights import WeightFile
 
@@ -86,11 +88,14 @@ def measure(
             blocks = _rounded(rewrite, matrices[name], coarse)
             # Scales for which 8 bits are too coarse take more than was thought.
             coarsely[name] = blocks.pack().bytes
-            return blocks.floats(shapes[name][1])
+            # In a file: those of a head are as large as many layers.
+            width = shapes[name][1]
+            floats = (part.floats(width) for part in blocks.parts())
+            return mapped(floats, shapes[name], np.dtype(np.float32), scratch)
 
         constants = {str(w.name): partial(rounded, name) for name, w in matrices.items()}
         vocab, _ = matrix_shape(_table(rewrite))
-        found = divergences(source, _first(texts), vocab, constants, on_done)
+        found = divergences(source, _first(texts), vocab, constants, scratch, on_done)
     costs = (
         Cost(name, found[str(weight.name)], finely[name] - coarsely[name])
         for name, weight in matrices.items()

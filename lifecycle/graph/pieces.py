@@ -1,7 +1,8 @@
 """A float32 decoder cut at its layers and in their middle; each piece runs over texts as a model of
 its own.
 
-Only one piece's weights and the activations between two pieces are in memory.
+Only one piece's weights, and what it makes of one batch of texts, are in memory; the activations of all texts between
+two pieces lie in files.
 """
 
 # onnxruntime ships no type information; what comes from it is unknown to the type checker.
@@ -11,8 +12,8 @@ Only one piece's weights and the activations between two pieces are in memory.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +26,26 @@ from onnx.external_data_helper import ExternalDataInfo
 
 from lifecycle.engines.backend import Row
 from lifecycle.engines.decoder import GRAPH, DecoderInfo
+from lifecycle.engines.heap import trim_heap
 from lifecycle.engines.layout import MIN_WIDTH, pack
 from lifecycle.engines.limits import usable_cores
 from lifecycle.engines.ort_session import PAST
 from lifecycle.errors import StageError
+from lifecycle.graph.scratch import mapped
 
 Floats = NDArray[np.float32]
 Values = dict[str, NDArray[Any]]
 
 LOGITS = "logits"
+LOGIT_INDEX = "logit_index"
+_PARTS = 64
+"""In which the logits of a batch come."""
+_TOGETHER = 8
+"""Parts that are computed together: the weights of a head are read once for them."""
 _BATCH_TOKENS = 4096
 """Tokens that run together, with all that a layer makes of them in memory."""
+_LARGE = 1 << 20
+"""Bytes from which an array that stays for a while lies in a file."""
 
 
 @dataclass
@@ -54,10 +64,15 @@ class Pieces:
     part, and behind the last one, and texts to run them over."""
 
     def __init__(
-        self, folder: Path, texts: Sequence[Sequence[int]], scored: int | None = None
+        self,
+        folder: Path,
+        texts: Sequence[Sequence[int]],
+        scored: int | None = None,
+        scratch: Path | None = None,
     ) -> None:
         """`texts` are token ids; each is read from its beginning, and has logits after its last
-        `scored` tokens, by default after each.
+        `scored` tokens, by default after each. What is live between pieces is kept in files in `scratch`, by default
+        where the system keeps such files.
 
         Raises:
             StageError: there are no texts, or one is longer than the model can read.
@@ -66,7 +81,7 @@ class Pieces:
         longest = max(map(len, texts), default=0)
         if not 0 < longest <= (info.long_context or info.max_position_embeddings):
             raise StageError(f"calibration texts of up to {longest} tokens do not fit the model")
-        self._folder, self._info, self._scored = folder, info, scored
+        self._folder, self._info, self._scored, self._scratch = folder, info, scored, scratch
         graph = onnx.load(folder / GRAPH, load_external_data=False).graph
         self._constants = {tensor.name: tensor for tensor in graph.initializer}
         self._graph_inputs = {value.name: value for value in graph.input}
@@ -91,7 +106,12 @@ class Pieces:
 
     def constant(self, name: str) -> NDArray[Any]:
         """A constant of the graph, by its name."""
-        return self._read(self._constants[name], {})
+        tensor = self._constants[name]
+        where = ExternalDataInfo(tensor)
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+        count = (where.length or 0) // dtype.itemsize
+        file = self._folder / where.location
+        return np.fromfile(file, dtype, count, offset=where.offset or 0).reshape(tensor.dims)
 
     def handed_on(self, piece: int) -> list[str]:
         """What a piece makes for later ones; of the last one, the logits."""
@@ -101,8 +121,10 @@ class Pieces:
     def session(
         self, piece: int, outputs: Sequence[str], changed: Mapping[str, Floats]
     ) -> ort.InferenceSession:
-        """What of a piece leads to `outputs`, as a model of its own, its constants read into memory, or
-        taken from `changed`."""
+        """What of a piece leads to `outputs`, as a model of its own, its constants as they are in their
+        file, or taken from `changed`."""
+        # What those before have left takes no room beside it.
+        trim_heap()
         nodes = _leading(self.nodes[piece], outputs)
         inputs = [
             self._graph_inputs.get(name)
@@ -123,14 +145,31 @@ class Pieces:
         options = ort.SessionOptions()
         options.intra_op_num_threads = usable_cores()
         options.log_severity_level = 3
-        external = [t for t in constants if t.data_location == TensorProto.EXTERNAL]
-        values = [
-            ort.OrtValue.ortvalue_from_numpy(self._read(tensor, changed)) for tensor in external
-        ]
-        options.add_external_initializers([tensor.name for tensor in external], values)
+        # An arena grows by doubling, and there is one for each session: to keep it pays for none that runs once.
+        options.enable_cpu_mem_arena = False
+        options.enable_mem_pattern = False
+        # What does not change stays mapped from its file instead of being copied.
+        options.add_session_config_entry(
+            "session.model_external_initializers_file_folder_path", str(self._folder)
+        )
+        replaced = [tensor.name for tensor in constants if tensor.name in changed]
+        options.add_external_initializers(
+            replaced, [ort.OrtValue.ortvalue_from_numpy(changed[name]) for name in replaced]
+        )
         return ort.InferenceSession(
             model.SerializeToString(), options, providers=["CPUExecutionProvider"]
         )
+
+    def logits(self, session: ort.InferenceSession, batch: Batch, live: Values) -> Iterator[Floats]:
+        """The logits of a batch, some tokens at a time, [tokens, vocab]; `session` is the last piece's."""
+        index = batch.inputs[LOGIT_INDEX]
+        parts = [part for part in np.array_split(index, _PARTS) if len(part)]
+        for at in range(0, len(parts), _TOGETHER):
+            trim_heap()
+            group = parts[at : at + _TOGETHER]
+            inputs = batch.inputs | {LOGIT_INDEX: np.concatenate(group)}
+            found = self.run(session, replace(batch, inputs=inputs), [LOGITS], live)[LOGITS]
+            yield from np.split(found, np.cumsum([len(part) for part in group[:-1]]))
 
     def run(
         self, session: ort.InferenceSession, batch: Batch, outputs: Sequence[str], live: Values
@@ -154,20 +193,17 @@ class Pieces:
         piece hands on."""
         found = self.run(session, batch, self.handed_on(piece), live)
         needed = self._needed(piece)
-        return {name: value for name, value in live.items() if name in needed} | found
+        kept = {name: value for name, value in live.items() if name in needed}
+        return kept | {name: self._kept(value) for name, value in found.items()}
+
+    def _kept(self, value: NDArray[Any]) -> NDArray[Any]:
+        if value.nbytes < _LARGE:
+            return value
+        return mapped([value], value.shape, value.dtype, self._scratch)
 
     def _needed(self, piece: int) -> set[str]:
         later = [node for nodes in self.nodes[piece + 1 :] for node in nodes]
         return {LOGITS, *(name for node in later for name in node.input)}
-
-    def _read(self, tensor: TensorProto, changed: Mapping[str, Floats]) -> NDArray[Any]:
-        if tensor.name in changed:
-            return changed[tensor.name]
-        where = ExternalDataInfo(tensor)
-        dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
-        count = (where.length or 0) // dtype.itemsize
-        file = self._folder / where.location
-        return np.fromfile(file, dtype, count, offset=where.offset or 0).reshape(tensor.dims)
 
     def _batch(self, texts: Sequence[Sequence[int]]) -> Batch:
         counts = [min(len(text), self._scored or len(text)) for text in texts]

@@ -290,7 +290,7 @@ class Quantizing:
         """A walk through the layers of a decoder from the first one on."""
         from lifecycle.graph.calibration import Calibration
 
-        return Calibration(source, self._read_texts())
+        return Calibration(source, self._read_texts(), self._ctx.scratch)
 
     def _read_texts(self) -> list[tuple[int, ...]]:
         if self._texts is None:
