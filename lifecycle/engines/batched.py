@@ -6,7 +6,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
-from itertools import chain
 from math import inf
 from pathlib import Path
 
@@ -366,9 +365,10 @@ class BatchedEngine(Engine):
             end = start + row.num_logits
             if end > start:
                 # A twin that ends with its first token needs no copy of what the other may leave now.
-                twins = self._scheduler.share(state)
-                told = [self._tell(twin, rows, end - 1, end) for twin in twins]
-                events += chain(self._tell(state, rows, start, end), *told)
+                twins, told = self._scheduler.share(state), list[Event]()
+                for twin in twins:
+                    told += self._tell(twin, rows, end - 1, end)
+                events += self._tell(state, rows, start, end) + told
             start = end
         return events
 

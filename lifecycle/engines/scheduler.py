@@ -104,8 +104,8 @@ class Scheduler:
 
     def forget_old(self, state: RequestState) -> None:
         """Give back the memory of what no token looks back on any more, now and then."""
-        last = max(state.num_passed, self._windows.narrowest)
-        if self._cache is None or state.num_computed - last < self._windows.step:
+        due = max(state.num_passed, self._windows.narrowest) + self._windows.step
+        if self._cache is None or state.num_computed < due:
             return
         if self._copies is not None and not self._copies.is_read(state):
             self._cache.forget_passed(state.slot, state.num_computed, state.num_passed)
@@ -124,11 +124,12 @@ class Scheduler:
         """
         self._admit()
         batch: Batch = []
-        copies = self._copies
-        if copies:
-            seconds = copies.run(seconds)
+        if self._copies:
+            seconds = self._copies.run(seconds)
+        # Most often none is due, and asking for each takes time.
+        due = self._copies or ()
         for state in self.running.values():
-            if copies and state in copies:
+            if due and state in due:
                 continue
             if not state.is_prefilling and (row := state.next_row(self._prefill_chunk)) is not None:
                 batch.append((state, row))

@@ -19,18 +19,15 @@ class Windows:
         """Tokens; infinite where every layer sees all."""
         self._shares = [(window, count / len(layers)) for window, count in counts.items()]
         self._is_alike = len(counts) <= 1
+        self.step = max(self.narrowest / 16, _LEAST_STEP)
+        """By how many tokens a text grows between two times that memory behind windows is given back: more would be
+        felt in what is held, less in the time that it takes."""
 
     def held(self, count: float) -> float:
         """How many of `count` tokens are held, as a mean over the layers: so many times the bytes of a token."""
         if self._is_alike:
             return min(count, self.narrowest)
         return sum(share * min(count, window) for window, share in self._shares)
-
-    @property
-    def step(self) -> float:
-        """By how many tokens a text grows between two times that memory behind windows is given back: more would be
-        felt in what is held, less in the time that it takes."""
-        return max(self.narrowest // 16, _LEAST_STEP)
 
 
 ALL_SEEN = Windows()

@@ -145,3 +145,11 @@ def test_windows_that_are_not_of_the_model(mixed: Path, tmp_path: Path, windows:
     wanted = re.escape(f"windows is {windows}, expected one for each of 4 layers")
     with pytest.raises(EngineError, match=wanted):
         OnnxEngine.open(tmp_path)
+
+
+def test_where_all_is_seen_nothing_is_given_back() -> None:
+    engine = ToyEngine.make(2, 160, 4)
+    engine.submit(Request("long", [1] * 60, SamplingParams(80, ignore_eos=True)))
+    while engine.num_running or engine.num_waiting:
+        engine.step()
+        assert not any(engine.backend.passed.values())
