@@ -5,8 +5,8 @@
 No engine and no generator: two graphs of the same random 135M-parameter Llama as two sessions of one process, with the
 same options and the same kernels, those of the runtime; by turns, so many steps of each. Ours is as its builder's, every
 matrix in 4 bits and blocks of 32, or as the stage `quantize` makes it by default, and as our kernels compute
-that. A step decodes after 128 tokens, or computes a prompt of 512; the builder's graph gives logits of all its tokens, as
-it is made, ours of the last one. Above 1, ours is faster.
+that. A step decodes after 128 tokens, or computes a prompt of 512, with the logits of all tokens, which the builder's graph
+gives as it is made. Above 1, ours is faster.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ Inputs = dict[str, np.ndarray[Any, Any]]
 def our_inputs(batch: int, tokens: int) -> Inputs:
     """Of rows with so many new tokens: what an engine would give our graph."""
     start = 0 if tokens > 1 else PROMPT
-    rows = [Row(slot, start, [5] * tokens, 1) for slot in range(batch)]
+    rows = [Row(slot, start, [5] * tokens, tokens) for slot in range(batch)]
     return dict(pack(rows, CAPACITY - tokens))
 
 
@@ -56,11 +56,13 @@ def bound(session: ort.InferenceSession, inputs: Inputs, batch: int) -> Step:
     """A step over a cache of its own."""
     binding = session.io_binding()
     shape = batch, SMOLLM2_135M["num_key_value_heads"], CAPACITY, 64
+    # Zeros that were never written are all one page of memory: attention over them looks faster than it is.
+    filled = np.random.default_rng(0).standard_normal(shape, np.float32)
     for each in session.get_inputs():
         if not each.name.startswith(PAST):
             binding.bind_cpu_input(each.name, inputs[each.name])
             continue
-        value = ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.float32))
+        value = ort.OrtValue.ortvalue_from_numpy(filled.copy())
         binding.bind_ortvalue_input(each.name, value)
         binding.bind_ortvalue_output(present_name(each.name), value)
     binding.bind_output("logits")

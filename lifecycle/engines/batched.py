@@ -128,8 +128,7 @@ class BatchedEngine(Engine):
             # Before there are rows, nobody knows whose they would have been.
             states = [state for state, _ in batch] or list(self._scheduler.running.values())
             concerned = states or list(self._scheduler.states())
-            for state in concerned:
-                self._scheduler.remove(state)
+            self._scheduler.drop(concerned)
             text = str(error) or "no memory for the step"
             return events + [failed(state, text) for state in concerned]
         # See `choose`; entering this takes longer than choosing a token.
@@ -334,7 +333,7 @@ class BatchedEngine(Engine):
     def _schedule(self) -> Batch:
         seen = self._scheduler.seen_tokens()
         self._pace.context = sum(seen)
-        self._speculation.draft(self._scheduler.running.values(), self._pace)
+        self._speculation.draft(self._scheduler.active(), self._pace)
         if not seen:
             return self._scheduler.schedule()
         room, seconds = self._pace.prompt_room(len(seen)), self._pace.copy_seconds(len(seen))

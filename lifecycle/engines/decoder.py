@@ -130,6 +130,10 @@ class DecoderInfo:
             for field in fields(cls)
             if field.name in found
         }
+        window, count = found.get("sliding_window"), read.get("num_layers")
+        if "windows" not in found and type(window) is int and type(count) is int:
+            # Of all layers, as older versions have it.
+            read["windows"] = (window,) * count
         required = (field.name for field in fields(cls) if field.default is MISSING)
         if missing := [name for name in required if name not in read]:
             raise EngineError(f"{path} is damaged: {missing[0]} is missing; export the model again")

@@ -56,13 +56,20 @@ def embed_texts(
     try:
         while waiting or running:
             held = sum(len(text.tokens) for text in running)
-            while waiting and free and held + len(waiting[0].tokens) <= room.max_tokens:
+            # One may be longer than the cache, of a model whose layers all have windows.
+            while (
+                waiting
+                and free
+                and (not running or held + len(waiting[0].tokens) <= room.max_tokens)
+            ):
                 text = waiting.popleft()
                 # The lowest first: a step computes all up to the highest in use.
                 text.slot = free.pop(0)
                 held += len(text.tokens)
                 running.append(text)
             _step(running, pooling == "mean", room.backend, vectors)
+            for text in running:
+                room.forget_passed(text.slot, text.num_computed)
             for text in [text for text in running if text.num_computed == len(text.tokens)]:
                 running.remove(text)
                 room.forget(text.slot)

@@ -121,7 +121,17 @@ def _backend(
         check_signature(session, info, path / name, slots, output, is_native=kernels is not None)
         return session
 
-    session, names = open_graph(GRAPH, None), cache_names(info)
+    names = cache_names(info)
+
+    def open_beside(name: str, slots: AdapterLayout | None) -> ort.InferenceSession:
+        found = open_graph(name, slots)
+        if cache_device(found, names) != device:
+            raise EngineError(
+                f"{path / name} reads its cache elsewhere than {GRAPH}: run attention of both on the CPU"
+            )
+        return found
+
+    session = open_graph(GRAPH, None)
     # The attention wants room for the whole width of a step behind every text, also behind
     # those that bring fewer tokens to it.
     capacity = max_model_len + max(options.prefill_chunk, LONGEST_RUN) + options.draft_tokens
@@ -130,10 +140,10 @@ def _backend(
     device = cache_device(session, names)
     if device is not None:
         cache = DeviceCache(device, names, shape, dtype)
-        return OrtBackend(open_graph, session, cache, info, max_model_len, layout)
+        return OrtBackend(open_beside, session, cache, info, max_model_len, layout)
     windows = [window for window in info.windows for _ in CACHE_PARTS]
     cache = SlotCache(names, shape, dtype, windows)
-    return HostOrtBackend(open_graph, session, cache, info, max_model_len, layout)
+    return HostOrtBackend(open_beside, session, cache, info, max_model_len, layout)
 
 
 def _cuts_freely(

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import heapq
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from itertools import chain
 from math import inf
 
@@ -23,6 +23,9 @@ from lifecycle.engines.line import WaitingLine
 from lifecycle.engines.state import GRAIN, RequestState
 from lifecycle.engines.twins import TwinCopies
 from lifecycle.engines.windows import ALL_SEEN, Windows
+
+_MOMENT = 1e-9
+"""Seconds in which one chunk is copied, however long that takes."""
 
 Batch = list[tuple[RequestState, Row]]
 Reuse = Callable[[RequestState, float | None], bool]
@@ -56,6 +59,8 @@ class Scheduler:
         self._cache = cache
         # A bounded cache has no room for what nobody needs.
         self._copies = TwinCopies(cache) if cache is not None else None
+        self._left: dict[int, int] = {}
+        """Slots of requests that have left them, which are yet to be copied; and how many tokens each holds."""
         self._leaving = Leaving(cache) if cache is not None and max_cache_tokens == inf else None
         self._max_cache_tokens = max_cache_tokens
         self._windows = windows
@@ -81,13 +86,21 @@ class Scheduler:
     @property
     def cache_tokens(self) -> float:
         """Tokens whose keys and values are held; where windows differ, as a mean over the layers."""
-        holding = chain(self.running.values(), self._parked.values())
-        return sum(self._windows.held(state.num_computed) for state in holding)
+        held = sum(self._windows.held(state.num_computed) for state in self.running.values())
+        # What is put aside is whole, also behind windows.
+        return held + sum(state.num_computed for state in self._parked.values())
 
     def seen_tokens(self) -> list[float]:
         """Of each request that decodes, the tokens that its next one looks back on."""
-        decoding = (state for state in self.running.values() if not state.is_prefilling)
+        decoding = (state for state in self.active() if not state.is_prefilling)
         return [self._windows.held(state.num_computed) for state in decoding]
+
+    def active(self) -> Collection[RequestState]:
+        """Those in slots that may have rows in the next step."""
+        copies = self._copies
+        if not copies:
+            return self.running.values()
+        return [state for state in self.running.values() if state not in copies]
 
     def add(self, state: RequestState) -> None:
         """Put a request at the end of its line."""
@@ -101,6 +114,15 @@ class Scheduler:
             self._release(state)
         self._parked.pop(state.request.id, None)
         self.waiting.leave(state)
+        if not self.running:
+            self._settle()
+
+    def drop(self, states: Collection[RequestState]) -> None:
+        """Take requests out after a step that failed: their slots may hold anything."""
+        if self._copies:
+            self._copies.give_up(states)
+        for state in states:
+            self.remove(state)
 
     def forget_old(self, state: RequestState) -> None:
         """Give back the memory of what no token looks back on any more, now and then."""
@@ -122,21 +144,20 @@ class Scheduler:
         `seconds` for what is taken of other prompts, in the order of their ranks. The step stays short for those that
         decode in it, and larger products would be no faster per token.
         """
+        self._settle()
         self._admit()
         batch: Batch = []
-        if self._copies:
-            seconds = self._copies.run(seconds)
-        # Most often none is due, and asking for each takes time.
-        due = self._copies or ()
-        for state in self.running.values():
-            if due and state in due:
-                continue
+        left = self._copies.run(seconds) if self._copies else seconds
+        for state in self.active():
             if not state.is_prefilling and (row := state.next_row(self._prefill_chunk)) is not None:
                 batch.append((state, row))
         budget = self._prefill_chunk
         if batch and room is not None:
             budget = min(budget, max(room, GRAIN))
-        self._add_prompts(batch, budget, seconds if batch else None)
+        if batch:
+            self._add_prompts(batch, budget, seconds, left)
+        else:
+            self._add_prompts(batch, budget)
         self._fit(batch)
         if self._leaving is not None:
             self._leaving.give_back(self.running.values())
@@ -163,9 +184,19 @@ class Scheduler:
         room = max((self._max_cache_tokens - self.cache_tokens) / each, 0)
         return twins[: int(min(room, len(twins)))]
 
-    def _add_prompts(self, batch: Batch, budget: int, seconds: float | None) -> None:
+    def _add_prompts(
+        self,
+        batch: Batch,
+        budget: int,
+        seconds: float | None = None,
+        left: float | None = None,
+    ) -> None:
+        """`left` of the `seconds` that copies may take has not been taken yet."""
         leaders: list[RequestState] = []
-        whole, left = budget, seconds
+        whole = budget
+        if seconds and left is not None and left < seconds:
+            # What was taken is no time to compute in; but nobody waits for ever.
+            budget, left = max(int(whole * left / seconds), GRAIN), max(left, _MOMENT)
         filling = (state for state in self.running.values() if state.is_prefilling)
         for state in sorted(filling, key=lambda state: state.rank):
             if budget <= 0:
@@ -261,11 +292,13 @@ class Scheduler:
         state.draft.clear()
         is_whole = self._copies is None or state not in self._copies
         state.parked = self._copy(state) if park and is_whole else None
+        self._release(state)
+        # Somebody waits for its slot.
+        self._settle()
         if state.parked is not None:
             self._parked[state.request.id] = state
         else:
             state.recompute()
-        self._release(state)
         self.waiting.push(state)
 
     def _copy(self, state: RequestState) -> Block | None:
@@ -278,18 +311,30 @@ class Scheduler:
             return None
 
     def _release(self, state: RequestState) -> None:
-        if self._copies is not None:
-            self._copies.leave(state)
+        slot, state.slot = state.slot, -1
+        if self._on_release is not None:
+            self._on_release(slot)
+        if self._copies is not None and self._copies.leave(state):
+            self._left[slot] = len(state.tokens)
+        else:
+            self._free_slot(slot, len(state.tokens))
+
+    def _settle(self) -> None:
+        """Free the slots that were yet to be copied."""
+        if self._copies is not None and (self._copies or self._left):
+            self._copies.settle(self._left)
+            for slot, num_tokens in self._left.items():
+                self._free_slot(slot, num_tokens)
+            self._left.clear()
+
+    def _free_slot(self, slot: int, num_tokens: int) -> None:
         if self._leaving is not None:
-            self._leaving.add(state.slot, len(state.tokens))
+            self._leaving.add(slot, num_tokens)
             if not self.running:
                 self._leaving.give_back_all()
         elif self._cache is not None:
-            self._cache.forget(state.slot)
-        if self._on_release is not None:
-            self._on_release(state.slot)
-        heapq.heappush(self._free, state.slot)
-        state.slot = -1
+            self._cache.forget(slot)
+        heapq.heappush(self._free, slot)
 
 
 def _follows(state: RequestState, leader: RequestState) -> bool:

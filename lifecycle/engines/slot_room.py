@@ -28,6 +28,11 @@ class SlotRoom:
         """The backend, if it can copy what slots hold."""
         return self.backend if isinstance(self.backend, CacheBackend) else None
 
+    def forget_passed(self, slot: int, count: int) -> None:
+        """Give back the memory of what no layer looks back on after so many tokens of a slot."""
+        if self.cache is not None:
+            self.cache.forget_passed(slot, count)
+
     def forget(self, slot: int) -> None:
         """Give back the memory of what a slot holds."""
         if self.cache is not None:

@@ -49,6 +49,8 @@ class RequestState:
     """Time of `time.monotonic` at which it ends."""
     num_cached: int = 0
     """Tokens of the prompt that were found computed."""
+    num_restarts: int = 0
+    """How often it was begun anew."""
     num_seen: int = 0
     """Tokens that had been in the cache when the request was begun anew."""
     prefix_keys: list[bytes] = field(default_factory=list[bytes])
@@ -95,6 +97,7 @@ class RequestState:
 
     def recompute(self) -> None:
         """Begin again with all tokens so far."""
+        self.num_restarts += 1
         self.num_seen = max(self.num_seen, self.num_computed)
         self.num_computed, self.num_prefill = 0, len(self.tokens)
         self.num_cached = self.num_passed = 0

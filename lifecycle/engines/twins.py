@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from lifecycle.engines.backend import COPY_ERRORS, CacheBackend
@@ -16,10 +17,18 @@ _PART = 8 << 20
 class _Copy:
     twin: RequestState
     leader: RequestState
-    """Whose slot holds the tokens."""
+    """Whose text the tokens are of."""
+    source: int
+    """The slot that holds them."""
     stop: int
     """How many."""
+    restarts: tuple[int, int]
+    """Of both: whichever begins its text anew, the copy is of no use."""
     done: int = 0
+
+    @property
+    def is_valid(self) -> bool:
+        return self.restarts == (self.twin.num_restarts, self.leader.num_restarts)
 
 
 class TwinCopies:
@@ -41,56 +50,69 @@ class TwinCopies:
 
     def add(self, twin: RequestState, leader: RequestState) -> None:
         """Let a request go on from what the slot of another one holds, as soon as its own holds it too."""
-        twin.num_computed = twin.num_cached = leader.num_computed
-        self._due[twin.request.id] = _Copy(twin, leader, leader.num_computed)
+        count = twin.num_computed = twin.num_cached = leader.num_computed
+        restarts = twin.num_restarts, leader.num_restarts
+        self._due[twin.request.id] = _Copy(twin, leader, leader.slot, count, restarts)
 
     def is_read(self, state: RequestState) -> bool:
-        """Whether the slot of a request is yet to be copied."""
+        """Whether what was computed for a request is yet to be copied."""
         return any(copy.leader is state for copy in self._due.values())
 
-    def run(self, seconds: float | None = None) -> float | None:
-        """Copy until that has taken so many seconds, one part at least; what is left of them."""
-        begun = time.perf_counter()
+    def leave(self, state: RequestState) -> bool:
+        """Forget a request that gives its slot back; whether that must stay as it is until `settle`."""
+        self._due.pop(state.request.id, None)
+        return self.is_read(state)
+
+    def give_up(self, leaders: Collection[RequestState]) -> None:
+        """What the slots of these requests hold is not to be trusted: twins compute it."""
         for copy in list(self._due.values()):
-            # Either begins its text anew where that has become a long one.
-            if copy.twin.num_computed < copy.stop or copy.leader.num_computed < copy.stop:
-                self._give_up(copy)
+            if copy.leader in leaders:
+                self._drop(copy)
+
+    def settle(self, left: Collection[int]) -> None:
+        """Give up what is of no use any more. Of those that wait for one of these slots, which will be other requests',
+        one gets all at once, for the others."""
+        for copy in list(self._due.values()):
+            if not copy.is_valid:
+                self._drop(copy)
+        for source in left:
+            heirs = [copy for copy in self._due.values() if copy.source == source]
+            while heirs:
+                first = heirs.pop(0)
+                while first.twin in self:
+                    self._go_on(first)
+                if first.is_valid:
+                    for copy in heirs:
+                        copy.leader, copy.source = first.twin, first.twin.slot
+                        copy.restarts = copy.twin.num_restarts, first.twin.num_restarts
+                    break
+
+    def run(self, seconds: float | None = None) -> float | None:
+        """After `settle`: copy until that has taken so many seconds, one part at least; what is left of them."""
+        begun = time.perf_counter()
+        for copy in sorted(self._due.values(), key=lambda copy: copy.twin.rank):
             while copy.twin in self:
                 self._go_on(copy)
-                taken = time.perf_counter() - begun
-                if seconds is not None and taken >= seconds:
+                if seconds is not None and time.perf_counter() - begun >= seconds:
                     return 0.0
         return None if seconds is None else max(seconds - (time.perf_counter() - begun), 0.0)
 
-    def leave(self, state: RequestState) -> None:
-        """Forget a request that gives its slot back. One of those that wait for it gets all at once, for the others."""
-        self._due.pop(state.request.id, None)
-        heirs = [copy for copy in self._due.values() if copy.leader is state]
-        while heirs:
-            first = heirs.pop(0)
-            while first.twin in self:
-                self._go_on(first)
-            if first.twin.num_computed >= first.stop:
-                for copy in heirs:
-                    copy.leader = first.twin
-                return
-
     def _go_on(self, copy: _Copy) -> None:
         """Copy the next part."""
-        stop = min(copy.done + self._part, copy.stop)
-        twin, leader = copy.twin, copy.leader
+        stop, twin = min(copy.done + self._part, copy.stop), copy.twin
         try:
-            self._cache.copy_cache(leader.slot, twin.slot, stop, copy.done)
+            self._cache.copy_cache(copy.source, twin.slot, stop, copy.done)
         except COPY_ERRORS:
-            self._give_up(copy)
+            self._drop(copy)
             return
         copy.done = stop
         if stop == copy.stop:
             del self._due[twin.request.id]
             # What was given back of the one is zeros in the other.
-            twin.num_passed = leader.num_passed
+            twin.num_passed = copy.leader.num_passed
             self._cache.forget_passed(twin.slot, twin.num_passed)
 
-    def _give_up(self, copy: _Copy) -> None:
+    def _drop(self, copy: _Copy) -> None:
         del self._due[copy.twin.request.id]
-        copy.twin.recompute()
+        if copy.twin.num_restarts == copy.restarts[0]:
+            copy.twin.recompute()

@@ -13,7 +13,7 @@ from typing import Any, Literal, cast
 from lifecycle.errors import GateError
 from lifecycle.pipeline.suggest import did_you_mean
 
-Measure = Literal["perplexity", "accuracy", "agreement", "invariance", "speed", "size"]
+Measure = Literal["perplexity", "accuracy", "agreement", "invariance", "feeding", "speed", "size"]
 """What an evaluation can be asked to do; each gives one metric or several."""
 
 BY_DEFAULT: tuple[Measure, ...] = ("perplexity", "accuracy", "agreement")
@@ -38,13 +38,14 @@ METRICS: Mapping[str, Metric] = {
     "logit_max_diff": Metric("agreement", needs_reference=True),
     "batch_invariance": Metric("invariance", needs_reference=False),
     "batch_max_diff": Metric("invariance", needs_reference=False),
+    "feeding_max_diff": Metric("feeding", needs_reference=False),
     "tokens_per_second": Metric("speed", needs_reference=False),
     "speed": Metric("speed", needs_reference=True),
     "bytes": Metric("size", needs_reference=False),
     "size": Metric("size", needs_reference=True),
 }
 
-NOT_QUALITY: tuple[Measure, ...] = ("invariance", "speed", "size")
+NOT_QUALITY: tuple[Measure, ...] = ("invariance", "feeding", "speed", "size")
 """What tells nothing of how much is lost beside a reference."""
 
 DIFFERENCES = ("max_relative_error", "cosine", "top1_agreement", "size", "speed")

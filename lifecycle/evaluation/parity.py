@@ -8,21 +8,16 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
-from numpy.typing import NDArray
 
 from lifecycle.engines.adapters import AdapterLayout
-from lifecycle.engines.backend import Row
 from lifecycle.engines.base import EngineOptions
 from lifecycle.engines.batched import BatchedEngine
 from lifecycle.engines.decoder import DecoderInfo
-from lifecycle.errors import StageError
+from lifecycle.evaluation.feeding import CHUNK, WAYS, Logits, alone, distance, ragged
 from lifecycle.evaluation.random_adapter import write_random_adapter
-
-Logits = NDArray[np.float32]
 
 _LENGTHS = (90, 37, 64)
 """Tokens of the texts, as far as the model can read them."""
-_CHUNK = 16
 
 
 def measure_parity(
@@ -45,13 +40,11 @@ def measure_parity(
     try:
         ways: dict[str, Callable[[BatchedEngine, Sequence[list[int]]], list[Logits]]] = {
             "prefill": lambda e, t: [e.logits(text) for text in t],
-            "chunks": _in_chunks,
-            "ragged": _ragged,
-            "rollback": _rolled_back,
+            **WAYS,
         }
         on_done(1, 1 + len(ways))
         for name, feed in ways.items():
-            found[name] = _distance(feed(engine, texts), wanted)
+            found[name] = distance(feed(engine, texts), wanted)
             on_done(1 + len(found), 1 + len(ways))
         return found
     finally:
@@ -64,13 +57,13 @@ def measure_hidden(model: Path, graph: Path) -> float:
     from lifecycle.engines.pytorch import TorchEngine
 
     texts = _texts(DecoderInfo.load(graph))
-    means: list[NDArray[np.float32]] = []
+    means: list[Logits] = []
     # One after the other, or both models would be in memory.
-    for open_engine in (lambda: TorchEngine.open(model), lambda: _open(graph, _CHUNK)):
+    for open_engine in (lambda: TorchEngine.open(model), lambda: _open(graph, CHUNK)):
         engine = open_engine()
         means.append(engine.embed(texts, normalize=False))
         engine.close()
-    return _distance(means[1:], means[:1])
+    return distance(means[1:], means[:1])
 
 
 def measure_adapters(model: Path, graph: Path) -> float:
@@ -109,9 +102,9 @@ def _with_adapters(
             engine.load_adapter(str(n), folder / "adapter")
     slots = [engine.adapter_number(name) for name in engine.adapters]
     slots += [0] * (len(texts) - len(slots))
-    alone = [_alone(engine, text, 0, slot) for text, slot in zip(texts, slots, strict=True)]
-    mixed = _ragged(engine, texts, slots)
-    return max(_distance(alone, wanted), _distance(mixed, wanted))
+    pairs = zip(texts, slots, strict=True)
+    by_itself = [alone(engine, text, 0, slot) for text, slot in pairs]
+    return max(distance(by_itself, wanted), distance(ragged(engine, texts, slots), wanted))
 
 
 def _texts(info: DecoderInfo) -> list[list[int]]:
@@ -150,64 +143,3 @@ def missing_providers(graph: Path) -> list[str]:
 
     available = onnxruntime.get_available_providers()
     return [name for name in DecoderInfo.load(graph).providers if name not in available]
-
-
-def _distance(found: Sequence[Logits], wanted: Sequence[Logits]) -> float:
-    pairs = list(zip(found, wanted, strict=True))
-    if not all(np.isfinite(one).all() and np.isfinite(other).all() for one, other in pairs):
-        raise StageError("the model's logits are no finite numbers; its weights are damaged")
-    scale = max(1.0, *(float(np.abs(logits).max()) for logits in wanted))
-    return max(float(np.abs(one - other).max()) for one, other in pairs) / scale
-
-
-def _feed(
-    engine: BatchedEngine, text: Sequence[int], start: int, stop: int, slot: int, adapter: int = 0
-) -> Row:
-    tokens = text[start:stop]
-    return Row(slot, start, tokens, len(tokens), engine.is_long(text), adapter)
-
-
-def _in_chunks(engine: BatchedEngine, texts: Sequence[list[int]]) -> list[Logits]:
-    return [_alone(engine, text, 0) for text in texts]
-
-
-def _alone(engine: BatchedEngine, text: list[int], start: int, adapter: int = 0) -> Logits:
-    """The rest of a text from `start`, chunk by chunk."""
-    parts = [
-        engine.forward([_feed(engine, text, at, at + _CHUNK, 0, adapter)]).copy()
-        for at in range(start, len(text), _CHUNK)
-    ]
-    return np.concatenate(parts)
-
-
-def _ragged(
-    engine: BatchedEngine, texts: Sequence[list[int]], adapters: Sequence[int] = (0, 0, 0)
-) -> list[Logits]:
-    """All at once, each at its own speed, from the last slot to the second."""
-    speeds, done = (_CHUNK, 1, 5), [0] * len(texts)
-    slots = [len(texts) - i for i in range(len(texts))]
-    parts: list[list[Logits]] = [[] for _ in texts]
-    while running := [i for i, text in enumerate(texts) if done[i] < len(text)]:
-        rows = [
-            _feed(engine, texts[i], done[i], done[i] + speeds[i], slots[i], adapters[i])
-            for i in running
-        ]
-        logits = engine.forward(rows)
-        at = 0
-        for i, row in zip(running, rows, strict=True):
-            parts[i].append(logits[at : at + row.num_logits].copy())
-            at += row.num_logits
-            done[i] += len(row.tokens)
-    return [np.concatenate(part) for part in parts]
-
-
-def _rolled_back(engine: BatchedEngine, texts: Sequence[list[int]]) -> list[Logits]:
-    """After half of a text comes the half of another, which is taken back."""
-    found: list[Logits] = []
-    for text, other in zip(texts, [*texts[1:], texts[0]], strict=True):
-        half = max(1, len(text) // 2)
-        first = engine.forward([_feed(engine, text, 0, half, 0)]).copy()
-        wrong = text[:half] + other[: len(text) - half]
-        engine.forward([_feed(engine, wrong, half, len(wrong), 0)])
-        found.append(np.concatenate([first, _alone(engine, text, half)]))
-    return found

@@ -126,7 +126,7 @@ class Calibration:
         shares: list[Floats] = []
         for found in self._values([x, logits], self._replaced, self._live):
             require_finite(found, f"what {mixture} reads")
-            rows.append(_rows(found[x]))
+            rows.append(pieces.kept(_rows(found[x])))
             shares.append(routing_shares(_rows(found[logits]), per_token, normalize))
         routed = Routed(rows, shares)
         self.visits[mixture] = routed.counts()

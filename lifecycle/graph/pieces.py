@@ -194,9 +194,10 @@ class Pieces:
         found = self.run(session, batch, self.handed_on(piece), live)
         needed = self._needed(piece)
         kept = {name: value for name, value in live.items() if name in needed}
-        return kept | {name: self._kept(value) for name, value in found.items()}
+        return kept | {name: self.kept(value) for name, value in found.items()}
 
-    def _kept(self, value: NDArray[Any]) -> NDArray[Any]:
+    def kept(self, value: NDArray[Any]) -> NDArray[Any]:
+        """The same values, in a file if they are many."""
         if value.nbytes < _LARGE:
             return value
         return mapped([value], value.shape, value.dtype, self._scratch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterable
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -27,4 +28,11 @@ def mapped(
         for block in blocks:
             file.write(np.ascontiguousarray(block).data)
         file.flush()
-        return np.memmap(file, dtype, "r", shape=shape)
+        try:
+            return np.memmap(file, dtype, "r", shape=shape)
+        except OSError as error:
+            if error.errno != errno.EMFILE:
+                raise
+            # Each keeps its file open. With so many texts that there are no more, they are in memory.
+            file.seek(0)
+            return np.fromfile(file, dtype).reshape(shape)

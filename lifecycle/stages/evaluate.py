@@ -153,6 +153,7 @@ class Evaluate(Stage):
         data: Conversations | Text,
         wanted: set[Measure],
     ) -> Findings:
+        from lifecycle.evaluation.feeding import compare_feeding
         from lifecycle.evaluation.findings import Findings
         from lifecycle.evaluation.invariance import compare_batches
         from lifecycle.evaluation.measure import ask, score
@@ -162,7 +163,7 @@ class Evaluate(Stage):
         tokenizers = [subject.tokenizer for subject in subjects]
         context = min(self.max_length, *(subject.engine.max_model_len for subject in subjects))
         found = Findings()
-        if wanted & {"perplexity", "agreement", "invariance"}:
+        if wanted & {"perplexity", "agreement", "invariance", "feeding"}:
             build = partial(windows, length=context) if isinstance(data, Text) else supervised
             samples = select(rows, tokenizers, build, context, self.max_samples)
             if wanted & {"perplexity", "agreement"}:
@@ -171,6 +172,9 @@ class Evaluate(Stage):
             if "invariance" in wanted:
                 ctx.progress.phase("alone and together")
                 found |= compare_batches(subjects[0], [s for s, *_ in samples.items], ctx.progress)
+            if "feeding" in wanted:
+                ctx.progress.phase("in chunks, ragged and rolled back")
+                found |= compare_feeding(subjects[0], [s for s, *_ in samples.items], ctx.progress)
         if "accuracy" in wanted:
             ctx.progress.phase("answering")
             questions = select(rows, tokenizers, question, context, self.max_generated)

@@ -63,6 +63,10 @@ class Paced(Watched):
         Paced.now += 0.02 + 0.002 * sum(len(row.tokens) for row in rows)
         return super().forward(rows)
 
+    def copy_cache(self, source: int, target: int, stop: int, start: int = 0) -> None:
+        Paced.now += 0.05
+        super().copy_cache(source, target, stop, start)
+
 
 class PacedEngine(WatchedEngine):
     def watch(self, backend: CacheBackend) -> Watched:

@@ -22,7 +22,14 @@ from hypothesis.stateful import run_state_machine_as_test
 from transformers import PreTrainedModel
 
 from lifecycle.data.chat import ChatTokenizer
-from lifecycle.engines import batched, prefix_cache, pytorch_adapters, speculation
+from lifecycle.engines import (
+    batched,
+    prefix_cache,
+    pytorch_adapters,
+    scheduler,
+    speculation,
+    twins,
+)
 from lifecycle.engines.adapters import AdapterLayout
 from lifecycle.engines.base import EngineOptions
 from lifecycle.engines.batched import BatchedEngine
@@ -133,8 +140,10 @@ def run(subject: Subject, examples: int) -> None:
 def clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """The engine's time is that of `Paced`, also where it decides how much is copied or guessed."""
     time = SimpleNamespace(perf_counter=lambda: Paced.now, monotonic=lambda: Paced.now)
-    for module in (batched, prefix_cache, speculation):
+    for module in (batched, prefix_cache, scheduler, speculation, twins):
         monkeypatch.setattr(module, "time", time)
+    # Small enough for copies of these prompts to take several.
+    monkeypatch.setattr(twins, "_PART", 1 << 13)
 
 
 def make_stories(base: Path, story: list[int], root: Path) -> dict[str, Subject]:

@@ -138,10 +138,36 @@ def test_of_those_left_one_gets_all_and_the_others_follow_it(
         texts.step()
         assert texts.backend.copies == [(1, 2, *PARTS[0])]
         texts.engine.cancel("t0")
-    assert texts.backend.copies == [(1, 2, *part) for part in PARTS]
+    # Not before somebody needs its slot.
+    assert len(texts.backend.copies) == is_cancelled
+    texts.step()
+    assert texts.backend.copies[:4] == [(1, 2, *part) for part in PARTS]
     texts.finish()
     assert texts.backend.copies[4:] == [(2, 3, *part) for part in PARTS]
     assert texts.engine.stats.prompt_tokens == len(PROMPT) + 3
+
+
+def test_those_that_leave_together_take_no_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a client that asked for several answers is gone, or the time of all is over."""
+    texts = Texts(monkeypatch)
+    texts.begin(30, 30, 30)
+    for n in range(3):
+        texts.engine.cancel(f"t{n}")
+    texts.submit("other", [7, 7, 7], 20)
+    texts.finish()
+    assert texts.backend.copies == []
+    assert len(texts.found["other"]) == 20
+
+
+def test_after_a_failed_step_nothing_is_copied_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = Texts(monkeypatch)
+    texts.begin(30, 30, 30)
+    texts.step()
+    texts.backend.fail_next = True
+    failed = {event.request_id for event in texts.engine.step() if event.error}
+    assert failed == {"decodes", "t0"}
+    texts.finish()
+    assert [len(texts.found[f"t{n}"]) for n in (1, 2)] == [30, 30]
 
 
 @pytest.mark.parametrize("who", ["t1", "t2"])
@@ -192,8 +218,16 @@ def test_what_is_still_to_be_copied_is_not_given_back(monkeypatch: pytest.Monkey
 
 
 def test_texts_that_become_long_while_they_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first one is computed anew then, in the slot that would be copied."""
-    texts = Texts(monkeypatch, long_context=len(PROMPT) + 2)
+    """The first one is computed anew then, in the slot that would be copied; another group waits longer."""
+    texts = Texts(monkeypatch, slots=7, long_context=len(PROMPT) + 2)
     texts.begin(30, 30, 30)
+    for n in range(3):
+        texts.submit(f"u{n}", PROMPT[::-1], 30)
+    while not texts.found["u0"]:
+        texts.step()
+    for _ in range(2):
+        texts.step()
+    texts.engine.cancel("u0")
     texts.finish()
-    assert [len(texts.found[f"t{n}"]) for n in range(3)] == [30, 30, 30]
+    whole = [f"t{n}" for n in range(3)] + ["u1", "u2"]
+    assert [len(texts.found[id]) for id in whole] == [30] * 5

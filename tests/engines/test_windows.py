@@ -14,6 +14,7 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from lifecycle.engines.base import EngineOptions
+from lifecycle.engines.decoder import DecoderInfo
 from lifecycle.engines.ort import OnnxEngine
 from lifecycle.engines.ort_backend import HostOrtBackend
 from lifecycle.engines.requests import Request, SamplingParams
@@ -23,6 +24,7 @@ from lifecycle.errors import EngineError
 from lifecycle.graph.export import export_decoder
 from lifecycle.graph.targets import Cpu
 from tests.engines.toy import ToyEngine
+from tests.graph.models import save_model
 
 WINDOW, HEADS, SIZE = 64, 2, 64
 FREE = SamplingParams(max_tokens=300, ignore_eos=True)
@@ -153,3 +155,40 @@ def test_where_all_is_seen_nothing_is_given_back() -> None:
     while engine.num_running or engine.num_waiting:
         engine.step()
         assert not any(engine.backend.passed.values())
+
+
+def test_what_older_versions_have_written_is_of_all_layers(mixed: Path, tmp_path: Path) -> None:
+    values = json.loads((mixed / "decoder.json").read_text())
+    del values["windows"]
+    for window, windows in ((24, (24,) * 4), (None, ())):
+        older = values | {"sliding_window": window}
+        (tmp_path / "decoder.json").write_text(json.dumps(older))
+        assert DecoderInfo.load(tmp_path).windows == windows
+
+
+def test_a_text_beyond_a_bounded_cache_is_embedded(tmp_path: Path) -> None:
+    """Its layers hold their windows only, so it does fit; a short one goes in beside it later."""
+    save_model("mistral-window", tmp_path / "hf")
+    (tmp_path / "onnx").mkdir()
+    export_decoder(tmp_path / "hf", tmp_path / "onnx", Cpu(), hidden_states=True)
+    texts = [[1 + n % 5 for n in range(60)], [3, 4, 5]]
+    whole = OnnxEngine.open(tmp_path / "onnx", EngineOptions(2, 64, prefill_chunk=16))
+    backend = whole._backend
+    assert isinstance(backend, HostOrtBackend)
+    options = EngineOptions(
+        2, 64, prefill_chunk=16, kv_cache_bytes=backend.bytes_per_token * (7 + 16)
+    )
+    bounded = OnnxEngine.open(tmp_path / "onnx", options)
+    assert np.array_equal(bounded.embed(texts), whole.embed(texts))
+
+
+def test_what_is_put_aside_counts_whole() -> None:
+    engine = ToyEngine.make(1, 160, 4, windows=Windows([16]), kv_cache_bytes=8 * 160)
+    engine.submit(Request("long", [1] * 60, SamplingParams(20, ignore_eos=True), priority=1))
+    for _ in range(16):
+        engine.step()
+    assert engine.stats.cache_tokens == 16
+    engine.submit(Request("urgent", [2], SamplingParams(4, ignore_eos=True)))
+    engine.step()
+    assert engine.stats.preemptions == 1
+    assert engine.stats.cache_tokens >= 60 + 1
