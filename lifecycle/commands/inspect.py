@@ -64,7 +64,8 @@ def _show(found: Inspection, matrices: Iterable[Matrix]) -> None:
         f"{found.parameters:,} parameters, {found.bytes:,} bytes ({bits:.2f} bits each); "
         f"{2 * found.multiply_adds:,} operations per row{_exceptions(found)}"
     )
-    say(f"{found.others:,} values in other constants: norms, biases, scales, tables, shapes")
+    if found.others:
+        say(f"{found.others:,} values in other constants: norms, biases, scales, tables, shapes")
     if found.attention:
         say(f"attention: {2 * found.attention:,} operations per row and position it reads")
     if found.attention is None:

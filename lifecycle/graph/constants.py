@@ -62,11 +62,8 @@ def elements(tensors: Iterable[ir.TensorProtocol]) -> int:
 
 def _constant(value: ir.Value) -> tuple[Key, ir.TensorProtocol] | None:
     producer = value.producer()
-    if (
-        producer is not None
-        and producer.op_type == "Constant"
-        and "sparse_value" in producer.attributes
-    ):
+    held = producer.attributes if producer is not None and producer.op_type == "Constant" else None
+    if held is not None and (len(held) != 1 or "sparse_value" in held):
         return None
     tensor = ir.convenience.get_const_tensor(value)
     if tensor is None:
@@ -74,9 +71,5 @@ def _constant(value: ir.Value) -> tuple[Key, ir.TensorProtocol] | None:
     if isinstance(tensor, ir.ExternalTensor):
         return (tensor.location, tensor.offset or 0), tensor
     # The calls of a function share the attributes of its nodes.
-    owner = (
-        next(iter(producer.attributes.values()))
-        if value.const_value is None and producer
-        else tensor
-    )
+    owner = next(iter(held.values())) if held else tensor
     return ("", id(owner)), tensor

@@ -31,6 +31,8 @@ _LOOKS_UP = {
     "GatherBlockQuantized": (0,),
     "QEmbedLayerNormalization": (2, 3, 4),
 }
+_FOUR_BITS = ("GatherBlockQuantized", "MatMulNBits", "QMoE")
+"""If they do not say otherwise."""
 _MIXTURES = {"MoE": (2, 4), "QMoE": (2, 5)}
 _WEIGHTS_AT = {
     **_LOOKS_UP,
@@ -173,7 +175,7 @@ def _matrix(node: ir.Node) -> Matrix | None:
 def _bits(node: ir.Node) -> int | None:
     """Of each weight, where a node packs them."""
     bits = _number(node, "bits") or _number(node, "expert_weight_bits")
-    return 4 if bits is None and node.op_type in ("GatherBlockQuantized", "QMoE") else bits
+    return 4 if bits is None and node.op_type in _FOUR_BITS else bits
 
 
 def _parameters(node: ir.Node) -> dict[object, int]:
