@@ -9,6 +9,7 @@ from pathlib import Path
 
 from lifecycle.commands.output import Parser, emit, say, table
 from lifecycle.graph.inspect import Inspection, Matrix, Port, inspect_graph
+from lifecycle.graph.work import CONVOLUTIONS, LOOPS, RECURRENT, TRANSPOSED
 from lifecycle.pipeline.runs import find_folder
 
 
@@ -59,15 +60,35 @@ def _show(found: Inspection, matrices: Iterable[Matrix]) -> None:
         ],
     )
     bits = 8 * found.bytes / found.parameters if found.parameters else 0
-    places = ", a convolution's per place" if _has_convolutions(found) else ""
     say(
         f"{found.parameters:,} parameters, {found.bytes:,} bytes ({bits:.2f} bits each); "
-        f"{2 * found.multiply_adds:,} operations per row{places}"
+        f"{2 * found.multiply_adds:,} operations per row{_exceptions(found)}"
     )
+    if found.others:
+        say(f"{found.others:,} values in other constants: norms, biases, scales, tables, shapes")
+    if found.attention:
+        say(f"attention: {2 * found.attention:,} operations per row and position it reads")
+    if found.attention is None:
+        say("attention: operations not known, its shapes are not")
+    if found.total:
+        say(f"one run: {' + '.join(_terms(found.total))} operations")
 
 
-def _has_convolutions(found: Inspection) -> bool:
-    return any("Conv" in matrix.operator for matrix in found.matrices)
+def _terms(total: dict[str, int]) -> Iterable[str]:
+    return (f"{2 * factor:,}" + (f"·{names}" if names else "") for names, factor in total.items())
+
+
+def _exceptions(found: Inspection) -> str:
+    """Whose operations are not per row."""
+    read = {matrix.operator.rpartition(".")[2] for matrix in found.matrices}
+    notes = (
+        (read & {*CONVOLUTIONS}, "a convolution's per place"),
+        (read & {*TRANSPOSED}, "a transposed convolution's per place of its input"),
+        (read & {*RECURRENT}, "a recurrent layer's per step"),
+        ("If" in found.operators, "with all branches"),
+        (found.operators.keys() & {*LOOPS}, "a loop's per turn"),
+    )
+    return "".join(f", {note}" for holds, note in notes if holds)
 
 
 def _port_rows(ports: Iterable[tuple[str, Port]]) -> list[tuple[str, str, str, str]]:

@@ -2,37 +2,49 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
 import onnx_ir as ir
+import onnx_ir.passes.common as passes
 
 from lifecycle.engines.decoder import GRAPH
 from lifecycle.errors import StageError
-from lifecycle.graph.reading import read_model
+from lifecycle.graph.constants import WITH_SCALES, Stored, all_stored, elements, stored
+from lifecycle.graph.reading import read_model, require_few_nodes
+from lifecycle.graph.work import (
+    ATTENTION,
+    CONVOLUTIONS,
+    PRODUCTS,
+    RECURRENT,
+    TRANSPOSED,
+    attention_width,
+    total_work,
+)
 
-_WEIGHTS_AT = {
-    "Conv": 1,
-    "ConvTranspose": 1,
-    "Gather": 0,
-    "GatherBlockQuantized": 0,
-    "Gemm": 1,
-    "MatMul": 1,
-    "MatMulInteger": 1,
-    "MatMulIntegerToFloat": 1,
-    "MatMulNBits": 1,
-    "QLinearConv": 3,
-    "QLinearMatMul": 3,
-    "DynamicQuantizeMatMul": 1,
+_LOOKS_UP = {
+    "EmbedLayerNormalization": (2, 3, 4),
+    "Gather": (0,),
+    "GatherBlockQuantized": (0,),
+    "QEmbedLayerNormalization": (2, 3, 4),
 }
-"""Operators that read a matrix -> the input where it stands."""
+_FOUR_BITS = ("GatherBlockQuantized", "MatMulNBits", "QMoE")
+"""If they do not say otherwise."""
 _MIXTURES = {"MoE": (2, 4), "QMoE": (2, 5)}
-_LOOKS_UP = ("Gather", "GatherBlockQuantized")
-_PASSES_ON = ("Transpose", "DequantizeLinear", "Cast", "Identity", "Reshape")
-"""Operators whose constant input stands for their output."""
+_WEIGHTS_AT = {
+    **_LOOKS_UP,
+    **_MIXTURES,
+    **dict.fromkeys((*CONVOLUTIONS, *TRANSPOSED, "MatMulNBits", "Attention", "QAttention"), (1,)),
+    **dict.fromkeys((*PRODUCTS, "Einsum"), (0, 1)),
+    **dict.fromkeys(RECURRENT, (1, 2)),
+    "QGemm": (0, 3),
+    "QLinearConv": (3,),
+    "QLinearMatMul": (0, 3),
+}
+"""Operators that read matrices -> the inputs where those stand."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +72,8 @@ class Matrix:
     """With scales, zero points and biases."""
     multiply_adds: int
     """Per row of its input: a token, where rows are tokens. 0 for a look-up; an expert that a row
-    does not visit does not count. For a convolution per place of its output."""
+    does not visit does not count. For a convolution per place of its output, for a transposed one of its
+    input; for an LSTM, GRU or RNN per step of a sequence, in both directions if it has them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,13 +85,21 @@ class Inspection:
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
     operators: dict[str, int]
-    """How many nodes of each there are, the most frequent first; subgraphs included."""
+    """How many nodes of each there are, the most frequent first; subgraphs are included, calls of
+    functions are what these are made of."""
     parameters: int
     """Weights that matrices hold; what two of them share counts once."""
     bytes: int
-    """Of all constants; what two of them share counts once."""
+    """Of all constants, those of subgraphs and functions too; what two of them share counts once."""
+    others: int
+    """Values in constants that are no matrix's weights: norms, biases, scales, tables, shapes."""
     multiply_adds: int
-    """Of all matrices, per row."""
+    """Of all matrices, per row; of each branch of an `If`, and of one turn of a loop."""
+    attention: int | None
+    """Multiply-adds of all attention per row and position that it reads; None if shapes do not tell."""
+    total: dict[str, int] | None
+    """Multiply-adds of one run: names of free dimensions, joined by `·`, -> their factor; `""`: whatever these
+    are. None if a shape is unknown, or where it depends on conditions or loops."""
     matrices: tuple[Matrix, ...]
 
 
@@ -93,105 +114,104 @@ def inspect_graph(path: Path) -> Inspection:
     if not file.is_file():
         raise StageError(f"{file} does not exist; give an .onnx file or a folder with {GRAPH}")
     model = read_model(file)
+    require_few_nodes(file, model)
+    passes.InlinePass()(model)
     graph = model.graph
+    ports = [tuple(map(_port, side)) for side in (graph.inputs, graph.outputs)]
+    _infer_shapes(model)
     nodes = list(graph.all_nodes())
-    matrices = tuple(filter(None, map(_matrix, nodes)))
-    counts = Counter(_operator(node) for node in nodes)
-    shared: dict[object, int] = {}
-    for node, matrix in zip(filter(_matrix, nodes), matrices, strict=True):
-        shared[_storage(_weights(node)[0])] = matrix.parameters
-    constants = {_storage(value): _size(value) for value in graph.initializers.values()}
+    read = [(node, _matrix(node)) for node in nodes]
+    matrices = tuple(matrix for _, matrix in read if matrix is not None)
+    constants = all_stored(graph)
+    shared = {
+        key: count for node, matrix in read if matrix for key, count in _parameters(node).items()
+    }
+    widths = [attention_width(node) for node in nodes if node.op_type in ATTENTION]
     return Inspection(
         file=str(file),
         opsets=dict(model.opset_imports),
-        inputs=tuple(_port(value) for value in graph.inputs),
-        outputs=tuple(_port(value) for value in graph.outputs),
-        operators=dict(counts.most_common()),
+        inputs=ports[0],
+        outputs=ports[1],
+        operators=dict(Counter(map(_operator, nodes)).most_common()),
         parameters=sum(shared.values()),
-        bytes=sum(constants.values()),
+        bytes=sum(tensor.nbytes for tensor in constants.values()),
+        others=elements(tensor for key, tensor in constants.items() if key not in shared),
         multiply_adds=sum(matrix.multiply_adds for matrix in matrices),
+        attention=None if None in widths else sum(filter(None, widths)),
+        total=total_work((node, matrix.multiply_adds if matrix else 0) for node, matrix in read),
         matrices=matrices,
     )
 
 
+def _infer_shapes(model: ir.Model) -> None:
+    """As far as they can be: a graph whose shapes contradict each other is shown as well."""
+    logging.getLogger(passes.ShapeInferencePass.__module__).setLevel(logging.ERROR)
+    passes.ShapeInferencePass(check_type=False, strict_mode=False)(model)
+
+
 def _matrix(node: ir.Node) -> Matrix | None:
-    weights = _weights(node)
-    if not weights:
+    counts = _parameters(node)
+    if not counts:
         return None
-    bits, size = _number(node, "bits") or _number(node, "expert_weight_bits"), None
-    if bits is None and node.op_type in ("GatherBlockQuantized", "QMoE"):
-        bits = 4
-    stored = sum(prod(_shape(value)) for value in weights)
+    first = next(tensor for value in _weights(node) for tensor in stored(value).values())
+    bits, precision = _bits(node), _type_name(first.dtype)
     if bits is not None:
         size = _number(node, "block_size")
         precision = f"int{bits}" + (f", blocks of {size}" if size else "")
-        parameters = stored * 8 // bits
-        if node.op_type == "MatMulNBits":
-            # Without the padding of its last blocks.
-            parameters = (_number(node, "K") or 0) * (_number(node, "N") or 0)
-    else:
-        precision, parameters = _type_name(weights[0].dtype), stored
+    read: Stored = {}
+    for value in node.inputs:
+        read |= stored(value, WITH_SCALES)
     return Matrix(
         name=node.name or node.outputs[0].name or "",
         operator=_operator(node),
-        shape=_shape(weights[0]),
+        shape=tuple(first.shape.numpy()),
         precision=precision,
-        parameters=parameters,
-        bytes=sum(map(_size, _constants(node))),
-        multiply_adds=_multiply_adds(node, weights, parameters),
+        parameters=sum(counts.values()),
+        bytes=sum(tensor.nbytes for tensor in read.values()),
+        multiply_adds=_multiply_adds(node, sum(counts.values())),
     )
 
 
-def _multiply_adds(node: ir.Node, weights: list[ir.Value], parameters: int) -> int:
-    if node.op_type in _LOOKS_UP:
-        return 0
-    if node.op_type in _MIXTURES:
-        return parameters * (_number(node, "k") or 1) // _shape(weights[0])[0]
-    return parameters
+def _bits(node: ir.Node) -> int | None:
+    """Of each weight, where a node packs them."""
+    bits = _number(node, "bits") or _number(node, "expert_weight_bits")
+    return 4 if bits is None and node.op_type in _FOUR_BITS else bits
+
+
+def _parameters(node: ir.Node) -> dict[object, int]:
+    """The stored constants that a node reads as weights -> how many these are."""
+    if node.op_type == "MatMulNBits":
+        # Without the padding of its last blocks.
+        count = (_number(node, "K") or 0) * (_number(node, "N") or 0)
+        return dict.fromkeys(stored(node.inputs[1]), count)
+    found = {key: tensor for value in _weights(node) for key, tensor in stored(value).items()}
+    return {key: elements([tensor]) * 8 // (_bits(node) or 8) for key, tensor in found.items()}
 
 
 def _weights(node: ir.Node) -> list[ir.Value]:
-    """The constant matrices that a node reads; none if it reads no matrix."""
-    places = _MIXTURES.get(node.op_type) or (
-        (_WEIGHTS_AT[node.op_type],) if node.op_type in _WEIGHTS_AT else ()
-    )
-    found = [_constant(node.inputs[at]) for at in places if at < len(node.inputs)]
-    return [value for value in found if value is not None and len(_shape(value)) > 1]
+    """The inputs of a node that are constant matrices; a row in a look-up is no matrix."""
+    values = [node.inputs[at] for at in _WEIGHTS_AT.get(node.op_type, ()) if at < len(node.inputs)]
+    least = 2 if node.op_type in _LOOKS_UP else 1
+    return [
+        value
+        for value in values
+        if value is not None
+        and any(len(tensor.shape) >= least for tensor in stored(value).values())
+    ]
 
 
-def _constant(value: ir.Value | None) -> ir.Value | None:
-    """The stored constant that a value is, or is made of by an operator that only changes its
-    form."""
-    while value is not None and value.const_value is None:
-        producer = value.producer()
-        if producer is None or producer.op_type not in _PASSES_ON:
-            return None
-        value = producer.inputs[0]
-    return value
-
-
-def _constants(node: ir.Node) -> Iterator[ir.Value]:
-    for value in node.inputs:
-        if (found := _constant(value)) is not None:
-            yield found
-
-
-def _storage(value: ir.Value) -> object:
-    """What is equal for two constants of the same bytes."""
-    tensor = value.const_value
-    if isinstance(tensor, ir.ExternalTensor):
-        return tensor.location, tensor.offset
-    return value.name
-
-
-def _size(value: ir.Value) -> int:
-    assert value.const_value is not None
-    return value.const_value.nbytes
-
-
-def _shape(value: ir.Value) -> tuple[int, ...]:
-    assert value.const_value is not None
-    return tuple(value.const_value.shape.numpy())
+def _multiply_adds(node: ir.Node, parameters: int) -> int:
+    if node.op_type in _LOOKS_UP:
+        return 0
+    weights = _weights(node)
+    if node.op_type in _MIXTURES:
+        experts = next(iter(stored(weights[0]).values())).shape.numpy()[0]
+        return parameters * (_number(node, "k") or 1) // experts
+    shapes = [value.shape for value in weights]
+    if _bits(node) is None and all(shape is not None and shape.is_static() for shape in shapes):
+        # Parts of a constant may be all that it reads.
+        return sum(prod(shape.numpy()) for shape in shapes if shape is not None)
+    return parameters
 
 
 def _number(node: ir.Node, name: str) -> int | None:

@@ -71,7 +71,7 @@ def import_graph(file: Path, out: Path) -> ir.Model:
     """
     model = read_model(file)
     _require_known_operators(file, model)
-    _require_few_nodes(file, model)
+    require_few_nodes(file, model)
     opset = model.opset_imports.get("", _OPSET)
     if opset < _OPSET:
         model = _convert(file, opset)
@@ -105,8 +105,12 @@ def _require_known_operators(file: Path, model: ir.Model) -> None:
             )
 
 
-def _require_few_nodes(file: Path, model: ir.Model) -> None:
-    """Functions that call functions can stand for more nodes than any machine holds."""
+def require_few_nodes(file: Path, model: ir.Model) -> None:
+    """Functions that call functions can stand for more nodes than any machine holds.
+
+    Raises:
+        StageError: they do, or one calls itself.
+    """
     functions = {(f.domain, f.name): f for f in model.functions.values()}
     sizes: dict[tuple[str, str], int] = {}
     open_ones: set[tuple[str, str]] = set()
