@@ -43,7 +43,10 @@ class Evaluate(Stage):
 
     Some are measured where a gate or `metrics` asks for them. `invariance` goes on with texts alone and beside
     others: `batch_invariance` is the share of texts that get the same tokens, and `batch_max_diff` the largest
-    difference of the log-probabilities of tokens, up to the first that is another one. `speed` and `size` are `tokens_per_second`
+    difference of the log-probabilities of tokens, up to the first that is another one. `feeding` computes a few texts in
+    chunks, ragged among others, after a rollback, and with random adapters beside others where the model has slots for
+    them: `feeding_max_diff` is the largest difference of logits from those of each at once, or alone with its adapter, as a
+    part of the largest logit. `speed` and `size` are `tokens_per_second`
     of `batch` requests that decode together and `bytes` of the weights, and beside a reference
     `speed` (model / reference, the two taking turns) and `size` (model / reference). A report
     with a speed is not the same bytes twice.
@@ -61,7 +64,7 @@ class Evaluate(Stage):
     split: Split = "test"
     """Which part of the data."""
     metrics: list[Measure] | None = Field(default=None, min_length=1)
-    """`perplexity`, `accuracy`, `agreement`, `invariance`, `speed`, `size`; by default the first three, as far
+    """`perplexity`, `accuracy`, `agreement`, `invariance`, `feeding`, `speed`, `size`; by default the first three, as far
     as model, data and reference allow, and what the gates need."""
     gates: Annotated[dict[str, str], BeforeValidator(spelled_gates)] = Field(default={})
     """Bounds by metric, such as `{perplexity_ratio: "<= 1.02", accuracy: ">= 55 %", speed:

@@ -260,6 +260,45 @@ def test_answers_do_not_depend_on_what_else_is_computed(
     assert report["continuations"] == len(tiny.ROWS)
 
 
+@pytest.mark.parametrize("scheme", [None, "int8-rowwise"])
+def test_logits_do_not_depend_on_how_texts_are_fed(
+    run_stage: RunStage, chat: Conversations, learnt_onnx: OnnxModel, scheme: str | None
+) -> None:
+    model = learnt_onnx
+    if scheme is not None:
+        model = run_stage(Quantize(model="model", scheme=scheme), model=model)
+    gates = {"feeding_max_diff": "<= 1e-5"}
+    report = run_stage(Evaluate(**CHECK, gates=gates), model=model, chat=chat).metrics
+    assert report["feeding_max_diff"] <= 1e-5
+    assert report["feeding_texts"] == 3
+
+
+@pytest.mark.parametrize("start", [1, 5])
+def test_a_model_that_forgets_what_it_was_fed_is_stopped(
+    run_stage: RunStage,
+    chat: Conversations,
+    learnt_onnx: OnnxModel,
+    monkeypatch: pytest.MonkeyPatch,
+    start: int,
+) -> None:
+    """Where a text goes on from some token, its cache holds another's."""
+    honest = OnnxEngine.forward
+
+    def forward(engine: OnnxEngine, rows: Any) -> Any:
+        wrong = [row for row in rows if row.start == start]
+        for row in wrong:
+            honest(engine, [row._replace(start=0, tokens=[7] * start, num_logits=1)])
+        return honest(engine, rows)
+
+    monkeypatch.setattr(OnnxEngine, "forward", forward)
+    with pytest.raises(GateError, match="feeding_max_diff"):
+        run_stage(
+            Evaluate(**CHECK, metrics=["feeding"], gates={"feeding_max_diff": "<= 1e-5"}),
+            model=learnt_onnx,
+            chat=chat,
+        )
+
+
 def test_a_model_whose_answers_depend_on_it_is_stopped(
     run_stage: RunStage,
     chat: Conversations,
