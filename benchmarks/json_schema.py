@@ -1,25 +1,29 @@
 """How much of the official JSON Schema test suite constrained decoding follows, and how truly.
 
-    python -m benchmarks.json_schema SUITE TOKENIZER_JSON [--json]
+    python -m benchmarks.json_schema SUITE TOKENIZER_JSON [--draws N] [--json]
 
 SUITE is a folder of the suite (`draft2020-12`). Each schema compiles or is refused. For those that compile
 each instance, in canonical form (RFC 8785 but for the order of keys, which is that of the schema), is
-walked token by token: valid ones must be allowed to their end, invalid ones must not.
+walked token by token: valid ones must be allowed to their end, invalid ones must not. Then outputs are drawn
+by no model, half of them from the beginning of an instance; each that ends must be valid. The status is 1 if one is not.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tokenizers import Tokenizer
 
 from benchmarks.arguments import parser_of
+from benchmarks.schema_outputs import Drawer, why_invalid
 from lifecycle.engines.grammar.compiler import Grammar, GrammarCompiler
 from lifecycle.engines.grammar.spec import GrammarSpec
 from lifecycle.errors import RequestError
@@ -40,6 +44,18 @@ class Report:
     """Valid ones that could not be written."""
     wrongly_accepted: list[str] = field(default_factory=list)
     """Invalid ones that could be."""
+    drawn: int = 0
+    """Outputs that were begun."""
+    complete: int = 0
+    """Those of them that ended."""
+    incomplete: list[str] = field(default_factory=list)
+    """Schemas of which none did."""
+    invalid_outputs: list[str] = field(default_factory=list)
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether what can be written is valid, by all that was tried."""
+        return not (self.wrongly_accepted or self.incomplete or self.invalid_outputs)
 
 
 def names_in_order(schema: Any) -> Iterator[str]:
@@ -89,9 +105,10 @@ def allows(grammar: Grammar, tokens: list[int], end: int) -> bool:
     return True
 
 
-def run(suite: Path, tokenizer: Tokenizer, compiler: GrammarCompiler) -> Report:
-    """Go through all files of a suite."""
+def run(suite: Path, tokenizer: Tokenizer, compiler: GrammarCompiler, draws: int) -> Report:
+    """Go through all files of a suite, and draw so many outputs for each schema."""
     report, end = Report(), min(compiler.ends)
+    drawer = Drawer(tokenizer, compiler.vocab_size, end)
     for path in sorted(suite.rglob("*.json")):
         for case in json.loads(path.read_text(encoding="utf-8")):
             report.schemas += 1
@@ -105,13 +122,41 @@ def run(suite: Path, tokenizer: Tokenizer, compiler: GrammarCompiler) -> Report:
             places: dict[str, int] = {}
             for name in names_in_order(case["schema"]):
                 places.setdefault(name, len(places))
+            instances = list[list[int]]()
             for test in case["tests"]:
                 text = json.dumps(
                     canonical(test["data"], places), ensure_ascii=False, separators=(",", ":")
                 )
                 tokens = tokenizer.encode(text, add_special_tokens=False).ids
+                instances.append(tokens)
                 _count(report, f"{where}: {text[:80]}", test["valid"], allows(grammar, tokens, end))
+            outputs = _outputs(drawer, grammar, instances, end, draws)
+            _judge(report, where, case["schema"], draws, [tokenizer.decode(o) for o in outputs])
     return report
+
+
+def _outputs(
+    drawer: Drawer, grammar: Grammar, instances: list[list[int]], end: int, draws: int
+) -> Iterator[list[int]]:
+    """Those that end; every second one goes on from a part of an instance, be that valid or not."""
+    for seed in range(draws):
+        rng, begin = np.random.default_rng(seed), list[int]()
+        if seed % 2:
+            begin = instances[rng.integers(len(instances))]
+            begin = begin[: rng.integers(len(begin) + 1)]
+        tokens = drawer.draw(grammar.constraint(frozenset({end})), rng, begin)
+        if tokens is not None:
+            yield tokens
+
+
+def _judge(report: Report, where: str, schema: object, draws: int, outputs: list[str]) -> None:
+    report.drawn += draws
+    report.complete += len(outputs)
+    if not outputs:
+        report.incomplete.append(where)
+    for text in outputs:
+        if (why := why_invalid(text, schema)) is not None:
+            report.invalid_outputs.append(f"{where}: {text[:80]}: {why[:120]}")
 
 
 def _count(report: Report, what: str, is_valid: bool, is_allowed: bool) -> None:
@@ -136,15 +181,21 @@ def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("suite", type=Path)
     parser.add_argument("tokenizer", type=Path)
+    parser.add_argument("--draws", type=int, default=100, help="outputs for each schema")
     args = parser.parse_args()
     text = args.tokenizer.read_text(encoding="utf-8")
     tokenizer = Tokenizer.from_str(text)
     compiler = GrammarCompiler(text, tokenizer.get_vocab_size(), frozenset())
-    report = run(args.suite, tokenizer, compiler)
+    report = run(args.suite, tokenizer, compiler, args.draws)
     compiler.close()
     if args.json:
         print(json.dumps(asdict(report)))
-        return
+    else:
+        _print(report)
+    sys.exit(0 if report.is_sound else 1)
+
+
+def _print(report: Report) -> None:
     print(f"{report.compiled} of {report.schemas} schemas compile; refused are")
     for reason, count in report.reasons.most_common():
         print(f"  {count:4} for {reason}")
@@ -153,6 +204,11 @@ def main() -> None:
     print("\n".join(f"  {what}" for what in report.not_accepted))
     print(f"{len(report.wrongly_accepted)} of {report.invalid} invalid instances can be written")
     print("\n".join(f"  {what}" for what in report.wrongly_accepted))
+    valid = report.complete - len(report.invalid_outputs)
+    print(f"{report.drawn} outputs drawn, {report.complete} complete, {valid} of these valid; not")
+    print("\n".join(f"  {what}" for what in report.invalid_outputs))
+    print(f"{len(report.incomplete)} schemas without a complete output")
+    print("\n".join(f"  {what}" for what in report.incomplete))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
-from lifecycle.engines.grammar.constraint import Budget, GrammarConstraint
+import numpy as np
+
+from lifecycle.engines.grammar.constraint import Budget, GrammarConstraint, Guard
+from lifecycle.engines.grammar.exact import ESCAPES
 from lifecycle.engines.grammar.spec import GrammarSpec
 from lifecycle.engines.grammar.trial import Trial
 from lifecycle.errors import MissingExtraError, RequestError
@@ -85,6 +88,7 @@ class Grammar:
             compiler.ends - ends,
             lambda: compiler.forget(self._spec, self),
             Budget(compiler.limits.burst_seconds, compiler.limits.token_seconds),
+            compiler.guard.copy() if self._spec.kind == "json_schema" else None,
         )
 
 
@@ -126,6 +130,8 @@ class GrammarCompiler:
         self._tokenizer = made
         given = {"tokenizer": tokenizer, "vocab_size": vocab_size, "ends": sorted(self.ends)}
         self._trial = Trial(given)
+        self.guard = self._guard()
+        """What answers by a schema match besides."""
         self._kept: OrderedDict[GrammarSpec, Grammar] = OrderedDict()
         self._num_bytes = 0
         self._lock = Lock()
@@ -186,6 +192,12 @@ class GrammarCompiler:
         if matcher.is_error():
             raise RequestError("the grammar cannot be used: it is beyond the limits of its parser")
         return matcher
+
+    def _guard(self) -> Guard:
+        from llguidance import LLMatcher
+
+        matcher = LLMatcher(self._tokenizer, LLMatcher.grammar_from_regex(ESCAPES), log_level=0)
+        return Guard(matcher, np.frombuffer(matcher.compute_bitmask(), np.uint8))
 
     def _keep(self, spec: GrammarSpec, grammar: Grammar) -> None:
         with self._lock:

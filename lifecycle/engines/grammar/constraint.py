@@ -41,6 +41,29 @@ class Budget:
             )
 
 
+class Guard:
+    """A second grammar that an answer matches, made of a regular expression `(…)*` that knows where each part ends:
+    before each part the same tokens may come, and their mask is computed once."""
+
+    def __init__(self, matcher: LLMatcher, first: NDArray[np.uint8]) -> None:
+        """`first` is the mask at its beginning, as bits."""
+        self._matcher, self._first = matcher, first
+
+    def copy(self) -> Guard:
+        """One more at the same place; microseconds."""
+        return Guard(self._matcher.deep_copy(), self._first)
+
+    def bits(self) -> NDArray[np.uint8]:
+        """The mask of the next token, as bits."""
+        if self._matcher.is_accepting():
+            return self._first
+        return np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+
+    def accept(self, token: int) -> bool:
+        """Go on by a token; False if it may not come."""
+        return self._matcher.consume_token(token)
+
+
 class GrammarConstraint:
     """A `Constraint` by llguidance; made by `Grammar.constraint`, used by one request."""
 
@@ -52,12 +75,14 @@ class GrammarConstraint:
         foreign_ends: frozenset[int],
         on_failure: Callable[[], None],
         budget: Budget,
+        guard: Guard | None = None,
     ) -> None:
         """
         Args:
             ends: the tokens that end the request.
             foreign_ends: tokens that the grammar ends with but the request does not.
             on_failure: called if the grammar outgrows its limits; the next one must be made anew.
+            guard: what the answer matches besides; used by this one only.
         """
         self._matcher = matcher
         self._vocab_size = vocab_size
@@ -66,6 +91,7 @@ class GrammarConstraint:
         self._foreign_ids = np.array(sorted(foreign_ends), dtype=np.intp)
         self._on_failure = on_failure
         self._budget = budget
+        self._guard = guard
         self._is_ended = False
 
     def mask(self) -> NDArray[np.bool_]:
@@ -73,6 +99,8 @@ class GrammarConstraint:
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         if self._matcher.is_error():
             raise self._failure()
+        if self._guard is not None:
+            bits = bits & self._guard.bits()
         self._budget.spend(begun)
         mask = np.unpackbits(bits, count=self._vocab_size, bitorder="little").view(np.bool_)
         mask[self._foreign_ids] = False
@@ -86,6 +114,8 @@ class GrammarConstraint:
             return
         begun = thread_time()
         if not self._matcher.consume_token(token):
+            raise self._failure()
+        if self._guard is not None and not self._guard.accept(token):
             raise self._failure()
         self._budget.earn()
         self._budget.spend(begun)
