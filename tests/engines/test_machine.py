@@ -348,4 +348,4 @@ def test_the_quickstarts_bundle(quickstart_store: Path, tmp_path: Path) -> None:
     assert code == 0, err
     with one_thread():
         subject = make_quickstart(result["stages"], tmp_path)
-    run(subject, examples=15)
+    run(subject, examples=25)
