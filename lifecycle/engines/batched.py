@@ -331,13 +331,14 @@ class BatchedEngine(Engine):
         )
 
     def _schedule(self) -> Batch:
+        seconds = self._pace.copy_seconds(len(self._scheduler.seen_tokens()))
+        # Before guesses are made: those who have waited for a copy want some.
+        left = self._scheduler.copy_to_twins(seconds)
         seen = self._scheduler.seen_tokens()
         self._pace.context = sum(seen)
         self._speculation.draft(self._scheduler.active(), self._pace)
-        if not seen:
-            return self._scheduler.schedule()
-        room, seconds = self._pace.prompt_room(len(seen)), self._pace.copy_seconds(len(seen))
-        return self._scheduler.schedule(room, seconds)
+        room = self._pace.prompt_room(len(seen)) if seen else None
+        return self._scheduler.schedule(room, seconds, left)
 
     def _account(self, batch: Batch, seconds: float) -> None:
         """Take note of what a step has computed."""

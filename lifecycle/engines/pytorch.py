@@ -115,9 +115,9 @@ class TorchBackend:
     def _run(self, module: Any, row: Row, **options: int) -> Any:
         """What a module, the model or its inner one, makes of a row."""
         config = self._model.config
-        cache = self._cache.begin(row.slot, row.start)
         rotation = _rotated_as_long(config) if row.is_long else nullcontext()
         with _failures(), rotation, self._adapters.applied(row.adapter):
+            cache = self._cache.begin(row.slot, row.start)
             return module(
                 input_ids=torch.tensor([row.tokens]),
                 **{self._cache_argument: cache},

@@ -137,17 +137,22 @@ class Scheduler:
         """A request by its id."""
         return self.running.get(request_id) or self.waiting.get(request_id)
 
-    def schedule(self, room: int | None = None, seconds: float | None = None) -> Batch:
+    def copy_to_twins(self, seconds: float | None) -> float | None:
+        """Copy what is due of prompts, in so many seconds; what is left of them."""
+        self._settle()
+        return self._copies.run(seconds) if self._copies else seconds
+
+    def schedule(
+        self, room: int | None = None, seconds: float | None = None, left: float | None = None
+    ) -> Batch:
         """Give free slots to waiting requests, then choose the rows of the next step.
 
         Prompts fill one chunk size per step, or `room` tokens where there are requests that decode, which may wait
-        `seconds` for what is taken of other prompts, in the order of their ranks. The step stays short for those that
-        decode in it, and larger products would be no faster per token.
+        `seconds` for what is taken of other prompts, of which `left` are left, in the order of their ranks. The step
+        stays short for those that decode in it, and larger products would be no faster per token.
         """
-        self._settle()
         self._admit()
         batch: Batch = []
-        left = self._copies.run(seconds) if self._copies else seconds
         for state in self.active():
             if not state.is_prefilling and (row := state.next_row(self._prefill_chunk)) is not None:
                 batch.append((state, row))
@@ -323,9 +328,8 @@ class Scheduler:
         """Free the slots that were yet to be copied."""
         if self._copies is not None and (self._copies or self._left):
             self._copies.settle(self._left)
-            for slot, num_tokens in self._left.items():
-                self._free_slot(slot, num_tokens)
-            self._left.clear()
+            while self._left:
+                self._free_slot(*self._left.popitem())
 
     def _free_slot(self, slot: int, num_tokens: int) -> None:
         if self._leaving is not None:

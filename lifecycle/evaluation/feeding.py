@@ -33,13 +33,16 @@ def compare_feeding(subject: Subject, samples: Sequence[Sample], progress: Progr
     and with adapters beside others where there are slots for them, are at most from those of each at once or alone.
 
     Raises:
-        EngineError: the engine failed.
+        EngineError: the engine failed, or it cannot take tokens back, as PyTorch's of a model with sliding windows.
         StageError: it cannot be fed so, or its logits are no numbers.
     """
     engine = subject.engine
     if not isinstance(engine, BatchedEngine):
         raise StageError("'feeding' is measured of models that this project's engines run")
     texts = [list(sample.token_ids[:_MOST]) for sample in samples[:_TEXTS]]
+    if len(texts) == 1:
+        # Somebody must be beside it.
+        texts.append(texts[0][::-1])
     wanted = [engine.logits(text) for text in texts]
     found: list[float] = []
     for feed in WAYS.values():

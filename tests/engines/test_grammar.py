@@ -184,6 +184,17 @@ def test_forced_tokens(made: Any) -> None:
         (GrammarSpec.of_schema({"$ref": "file:///etc/passwd"}), "nothing is fetched"),
         (GrammarSpec.of_schema({"type": "integer", "multipleOf": 99_999_989}), "at most 10000"),
         (GrammarSpec.of_schema({"type": "object", "minProperties": 2}), "'minProperties' of 2"),
+        (GrammarSpec.of_schema({"pattern": "a[bc"}), "unclosed character class"),
+        (
+            GrammarSpec.of_schema(
+                {
+                    "properties": {"a\n": {"type": "integer"}},
+                    "additionalProperties": False,
+                    "patternProperties": {"^a": {}},
+                }
+            ),
+            "there are no 'patternProperties'",
+        ),
         (
             GrammarSpec.of_schema(
                 {"required": ["a"], "patternProperties": {"b": {}}, "minProperties": 3}

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import resource
+import sys
 import tracemalloc
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -17,6 +21,7 @@ from lifecycle.graph.gptq import Gptq
 from lifecycle.graph.int8 import Int8Rowwise
 from lifecycle.graph.pieces import Pieces
 from lifecycle.graph.quantize import quantize_graph
+from lifecycle.graph.scratch import mapped
 from lifecycle.graph.sensitivity import divergences
 from lifecycle.graph.targets import Cpu
 from tests.graph.models import SHAPE
@@ -99,3 +104,22 @@ def test_logits_of_all_texts_are_not_held(tmp_path: Path) -> None:
     change = {"layers.1.mlp.down_proj.weight": lambda: weights}
     logits = 4 * VOCAB * sum(map(len, some))
     assert peak(lambda: divergences(source, some, VOCAB, change, tmp_path)) < logits / 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of open files are the system's")
+def test_where_no_file_can_be_opened_any_more_values_are_in_memory(tmp_path: Path) -> None:
+    wanted = np.arange(3000, dtype=np.float32).reshape(30, 100)
+    limits, opened = resource.getrlimit(resource.RLIMIT_NOFILE), list[int]()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, limits[1]))
+    try:
+        with pytest.raises(OSError, match="Too many open files"):
+            while True:
+                opened.append(os.open(os.devnull, os.O_RDONLY))
+        os.close(opened.pop())
+        found = mapped([wanted[:10], wanted[10:]], wanted.shape, wanted.dtype, tmp_path)
+    finally:
+        for number in opened:
+            os.close(number)
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert not isinstance(found, np.memmap)
+    np.testing.assert_array_equal(found, wanted)

@@ -89,10 +89,10 @@ def _check_free_names(schema: Mapping[str, Any]) -> None:
             f"the JSON schema has a 'minProperties' of {least}, which cannot be followed where names are free, for "
             "one could come twice; name more of them in 'required', or set 'additionalProperties' to false"
         )
-    if is_open and (strange := next(filter(_CONTROL.search, names), None)) is not None:
+    if is_free and (strange := next(filter(_CONTROL.search, names), None)) is not None:
         raise RequestError(
             f"the JSON schema has a property {strange!r}: names with control characters are followed only where "
-            "'additionalProperties' is false"
+            "'additionalProperties' is false and there are no 'patternProperties'"
         )
 
 
@@ -128,7 +128,7 @@ def exact_pattern(pattern: str) -> str:
 
 def _check_class(parts: list[str], at: int, is_class: bool) -> None:
     is_empty = parts[at] == "[" and "]" in (parts[at + 1], parts[at + 1] == "^" and parts[at + 2])
-    if (not is_class and is_empty) or (is_class and parts[at] == parts[at + 1] == "-"):
+    if (not is_class and is_empty) or (is_class and parts[at] == "-" and parts[at + 1] == "-"):
         raise RequestError(
             "the JSON schema has a pattern with an empty class or with '--' in a class, which cannot be followed: "
             "write what is meant, such as [\\s\\S] for [^]"
