@@ -57,10 +57,10 @@ class Scheduler:
         """
         self._prefill_chunk = prefill_chunk
         self._cache = cache
-        # A bounded cache has no room for what nobody needs.
         self._copies = TwinCopies(cache) if cache is not None else None
         self._left: dict[int, int] = {}
         """Slots of requests that have left them, which are yet to be copied; and how many tokens each holds."""
+        # A bounded cache has no room for what nobody needs.
         self._leaving = Leaving(cache) if cache is not None and max_cache_tokens == inf else None
         self._max_cache_tokens = max_cache_tokens
         self._windows = windows
