@@ -126,11 +126,10 @@ class BatchedEngine(Engine):
             found = self._passes.scan(logits)
         except (EngineError, MemoryError) as error:
             # Before there are rows, nobody knows whose they would have been.
-            states = [state for state, _ in batch] or list(self._scheduler.running.values())
-            concerned = states or list(self._scheduler.states())
+            running = list(self._scheduler.running.values())
+            concerned = [s for s, _ in batch] or running or list(self._scheduler.states())
             self._scheduler.drop(concerned)
-            text = str(error) or "no memory for the step"
-            return events + [failed(state, text) for state in concerned]
+            return events + [failed(s, str(error) or "no memory for the step") for s in concerned]
         # See `choose`; entering this takes longer than choosing a token.
         with np.errstate(over="ignore"):
             return events + self._tell_all(batch, found)
@@ -331,13 +330,14 @@ class BatchedEngine(Engine):
         )
 
     def _schedule(self) -> Batch:
-        seconds = self._pace.copy_seconds(len(self._scheduler.seen_tokens()))
-        # Before guesses are made: those who have waited for a copy want some.
-        left = self._scheduler.copy_to_twins(seconds)
-        seen = self._scheduler.seen_tokens()
-        self._pace.context = sum(seen)
-        self._speculation.draft(self._scheduler.active(), self._pace)
-        room = self._pace.prompt_room(len(seen)) if seen else None
+        pace, seen = self._pace, self._scheduler.seen_tokens()
+        left = seconds = pace.copy_seconds(len(seen)) if seen else None
+        if self._scheduler.is_copying:
+            left = self._scheduler.copy_to_twins(seconds)
+            seen = self._scheduler.seen_tokens()
+        pace.context = sum(seen)
+        self._speculation.draft(self._scheduler.active(), pace)
+        room = pace.prompt_room(len(seen)) if seen else None
         return self._scheduler.schedule(room, seconds, left)
 
     def _account(self, batch: Batch, seconds: float) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import heapq
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from itertools import chain
 from math import inf
 
@@ -90,10 +90,10 @@ class Scheduler:
         # What is put aside is whole, also behind windows.
         return held + sum(state.num_computed for state in self._parked.values())
 
-    def seen_tokens(self) -> list[float]:
+    def seen_tokens(self) -> Sequence[float]:
         """Of each request that decodes, the tokens that its next one looks back on."""
-        decoding = (state for state in self.active() if not state.is_prefilling)
-        return [self._windows.held(state.num_computed) for state in decoding]
+        counts = [s.num_computed for s in self.active() if s.num_computed >= s.num_prefill]
+        return counts if self._windows.narrowest == inf else list(map(self._windows.held, counts))
 
     def active(self) -> Collection[RequestState]:
         """Those in slots that may have rows in the next step."""
@@ -126,8 +126,10 @@ class Scheduler:
 
     def forget_old(self, state: RequestState) -> None:
         """Give back the memory of what no token looks back on any more, now and then."""
-        due = max(state.num_passed, self._windows.narrowest) + self._windows.step
-        if self._cache is None or state.num_computed < due:
+        narrowest = self._windows.narrowest
+        if state.num_computed < narrowest or self._cache is None:
+            return
+        if state.num_computed < max(state.num_passed, narrowest) + self._windows.step:
             return
         if self._copies is not None and not self._copies.is_read(state):
             self._cache.forget_passed(state.slot, state.num_computed, state.num_passed)
@@ -137,8 +139,14 @@ class Scheduler:
         """A request by its id."""
         return self.running.get(request_id) or self.waiting.get(request_id)
 
+    @property
+    def is_copying(self) -> bool:
+        """Whether there is anything to copy, or a slot to free."""
+        return bool(self._copies or self._left)
+
     def copy_to_twins(self, seconds: float | None) -> float | None:
-        """Copy what is due of prompts, in so many seconds; what is left of them."""
+        """Copy what is due of prompts, in so many seconds; what is left of them. Before guesses are made: those who have
+        waited for a copy want some."""
         self._settle()
         return self._copies.run(seconds) if self._copies else seconds
 
