@@ -18,6 +18,7 @@ from tests.graph.models import save_model
 CHECKPOINT, GRAPH = "hf", "onnx"
 FORMS = (GRAPH, CHECKPOINT)
 """The folders of the model, each for one of the engines."""
+SLOTS = 4
 RANK = 6
 
 

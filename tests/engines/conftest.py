@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedModel
 
+from lifecycle.engines import pytorch_adapters
 from lifecycle.graph.export import export_decoder
 from lifecycle.graph.targets import Cpu
+from tests.engines.adapted import FORMS, SLOTS, make_adapted
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,21 @@ def story(data_dir: Path) -> list[int]:
     """The published greedy text of stories260K, as token ids."""
     path = data_dir / "stories260K" / "expected_greedy.json"
     return json.loads(path.read_text(encoding="utf-8"))["greedy_ids_numpy"]
+
+
+@pytest.fixture(scope="session")
+def adapted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with slots in both forms, and five different adapters; see `tests.engines.adapted`."""
+    root = tmp_path_factory.mktemp("adapted")
+    make_adapted(root, SLOTS, adapters=5)
+    return root
+
+
+@pytest.fixture(params=FORMS)
+def model(request: pytest.FixtureRequest, adapted: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """One form of it. Both engines have as many slots."""
+    monkeypatch.setattr(pytorch_adapters, "SLOTS", SLOTS)
+    return adapted / request.param
 
 
 def exported(model: PreTrainedModel, folder: Path) -> Model:

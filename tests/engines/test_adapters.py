@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lifecycle.engines import pytorch_adapters
 from lifecycle.engines.backend import Row
 from lifecycle.engines.base import EngineOptions
 from lifecycle.engines.batched import BatchedEngine
@@ -18,32 +17,14 @@ from lifecycle.graph.export import export_decoder
 from lifecycle.graph.int8 import Int8Rowwise
 from lifecycle.graph.quantize import quantize_graph
 from lifecycle.graph.targets import Cpu
-from tests.engines.adapted import CHECKPOINT, FORMS, GRAPH, make_adapted, open_form
+from tests.engines.adapted import CHECKPOINT, FORMS, GRAPH, open_form
 
 PROMPT = [1, 5, 9, 7]
 
 
-SLOTS = 4
-
-
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model and five different adapters."""
-    root = tmp_path_factory.mktemp("slots")
-    make_adapted(root, SLOTS, adapters=5)
-    return root
-
-
-@pytest.fixture(params=FORMS)
-def model(request: pytest.FixtureRequest, root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Both engines have four slots."""
-    monkeypatch.setattr(pytorch_adapters, "SLOTS", SLOTS)
-    return root / request.param
-
-
-@pytest.fixture(scope="module")
-def folders(root: Path) -> list[Path]:
-    return [root / str(n) for n in range(5)]
+def folders(adapted: Path) -> list[Path]:
+    return [adapted / str(n) for n in range(5)]
 
 
 def _open(model: Path, folders: list[Path]) -> BatchedEngine:
@@ -119,8 +100,8 @@ def test_rows_without_an_adapter_are_bit_identical_beside_those_with_one(
     assert not np.allclose(mixed[2], mixed[1])
 
 
-def test_adapters_that_move_in_the_bank_stay_themselves(root: Path, folders: list[Path]) -> None:
-    engine = _open(root / GRAPH, folders[:4])
+def test_adapters_that_move_in_the_bank_stay_themselves(adapted: Path, folders: list[Path]) -> None:
+    engine = _open(adapted / GRAPH, folders[:4])
     wanted = {name: engine.logits(PROMPT, name) for name in engine.adapters}
     # Every pair, often enough that entries are exchanged.
     for _ in range(3):
@@ -159,16 +140,16 @@ def test_unknown_and_repeated_names_are_refused(model: Path, folders: list[Path]
 
 
 def test_graphs_without_slots_say_how_to_get_them(
-    root: Path, folders: list[Path], tmp_path: Path
+    adapted: Path, folders: list[Path], tmp_path: Path
 ) -> None:
-    export_decoder(root / CHECKPOINT, tmp_path, Cpu())
+    export_decoder(adapted / CHECKPOINT, tmp_path, Cpu())
     with pytest.raises(EngineError, match=r"no adapter slots.*\{slots: 8, rank: 16\}"):
         OnnxEngine.open(tmp_path).load_adapter("a", folders[0])
 
 
-def test_both_engines_give_the_same_answers(root: Path, folders: list[Path]) -> None:
+def test_both_engines_give_the_same_answers(adapted: Path, folders: list[Path]) -> None:
     params = SamplingParams(max_tokens=12, ignore_eos=True)
-    graph, checkpoint = (_open(root / form, folders[:4]) for form in FORMS)
+    graph, checkpoint = (_open(adapted / form, folders[:4]) for form in FORMS)
     for name in (None, *graph.adapters):
         wanted, found = checkpoint.logits(PROMPT * 5, name), graph.logits(PROMPT * 5, name)
         np.testing.assert_allclose(found, wanted, atol=1e-4 * np.abs(wanted).max())

@@ -13,41 +13,24 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from lifecycle.engines import pytorch_adapters
 from lifecycle.engines.adapter_bank import AdapterBank, read_weights
 from lifecycle.engines.adapters import AdapterLayout
 from lifecycle.engines.pytorch import TorchEngine
 from lifecycle.errors import EngineError
-from tests.engines.adapted import CHECKPOINT, FORMS, GRAPH, layout_of, make_adapted, open_form
+from tests.engines.adapted import CHECKPOINT, GRAPH, SLOTS, layout_of, open_form
 
 PROMPT = [1, 5, 9, 7]
-SLOTS = 4
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model with four slots and an adapter."""
-    root = tmp_path_factory.mktemp("peft")
-    make_adapted(root, SLOTS, adapters=1)
-    return root
-
-
-@pytest.fixture(params=FORMS)
-def model(request: pytest.FixtureRequest, root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Both engines have four slots."""
-    monkeypatch.setattr(pytorch_adapters, "SLOTS", SLOTS)
-    return root / request.param
 
 
 @pytest.fixture
-def adapter(root: Path, tmp_path: Path) -> Path:
+def adapter(adapted: Path, tmp_path: Path) -> Path:
     """A copy of the adapter, to be changed."""
-    return copytree(root / "0", tmp_path / "adapter")
+    return copytree(adapted / "0", tmp_path / "adapter")
 
 
 @pytest.fixture
-def layout(root: Path) -> AdapterLayout:
-    return layout_of(root / GRAPH)
+def layout(adapted: Path) -> AdapterLayout:
+    return layout_of(adapted / GRAPH)
 
 
 def _change_config(**changes: Any) -> Callable[[Path], None]:
@@ -123,7 +106,7 @@ def _nan(tensors: dict[str, Any]) -> None:
     ],
 )
 def test_what_a_slot_cannot_compute_is_refused(
-    change: Callable[[Path], None], said: str, model: Path, root: Path, adapter: Path
+    change: Callable[[Path], None], said: str, model: Path, adapted: Path, adapter: Path
 ) -> None:
     """And the slots stay free."""
     engine = open_form(model)
@@ -132,25 +115,25 @@ def test_what_a_slot_cannot_compute_is_refused(
         with pytest.raises(EngineError, match=said):
             engine.load_adapter("wrong", adapter)
     for n in range(SLOTS):
-        engine.load_adapter(str(n), root / "0")
+        engine.load_adapter(str(n), adapted / "0")
     assert engine.adapters == ("0", "1", "2", "3")
 
 
 def test_a_rank_above_that_of_the_slots_is_refused_where_they_have_one(
-    root: Path, adapter: Path
+    adapted: Path, adapter: Path
 ) -> None:
     _change_tensors(_higher)(adapter)
     with pytest.raises(EngineError, match=r"rank 9, the slots have 6.*adapters\.rank 9"):
-        open_form(root / GRAPH).load_adapter("a", adapter)
-    open_form(root / CHECKPOINT).load_adapter("a", adapter)
+        open_form(adapted / GRAPH).load_adapter("a", adapter)
+    open_form(adapted / CHECKPOINT).load_adapter("a", adapter)
 
 
 def test_alpha_patterns_and_missing_modules_are_taken_as_peft_takes_them(
-    model: Path, root: Path, tmp_path: Path
+    model: Path, adapted: Path, tmp_path: Path
 ) -> None:
     """Its own reading is the reference."""
-    both = copytree(root / CHECKPOINT, tmp_path / "both")
-    folder = copytree(root / "0", both / "adapter")
+    both = copytree(adapted / CHECKPOINT, tmp_path / "both")
+    folder = copytree(adapted / "0", both / "adapter")
 
     def change(tensors: dict[str, Any]) -> None:
         for name in [n for n in tensors if "k_proj" in n or "layers.1.mlp" in n]:
@@ -227,9 +210,9 @@ def test_an_adapter_of_rank_nothing_is_refused(layout: AdapterLayout, adapter: P
     ("field", "value"), [("slots", 0), ("slots", 10**12), ("rank", -1), ("rank", 10**12)]
 )
 def test_a_layout_that_no_memory_holds_is_refused(
-    field: str, value: int, root: Path, tmp_path: Path
+    field: str, value: int, adapted: Path, tmp_path: Path
 ) -> None:
-    content = json.loads((root / GRAPH / "adapters.json").read_text()) | {field: value}
+    content = json.loads((adapted / GRAPH / "adapters.json").read_text()) | {field: value}
     (tmp_path / "adapters.json").write_text(json.dumps(content))
     with pytest.raises(EngineError, match="damaged|no memory for"):
         AdapterBank(layout_of(tmp_path))

@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -23,6 +22,7 @@ from lifecycle.graph.int8 import Int8Rowwise
 from lifecycle.graph.quantize import quantize_graph
 from lifecycle.graph.targets import Cpu
 from tests.engines.conftest import Model
+from tests.graph.models import SHAPE
 
 VOCAB, WINDOW = 160, 24
 """Tokens, and how far a layer looks back."""
@@ -41,13 +41,8 @@ def graph(
     return out
 
 
-SMALL: dict[str, Any] = {
+SMALL = SHAPE | {
     "vocab_size": VOCAB,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
     "max_position_embeddings": 1024,
     "sliding_window": WINDOW,
     "initializer_range": 0.2,
