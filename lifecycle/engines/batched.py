@@ -22,7 +22,7 @@ from lifecycle.engines.deadlines import Deadlines
 from lifecycle.engines.draft_model import Draft, DraftModel
 from lifecycle.engines.embeddings import Pooling, check_texts, embed_texts
 from lifecycle.engines.limits import cache_limit, check_request, check_tokens
-from lifecycle.engines.pace import Pace
+from lifecycle.engines.pace import EVERY, Pace
 from lifecycle.engines.prefix_cache import PrefixCache
 from lifecycle.engines.progress import Progress, failed
 from lifecycle.engines.requests import (
@@ -81,8 +81,8 @@ class BatchedEngine(Engine):
         self._cache = backend if isinstance(backend, CacheBackend) else None
         self._windows = windows
         self._progress = Progress(eos_token_ids, max_model_len, long_context)
-        guesses = options.draft_tokens > 0
-        self._pace = Pace(options.max_stall, has_prompt_graph=has_prompt_graph, has_guesses=guesses)
+        every = EVERY if draft is None else 1
+        self._pace = Pace(options.max_stall, has_prompt_graph=has_prompt_graph, every=every)
         if self._cache is None and draft is None:
             options = replace(options, draft_tokens=0)
         self._speculation = Speculation(options, max_model_len, draft and DraftModel(draft))

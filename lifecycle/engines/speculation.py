@@ -12,7 +12,7 @@ from lifecycle.engines.drafts import Lookup, Offer, Tally, choose_lengths
 from lifecycle.engines.pace import Pace
 from lifecycle.engines.state import RequestState
 
-_IDLE, _SHARE, _LONGEST_REST = 4, 0.005, 16
+_IDLE, _SHARE, _LONGEST_REST = 4, 0.003, 16
 """Looks at all texts without a guess that is worth its time, after which looks may take such a share of the time: that is
 how many steps are made between two, at most so many. One takes 1 to 8 % of a step."""
 _WEIGHT = 0.2
@@ -50,21 +50,20 @@ class Speculation:
 
     def draft(self, states: Iterable[RequestState], pace: Pace) -> None:
         """Set the drafts of those that decode."""
-        if not self._most:
+        asking = self._asking
+        if not self._most or (asking is None and self._is_resting()):
             return
         states = list(states)
         decoding = [state for state in states if not (state.is_prefilling or state.is_behind)]
         if not decoding:
             return
         num_decode = sum(len(state.tokens) - state.num_computed for state in decoding)
-        asking = self._asking
         if asking is not None:
             is_alone = len(decoding) == len(states)
-            asking = asking if asking.begin(pace, num_decode, is_alone=is_alone) else None
-        if asking is None and self._resting:
-            self._resting -= 1
-            self._skipped += 1
-            return
+            if not asking.begin(pace, num_decode, is_alone=is_alone):
+                if self._is_resting():
+                    return
+                asking = None
         looked = time.perf_counter()
         offers = [self._offer(state, asking) for state in decoding]
         begun, before = time.perf_counter(), asking.model.pace.seconds if asking else 0.0
@@ -86,6 +85,14 @@ class Speculation:
         self._rest(
             decoding, time.perf_counter() - looked - computed, pace.decode_seconds(num_decode)
         )
+
+    def _is_resting(self) -> bool:
+        """Whether nobody looks at texts before this step."""
+        if not self._resting:
+            return False
+        self._resting -= 1
+        self._skipped += 1
+        return True
 
     def _rest(self, decoding: list[RequestState], seconds: float, step: float | None) -> None:
         """After a look that took so long, before a step that takes `step`: when to look next."""

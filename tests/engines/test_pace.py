@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lifecycle.engines.pace import Pace
+from lifecycle.engines.pace import EVERY, Pace
 
 
 def step_seconds(num_decode: int, num_prompt: int, base: float, token: float) -> float:
@@ -214,9 +214,9 @@ def test_prompts_get_less_where_steps_often_take_longer_and_more_where_they_do_n
     assert never[-1] < 0.85 * bound
 
 
-@pytest.mark.parametrize("has_guesses", [True, False])
-def test_what_is_measured_now_and_then_is_followed_too(has_guesses: bool) -> None:
-    pace = Pace(has_guesses=has_guesses)
+@pytest.mark.parametrize("every", [1, EVERY])
+def test_what_is_measured_now_and_then_is_followed_too(every: int) -> None:
+    pace = Pace(every=every)
     for _ in range(40):
         pace.note(3, 0, 0.010)
     assert pace.decode_seconds(3) == pytest.approx(0.010)

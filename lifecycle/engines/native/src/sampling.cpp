@@ -130,7 +130,7 @@ template <typename T, int Which>
 T* room(size_t count) {
   return scratch<T, Which>(count + kLanes);
 }
-constexpr int kTokens = 20, kKeys = 21, kColumns = 22, kKept = 23, kWeights = 24, kEnds = 25;
+constexpr int kTokens = 20, kKeys = 21, kColumns = 22, kKept = 23, kWeights = 24, kEnds = 25, kPlaces = 26;
 
 // The largest of some numbers.
 float top_of(const float* values, size_t count) {
@@ -198,10 +198,16 @@ int32_t* largest_tokens(const float* logits, size_t count, const float* columns,
     for (size_t i = 0; i < num_columns; ++i) keys[i] = key_of<int32_t>(columns[i]);
     bound = least_of<false>(keys, num_columns, (double)wanted, kLowest, high).key;
   }
-  size_t found = 0;
+  // Their logits are asked for all together: another core may have written them.
+  int32_t* places = room<int32_t, kPlaces>(num_columns);
+  size_t num_places = 0, found = 0;
   for (size_t column = 0; column < num_columns; ++column) {
-    const size_t start = column * kColumn;
     if (key_of<int32_t>(columns[column]) < bound) continue;
+    expect(logits + column * kColumn, kColumn * sizeof(float));
+    places[num_places++] = (int32_t)column;
+  }
+  for (size_t i = 0; i < num_places; ++i) {
+    const size_t start = (size_t)places[i] * kColumn;
     found = collect(logits, start, std::min(start + kColumn, count), bound, found, tokens, keys);
   }
   const Least least = least_of<false>(keys, found, (double)wanted, bound, high);
