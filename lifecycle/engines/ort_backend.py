@@ -43,6 +43,9 @@ class OrtBackend:
     which is a view of the cache, not a copy.
     """
 
+    can_roll_back = True
+    """Attention reads and writes a slot up to where its row ends, and no further."""
+
     def __init__(
         self,
         open_graph: OpenGraph,

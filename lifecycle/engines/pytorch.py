@@ -62,6 +62,8 @@ class TorchEngine(BatchedEngine):
 class TorchBackend:
     """A model of transformers with one cache per slot, and adapters beside it."""
 
+    can_roll_back = False
+
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
         self._cache_argument = _cache_argument(model)
@@ -128,6 +130,8 @@ class TorchBackend:
 
 class CopyingBackend(TorchBackend):
     """One that can copy its cache, for a model with keys and values of all tokens."""
+
+    can_roll_back = True
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(model)
