@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Self
@@ -37,13 +36,13 @@ from lifecycle.engines.ort_backend import HostOrtBackend, OrtBackend
 from lifecycle.engines.ort_session import (
     CACHE_PARTS,
     CACHE_TYPES,
-    Provider,
     cache_names,
     check_signature,
+    known_providers,
     open_session,
-    provider_names,
 )
 from lifecycle.engines.packed_weights import PROVIDERS
+from lifecycle.engines.providers import provider_names
 from lifecycle.engines.sampling import NUMPY
 from lifecycle.engines.slot_cache import SlotCache
 from lifecycle.engines.state import LONGEST_RUN
@@ -63,21 +62,16 @@ class OnnxEngine(BatchedEngine):
     """Continuous batching over an exported decoder, on the providers that it was made for."""
 
     @classmethod
-    def open(
-        cls,
-        path: StrPath,
-        options: EngineOptions | None = None,
-        providers: Sequence[Provider] | None = None,
-    ) -> Self:
-        """As `Engine.open`; `providers` are execution providers to run on instead of those that
-        the graph was made for, by name or with their options."""
+    def open(cls, path: StrPath, options: EngineOptions | None = None) -> Self:
         path, options = Path(path), options or EngineOptions()
+        if options.providers is not None:
+            options = replace(options, providers=known_providers(options.providers))
         info = DecoderInfo.load(path)
         max_model_len = context_length(options, info.max_position_embeddings)
-        kernels = _kernels(options, providers or info.providers)
+        kernels = _kernels(options, info)
         layout = AdapterLayout.load(path)
         _warn_of_sums(path, info, kernels)
-        backend = _backend(path, info, options, max_model_len, providers, kernels, layout)
+        backend = _backend(path, info, options, max_model_len, kernels, layout)
         engine = cls(
             backend,
             options=options,
@@ -88,10 +82,11 @@ class OnnxEngine(BatchedEngine):
             windows=Windows(info.windows),
             has_prompt_graph=info.prefill_scheme is not None,
             cuts_freely=_cuts_freely(path, info, options, kernels, layout),
-            draft=_draft(path, info, options, max_model_len, providers),
+            draft=_draft(path, info, options, max_model_len),
             passes=NUMPY if kernels is None else native_passes(kernels, backend.columns_of),
         )
         engine.kernels = "onnxruntime" if kernels is None else "native"
+        engine.providers = backend.providers
         return engine
 
 
@@ -100,7 +95,6 @@ def _backend(
     info: DecoderInfo,
     options: EngineOptions,
     max_model_len: int,
-    providers: Sequence[Provider] | None,
     kernels: Path | None,
     layout: AdapterLayout | None = None,
 ) -> OrtBackend:
@@ -112,7 +106,7 @@ def _backend(
             )
         session = open_session(
             path / name,
-            providers or info.providers,
+            options.providers or info.providers,
             options.threads,
             options.packed_weights,
             whole_scores=_whole_scores(info, options, max_model_len),
@@ -168,9 +162,9 @@ def _cuts_freely(
         return False
 
 
-def _kernels(options: EngineOptions, providers: Sequence[Provider]) -> Path | None:
+def _kernels(options: EngineOptions, info: DecoderInfo) -> Path | None:
     """The library of our kernels, where they are to compute the graphs."""
-    wanted = options.kernels
+    wanted, providers = options.kernels, options.providers or info.providers
     conflict = None
     if tuple(providers) != PROVIDERS:
         conflict = f"the graph runs on {provider_names(providers)[0]}"
@@ -206,11 +200,7 @@ def _whole_scores(info: DecoderInfo, options: EngineOptions, max_model_len: int)
 
 
 def _draft(
-    path: Path,
-    info: DecoderInfo,
-    options: EngineOptions,
-    max_model_len: int,
-    providers: Sequence[Provider] | None,
+    path: Path, info: DecoderInfo, options: EngineOptions, max_model_len: int
 ) -> Draft | None:
     """The draft model of a model, where there is to be one."""
     if options.draft_model is None:
@@ -222,6 +212,6 @@ def _draft(
     weights = folder / WEIGHTS
     if weights.is_file() and weights.stat().st_size <= _SMALL_DRAFT:
         options = replace(options, threads=1)
-    kernels = _kernels(options, providers or draft.providers)
-    backend = _backend(folder, draft, options, most, providers, kernels)
+    kernels = _kernels(options, draft)
+    backend = _backend(folder, draft, options, most, kernels)
     return Draft(backend, most, draft.long_context)

@@ -60,6 +60,8 @@ class OrtBackend:
         self._layout = layout
         self._max_model_len = max_model_len
         self._long_offset = info.max_position_embeddings if info.long_context else 0
+        self.providers: Sequence[str] = session.get_providers()
+        """Those that the graph runs on."""
         self._graph: BoundGraph | None = BoundGraph(session, LOGITS, info.vocab_size)
         self._prefill: BoundGraph | None = None
         if info.prefill_scheme is not None:

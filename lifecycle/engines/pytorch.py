@@ -40,6 +40,10 @@ class TorchEngine(BatchedEngine):
         from lifecycle.training.models import load_model
 
         path, options = Path(path), options or EngineOptions()
+        if options.providers is not None:
+            raise EngineError(
+                "providers are ONNX Runtime's, and PyTorch runs on the CPU: leave them out, or take the engine onnxruntime"
+            )
         try:
             model = load_model(path)
         except CheckpointError as error:
