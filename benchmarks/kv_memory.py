@@ -18,8 +18,9 @@ from benchmarks.arguments import parser_of
 from benchmarks.random_llama import SMOLLM2_135M, write_llama
 from lifecycle.engines.base import EngineOptions
 from lifecycle.engines.ort import OnnxEngine
-from lifecycle.engines.ort_backend import HostOrtBackend
+from lifecycle.engines.ort_backend import CopyingOrtBackend
 from lifecycle.engines.requests import Request, SamplingParams
+from lifecycle.engines.slot_cache import SlotCache
 from lifecycle.graph.export import export_decoder
 from lifecycle.graph.targets import Cpu
 
@@ -75,7 +76,7 @@ def measure(engine: OnnxEngine, count: int) -> dict[str, float]:
 def resident(engine: OnnxEngine) -> int:
     """Resident bytes of the cache, from `/proc/self/smaps`."""
     backend = engine._backend  # pyright: ignore[reportPrivateUsage]
-    assert isinstance(backend, HostOrtBackend)
+    assert isinstance(backend, CopyingOrtBackend) and isinstance(backend.cache, SlotCache)
     arrays = backend.cache.rows(engine.max_num_seqs).values()
     spans = sorted((array.ctypes.data, array.ctypes.data + array.nbytes) for array in arrays)
     total, inside = 0, False

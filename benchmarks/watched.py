@@ -78,6 +78,11 @@ class Watched:
         self._backend.forget_passed(slot, count, before)
 
     @property
+    def can_roll_back(self) -> bool:
+        """As `Backend.can_roll_back`."""
+        return self._backend.can_roll_back
+
+    @property
     def bytes_per_token(self) -> int:
         """As `CacheBackend.bytes_per_token`."""
         return self._backend.bytes_per_token

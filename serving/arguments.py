@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lifecycle.commands.numbers import count, natural, quantity
 from lifecycle.commands.output import Parser
+from lifecycle.commands.providers import add_provider
 from lifecycle.engines.native import KERNELS
 
 KEY_VARIABLE = "LIFECYCLE_API_KEY"
@@ -161,6 +162,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--store", type=Path, metavar="DIR", help="store to look the name up in")
     parser.add_argument("--engine", default="onnxruntime", help="what runs it (%(default)s)")
+    add_provider(parser)
     parser.add_argument(
         "--max-model-len", type=count, metavar="TOKENS", help="context of one request"
     )

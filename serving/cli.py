@@ -90,6 +90,7 @@ def _open(args: argparse.Namespace) -> Service:
             draft_model=None if draft is None else find_folder(draft, args.store),
             packed_weights=args.packed_weights,
             kernels=args.kernels,
+            providers=args.providers,
         ),
         name=args.served_model_name or (None if has_name else args.bundle),
         max_queue=args.max_queue,

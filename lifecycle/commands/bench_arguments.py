@@ -8,6 +8,7 @@ from pathlib import Path
 from lifecycle.benchmarking.metrics import GOODPUT_KEYS
 from lifecycle.commands.numbers import count, natural, number, positive
 from lifecycle.commands.output import Parser
+from lifecycle.commands.providers import add_provider
 from lifecycle.engines.native import KERNELS
 from lifecycle.errors import RecipeError
 from lifecycle.pipeline.suggest import did_you_mean
@@ -127,6 +128,7 @@ def _add_engine(parser: Parser) -> None:
         "--kernels", choices=KERNELS, default="auto",
         help="whose kernels compute: native are this project's, auto the faster ones (%(default)s)",
     )  # fmt: skip
+    add_provider(group)
 
 
 def check(args: argparse.Namespace) -> None:

@@ -49,7 +49,7 @@ def main(argv: list[str]) -> int:
             workloads = plan.workloads(engine.vocab_size)
             report = Report(
                 model=_about_model(args.model, folder, info),
-                engine=_about_engine(args.engine, options, engine.kernels),
+                engine=_about_engine(args.engine, options, engine),
                 workload=plan.to_json(),
                 environment=_environment(),
             )
@@ -88,6 +88,7 @@ def _options(plan: Plan) -> EngineOptions:
         draft_model=None if draft is None else find_folder(draft, args.store),
         packed_weights=args.packed_weights,
         kernels=args.kernels,
+        providers=args.providers,
     )
 
 
@@ -99,9 +100,9 @@ def _about_model(given: str, folder: Path, info: DecoderInfo | None) -> dict[str
     return {"name": name, "path": str(folder), **about}
 
 
-def _about_engine(name: str, options: EngineOptions, kernels: str | None) -> dict[str, Any]:
+def _about_engine(name: str, options: EngineOptions, engine: Engine) -> dict[str, Any]:
     about = {key: str(v) if isinstance(v, Path) else v for key, v in asdict(options).items()}
-    return {"name": name, **about, "kernels": kernels}
+    return {"name": name, **about, "kernels": engine.kernels, "providers": engine.providers}
 
 
 def _environment() -> dict[str, Any]:

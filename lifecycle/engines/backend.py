@@ -39,6 +39,11 @@ class Row(NamedTuple):
 class Backend(Protocol):
     """A model with a cache of keys and values for a fixed number of slots."""
 
+    @property
+    def can_roll_back(self) -> bool:
+        """Whether it takes rows that begin before the end of what their slot holds: what stands behind is forgotten."""
+        ...
+
     def forward(self, rows: Sequence[Row]) -> NDArray[np.float32]:
         """Run the model once over rows of different slots.
 
@@ -103,8 +108,7 @@ class HiddenBackend(Backend, Protocol):
 
 @runtime_checkable
 class CacheBackend(Backend, Protocol):
-    """A backend whose cache can be copied by ranges of tokens, and that takes rows which begin before
-    the end of what their slot holds: what stands behind is forgotten. Copies may raise `COPY_ERRORS`."""
+    """A backend whose cache can be copied by ranges of tokens, and that can roll back. Copies may raise `COPY_ERRORS`."""
 
     @property
     def bytes_per_token(self) -> int:

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lifecycle.engines.native import Kernels
+from lifecycle.engines.providers import Provider
 from lifecycle.engines.requests import Event, Generation, Request, SamplingParams, Score
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ class EngineOptions:
     that cannot copy their cache do without."""
     kv_cache_bytes: int | None = None
     """Memory for keys and values of requests; None is room for every slot's whole context. Where it is
-    full, the requests that came last give up theirs and compute it anew later."""
+    full, the requests that came last give up theirs and compute it anew later. What a device takes at once must fit."""
     max_stall: float | None = 3.0
     """Where requests decode, a step that computes prompts too takes at most so many times as long as one
     that does not, but for one in some hundred on a busy machine, and as far as 2 tokens of a prompt allow, or 16 where
@@ -65,6 +66,9 @@ class EngineOptions:
     kernels: Kernels = "auto"
     """`native` are this project's, compiled where they run; `auto` takes them where they are known to be faster and
     can be had, and ONNX Runtime's elsewhere, also for packed weights, whose form is ONNX Runtime's."""
+    providers: Sequence[Provider] | None = None
+    """Execution providers of ONNX Runtime to run on, the preferred one first, by name (`cuda` is enough) or with their
+    options; None takes those that the graph was made for."""
 
 
 class Engine(ABC):
@@ -76,6 +80,8 @@ class Engine(ABC):
     eos_token_ids: frozenset[int]
     kernels: str | None = None
     """Whose kernels it runs, where there is a choice."""
+    providers: Sequence[str] | None = None
+    """The execution providers that it runs on, the preferred one first, where it runs in ONNX Runtime."""
 
     @classmethod
     @abstractmethod

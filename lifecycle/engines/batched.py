@@ -67,8 +67,7 @@ class BatchedEngine(Engine):
             windows: what the layers look back on.
             has_prompt_graph: whether `backend` computes the tokens of prompts by a graph of their own.
             cuts_freely: whether a token gets the same bits from `backend` however its text is cut.
-            draft: a model that guesses; with one, `backend` takes rows that begin before the end of what
-                their slot holds also where its cache cannot be copied.
+            draft: a model that guesses; with one, `backend` can roll back.
             passes: how logits are scanned and drawn from.
         """
         self.vocab_size = vocab_size
@@ -83,7 +82,7 @@ class BatchedEngine(Engine):
         self._progress = Progress(eos_token_ids, max_model_len, long_context)
         every = EVERY if draft is None else 1
         self._pace = Pace(options.max_stall, has_prompt_graph=has_prompt_graph, every=every)
-        if self._cache is None and draft is None:
+        if not backend.can_roll_back:
             options = replace(options, draft_tokens=0)
         self._speculation = Speculation(options, max_model_len, draft and DraftModel(draft))
         self._prefixes: PrefixCache | None = None

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from lifecycle.engines.ort_session import HOST
+from lifecycle.engines.ort_session import HOST, bind_cache
 from lifecycle.errors import EngineError
 
 _DEVICES = {"Cuda": "cuda", "WebGPU_Buf": "webgpu", "DML": "dml", "Cann": "cann"}
@@ -67,19 +67,27 @@ class DeviceCache:
                 value.update_inplace(zeros)
                 self._values[name] = value
         except Exception as error:
-            raise EngineError(
-                f"no memory on {device[0]} for a cache of {size >> 20} MiB ({error}): lower max_num_seqs, {shape[0]}, "
-                f"max_model_len or prefill_chunk, together {shape[2]} tokens per slot"
-            ) from error
+            raise no_memory(device, size, shape, error) from error
 
     def num_rows(self, count: int) -> int:
         """Slots that a graph is given where it needs the first `count`: there are no views of memory on a device."""
         return self.num_slots
 
-    def values(self, count: int) -> dict[str, ort.OrtValue]:
-        """The arrays, as a graph is bound to them."""
-        return self._values
+    def bind(self, binding: ort.IOBinding, count: int) -> None:
+        """Let a graph read and write the arrays."""
+        bind_cache(binding, self._values)
 
     def clear(self) -> None:
         """Let go of all memory, once no graph is bound to it."""
         self._values.clear()
+
+
+def no_memory(
+    device: Device, num_bytes: int, shape: tuple[int, ...], error: Exception
+) -> EngineError:
+    """What there is to say where a device has no room for arrays of this shape."""
+    reason = str(error).partition("\n")[0]
+    return EngineError(
+        f"no memory on {device[0]} for a cache of {num_bytes >> 20} MiB ({reason}): lower max_num_seqs, {shape[0]}, "
+        f"max_model_len or prefill_chunk, together {shape[2]} tokens per slot"
+    )

@@ -7,15 +7,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Self
 
+import numpy as np
 import onnxruntime as ort
 
+from lifecycle.engines import tensor_cache
 from lifecycle.engines.adapters import GRAPH as ADAPTED
 from lifecycle.engines.adapters import AdapterLayout
+from lifecycle.engines.backend import Row
 from lifecycle.engines.base import EngineOptions, StrPath
 from lifecycle.engines.batched import BatchedEngine
 from lifecycle.engines.decoder import (
@@ -26,27 +29,28 @@ from lifecycle.engines.decoder import (
     WEIGHTS,
     DecoderInfo,
 )
-from lifecycle.engines.device_cache import DeviceCache, cache_device
+from lifecycle.engines.device_cache import Device, DeviceCache, cache_device
 from lifecycle.engines.draft_model import Draft
 from lifecycle.engines.draft_pair import check_pair
 from lifecycle.engines.limits import context_length
 from lifecycle.engines.native.library import adds_bytes_exactly, kernels_for
 from lifecycle.engines.native.sampling import native_passes
 from lifecycle.engines.native.swap import computes_by_token
-from lifecycle.engines.ort_backend import HostOrtBackend, OrtBackend
+from lifecycle.engines.ort_backend import CopyingOrtBackend, OrtBackend
 from lifecycle.engines.ort_session import (
     CACHE_PARTS,
     CACHE_TYPES,
-    Provider,
     cache_names,
     check_signature,
+    known_providers,
     open_session,
-    provider_names,
 )
 from lifecycle.engines.packed_weights import PROVIDERS
+from lifecycle.engines.providers import provider_names
 from lifecycle.engines.sampling import NUMPY
 from lifecycle.engines.slot_cache import SlotCache
 from lifecycle.engines.state import LONGEST_RUN
+from lifecycle.engines.tensor_cache import TensorCache
 from lifecycle.engines.windows import Windows
 from lifecycle.errors import EngineError
 
@@ -58,26 +62,24 @@ _MOST_SCORES = 128 << 20
 """Bytes of attention scores, below which all of a layer are held at once: that is up to 1.3 times as fast, since
 attention in blocks makes many small products, but what was touched of them stays in memory."""
 
+_NOISE = 0.05
+"""Of the largest logit: what comes of rounding, with products in half as many bits too, is far less."""
+
 
 class OnnxEngine(BatchedEngine):
     """Continuous batching over an exported decoder, on the providers that it was made for."""
 
     @classmethod
-    def open(
-        cls,
-        path: StrPath,
-        options: EngineOptions | None = None,
-        providers: Sequence[Provider] | None = None,
-    ) -> Self:
-        """As `Engine.open`; `providers` are execution providers to run on instead of those that
-        the graph was made for, by name or with their options."""
+    def open(cls, path: StrPath, options: EngineOptions | None = None) -> Self:
         path, options = Path(path), options or EngineOptions()
+        if options.providers is not None:
+            options = replace(options, providers=known_providers(options.providers))
         info = DecoderInfo.load(path)
         max_model_len = context_length(options, info.max_position_embeddings)
-        kernels = _kernels(options, providers or info.providers)
+        kernels = _kernels(options, info)
         layout = AdapterLayout.load(path)
         _warn_of_sums(path, info, kernels)
-        backend = _backend(path, info, options, max_model_len, providers, kernels, layout)
+        backend = _backend(path, info, options, max_model_len, kernels, layout)
         engine = cls(
             backend,
             options=options,
@@ -88,10 +90,11 @@ class OnnxEngine(BatchedEngine):
             windows=Windows(info.windows),
             has_prompt_graph=info.prefill_scheme is not None,
             cuts_freely=_cuts_freely(path, info, options, kernels, layout),
-            draft=_draft(path, info, options, max_model_len, providers),
+            draft=_draft(path, info, options, max_model_len),
             passes=NUMPY if kernels is None else native_passes(kernels, backend.columns_of),
         )
         engine.kernels = "onnxruntime" if kernels is None else "native"
+        engine.providers = backend.providers
         return engine
 
 
@@ -100,7 +103,6 @@ def _backend(
     info: DecoderInfo,
     options: EngineOptions,
     max_model_len: int,
-    providers: Sequence[Provider] | None,
     kernels: Path | None,
     layout: AdapterLayout | None = None,
 ) -> OrtBackend:
@@ -112,7 +114,7 @@ def _backend(
             )
         session = open_session(
             path / name,
-            providers or info.providers,
+            options.providers or info.providers,
             options.threads,
             options.packed_weights,
             whole_scores=_whole_scores(info, options, max_model_len),
@@ -138,12 +140,48 @@ def _backend(
     shape = options.max_num_seqs, info.num_kv_heads, capacity, info.cache_width
     dtype = CACHE_TYPES[info.kv_dtype]
     device = cache_device(session, names)
-    if device is not None:
+    arguments = info, max_model_len, layout
+    if device is not None and not tensor_cache.reaches(device):
         cache = DeviceCache(device, names, shape, dtype)
-        return OrtBackend(open_beside, session, cache, info, max_model_len, layout)
-    windows = [window for window in info.windows for _ in CACHE_PARTS]
-    cache = SlotCache(names, shape, dtype, windows)
-    return HostOrtBackend(open_beside, session, cache, info, max_model_len, layout)
+        backend = OrtBackend(open_beside, session, cache, *arguments)
+    elif device is not None:
+        _check_whole(options, device, len(names) * math.prod(shape) * dtype.itemsize)
+        cache = TensorCache(device, names, shape, dtype)
+        backend = CopyingOrtBackend(open_beside, session, cache, *arguments)
+    else:
+        windows = [window for window in info.windows for _ in CACHE_PARTS]
+        cache = SlotCache(names, shape, dtype, windows)
+        return CopyingOrtBackend(open_beside, session, cache, *arguments)
+    _check_attention(backend, device)
+    return backend
+
+
+def _check_whole(options: EngineOptions, device: Device, num_bytes: int) -> None:
+    """What is taken at once cannot be bounded to a part of itself."""
+    budget = options.kv_cache_bytes
+    if budget is not None and budget < num_bytes:
+        raise EngineError(
+            f"kv_cache_bytes is {budget}; on {device[0]} the cache takes room for every slot's whole context at once, "
+            f"{num_bytes}: allow that, or lower max_num_seqs or max_model_len"
+        )
+
+
+def _check_attention(backend: OrtBackend, device: Device) -> None:
+    """Attention of a device may not know `query_seqlens`. It fails then, or what it makes of a row depends on how wide
+    the step is, and nothing else would tell but answers."""
+    tokens = [0, 1, 0, 1]
+    try:
+        whole = backend.forward([Row(0, 0, tokens, len(tokens))]).copy()
+        parts = [backend.forward([Row(0, n, [t], 1)])[0].copy() for n, t in enumerate(tokens)]
+    except EngineError as error:
+        reason = str(error)
+    else:
+        if np.abs(whole - parts).max() <= _NOISE * np.abs(whole).max():
+            return
+        reason = "a text gives other logits token by token"
+    raise EngineError(
+        f"attention on {device[0]} takes no rows of different lengths ({reason}): run it on the CPU"
+    )
 
 
 def _cuts_freely(
@@ -168,9 +206,9 @@ def _cuts_freely(
         return False
 
 
-def _kernels(options: EngineOptions, providers: Sequence[Provider]) -> Path | None:
+def _kernels(options: EngineOptions, info: DecoderInfo) -> Path | None:
     """The library of our kernels, where they are to compute the graphs."""
-    wanted = options.kernels
+    wanted, providers = options.kernels, options.providers or info.providers
     conflict = None
     if tuple(providers) != PROVIDERS:
         conflict = f"the graph runs on {provider_names(providers)[0]}"
@@ -206,11 +244,7 @@ def _whole_scores(info: DecoderInfo, options: EngineOptions, max_model_len: int)
 
 
 def _draft(
-    path: Path,
-    info: DecoderInfo,
-    options: EngineOptions,
-    max_model_len: int,
-    providers: Sequence[Provider] | None,
+    path: Path, info: DecoderInfo, options: EngineOptions, max_model_len: int
 ) -> Draft | None:
     """The draft model of a model, where there is to be one."""
     if options.draft_model is None:
@@ -222,6 +256,6 @@ def _draft(
     weights = folder / WEIGHTS
     if weights.is_file() and weights.stat().st_size <= _SMALL_DRAFT:
         options = replace(options, threads=1)
-    kernels = _kernels(options, providers or draft.providers)
-    backend = _backend(folder, draft, options, most, providers, kernels)
+    kernels = _kernels(options, draft)
+    backend = _backend(folder, draft, options, most, kernels)
     return Draft(backend, most, draft.long_context)

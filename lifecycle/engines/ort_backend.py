@@ -28,6 +28,7 @@ from lifecycle.engines.native.swap import LOGITS
 from lifecycle.engines.ort_binding import Binding, BoundGraph, Output
 from lifecycle.engines.prompt_graph import run_parts
 from lifecycle.engines.slot_cache import SlotCache
+from lifecycle.engines.tensor_cache import TensorCache
 from lifecycle.errors import EngineError
 
 _MAX_BINDINGS = 64
@@ -43,11 +44,14 @@ class OrtBackend:
     which is a view of the cache, not a copy.
     """
 
+    can_roll_back = True
+    """Attention reads and writes a slot up to where its row ends, and no further."""
+
     def __init__(
         self,
         open_graph: OpenGraph,
         session: ort.InferenceSession,
-        cache: SlotCache | DeviceCache,
+        cache: SlotCache | TensorCache | DeviceCache,
         info: DecoderInfo,
         max_model_len: int,
         layout: AdapterLayout | None,
@@ -57,6 +61,8 @@ class OrtBackend:
         self._layout = layout
         self._max_model_len = max_model_len
         self._long_offset = info.max_position_embeddings if info.long_context else 0
+        self.providers: Sequence[str] = session.get_providers()
+        """Those that the graph runs on."""
         self._graph: BoundGraph | None = BoundGraph(session, LOGITS, info.vocab_size)
         self._prefill: BoundGraph | None = None
         if info.prefill_scheme is not None:
@@ -170,7 +176,8 @@ class OrtBackend:
         if key not in graph.bindings:
             if len(graph.bindings) >= _MAX_BINDINGS:
                 graph.bindings.clear()
-            graph.bindings[key] = Binding(graph, self._cache.values(num_rows))
+            graph.bindings[key] = Binding(graph)
+            self._cache.bind(graph.bindings[key].binding, num_rows)
         binding = graph.bindings[key]
         if self._bank is not None and entries is not None:
             bound = binding.bound_adapters
@@ -179,14 +186,14 @@ class OrtBackend:
         return binding
 
 
-class HostOrtBackend(OrtBackend):
-    """The same over a cache in the memory of the host, of which parts can be copied and given back."""
+class CopyingOrtBackend(OrtBackend):
+    """The same over a cache that can be copied by ranges of tokens."""
 
     def __init__(
         self,
         open_graph: OpenGraph,
         session: ort.InferenceSession,
-        cache: SlotCache,
+        cache: SlotCache | TensorCache,
         info: DecoderInfo,
         max_model_len: int,
         layout: AdapterLayout | None,

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from lifecycle.engines.base import AdapterWeights
 from lifecycle.engines.native.sampling import Columns, num_columns
 from lifecycle.engines.native.swap import TOPS
-from lifecycle.engines.ort_session import HOST, present_name
+from lifecycle.engines.ort_session import HOST
 
 
 class BoundGraph:
@@ -43,15 +43,13 @@ class Output(NamedTuple):
 class Binding:
     """The cache and the output of steps over so many slots, bound once."""
 
-    def __init__(self, graph: BoundGraph, cache: dict[str, ort.OrtValue]) -> None:
+    def __init__(self, graph: BoundGraph) -> None:
+        """The cache is bound by whoever has it."""
         self.binding = ort.IOBinding(graph.session)
         self._name, self._tells_tops = graph.output, graph.tells_tops
         self._output: Output | None = None
         self.bound_adapters = 0
         """The state of the adapters whose weights are bound, if any are."""
-        for name, value in cache.items():
-            self.binding.bind_ortvalue_input(name, value)
-            self.binding.bind_ortvalue_output(present_name(name), value)
         self._found = np.empty((0, graph.width), np.float32)
         self._tops = np.empty((0, num_columns(graph.width)), np.float32)
 

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -23,10 +23,8 @@ from lifecycle.engines.limits import usable_cores
 from lifecycle.engines.native.swap import LOGITS, TOPS, swap
 from lifecycle.engines.onnx_file import check_external_data
 from lifecycle.engines.packed_weights import PROVIDERS, open_packed
+from lifecycle.engines.providers import PROVIDER_ENDING, Provider, provider_names
 from lifecycle.errors import EngineError
-
-Provider = str | tuple[str, dict[str, str]]
-"""An execution provider by name, or with its options."""
 
 STEP_INPUTS = frozenset(
     {
@@ -70,9 +68,29 @@ _ENVIRONMENT = Lock()
 _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
-def provider_names(providers: Sequence[Provider]) -> tuple[str, ...]:
-    """Those of providers with and without options."""
-    return tuple(each if isinstance(each, str) else each[0] for each in providers)
+def known_providers(providers: Sequence[Provider]) -> tuple[Provider, ...]:
+    """The same by their full names, of which the beginning, as in `cuda`, is enough.
+
+    Raises:
+        EngineError: this build of ONNX Runtime lacks one.
+    """
+    if isinstance(providers, str):
+        raise EngineError(f"providers is {providers!r}; it must be a list of names")
+    available: list[str] = ort.get_available_providers()
+    names = {_short(name): name for name in available}
+    found = list[Provider]()
+    for given, each in zip(provider_names(providers), providers, strict=True):
+        name = names.get(_short(given))
+        if name is None:
+            raise EngineError(
+                f"the provider is {given!r}, which this onnxruntime does not have; it has {', '.join(available)}"
+            )
+        found.append(name if isinstance(each, str) else (name, each[1]))
+    return tuple(found)
+
+
+def _short(name: str) -> str:
+    return name.removesuffix(PROVIDER_ENDING).lower()
 
 
 def open_session(
@@ -207,6 +225,13 @@ def cache_names(info: DecoderInfo) -> list[str]:
 def present_name(past: str) -> str:
     """The output that belongs to an input of the cache."""
     return past.replace(PAST, "present.", 1)
+
+
+def bind_cache(binding: ort.IOBinding, values: Mapping[str, ort.OrtValue]) -> None:
+    """Let a graph read and write its cache in these values, by the names of their inputs."""
+    for name, value in values.items():
+        binding.bind_ortvalue_input(name, value)
+        binding.bind_ortvalue_output(present_name(name), value)
 
 
 def type_name(dtype: np.dtype[Any]) -> str:

@@ -40,6 +40,10 @@ class TorchEngine(BatchedEngine):
         from lifecycle.training.models import load_model
 
         path, options = Path(path), options or EngineOptions()
+        if options.providers is not None:
+            raise EngineError(
+                "providers are ONNX Runtime's, and PyTorch runs on the CPU: leave them out, or take the engine onnxruntime"
+            )
         try:
             model = load_model(path)
         except CheckpointError as error:
@@ -61,6 +65,8 @@ class TorchEngine(BatchedEngine):
 
 class TorchBackend:
     """A model of transformers with one cache per slot, and adapters beside it."""
+
+    can_roll_back = False
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
@@ -128,6 +134,8 @@ class TorchBackend:
 
 class CopyingBackend(TorchBackend):
     """One that can copy its cache, for a model with keys and values of all tokens."""
+
+    can_roll_back = True
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(model)

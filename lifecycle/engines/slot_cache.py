@@ -16,6 +16,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from lifecycle.engines.backend import Block
+from lifecycle.engines.ort_session import bind_cache
 from lifecycle.errors import EngineError
 
 
@@ -61,9 +62,10 @@ class SlotCache:
         """Slots that a graph is given where it needs the first `count`."""
         return count
 
-    def values(self, count: int) -> dict[str, ort.OrtValue]:
-        """The first `count` slots of each array, as a graph is bound to them."""
-        return {n: ort.OrtValue.ortvalue_from_numpy(a) for n, a in self.rows(count).items()}
+    def bind(self, binding: ort.IOBinding, count: int) -> None:
+        """Let a graph read and write the first `count` slots of each array."""
+        arrays = self.rows(count).items()
+        bind_cache(binding, {n: ort.OrtValue.ortvalue_from_numpy(a) for n, a in arrays})
 
     def rows(self, count: int) -> dict[str, NDArray[Any]]:
         """The first `count` slots of each array; views, not copies."""

@@ -14,7 +14,7 @@ class EngineStats:
     cache_tokens: int
     """Tokens whose keys and values are held for requests."""
     cache_bytes: int
-    """What they take; 0 where the engine cannot tell."""
+    """What they take, of memory that is taken at once too; 0 where the engine cannot tell."""
     cache_capacity_bytes: int
     """What they may take at most."""
     prefix_bytes: int

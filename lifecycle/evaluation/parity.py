@@ -130,10 +130,9 @@ def _open(graph: Path, chunk: int = max(_LENGTHS)) -> BatchedEngine:
 
     info = DecoderInfo.load(graph)
     room = min(info.max_position_embeddings, max(_LENGTHS))
-    providers = ["CPUExecutionProvider"] if missing_providers(graph) else info.providers
-    return OnnxEngine.open(
-        graph, EngineOptions(len(_LENGTHS) + 1, room, prefill_chunk=chunk), providers
-    )
+    providers = ["cpu"] if missing_providers(graph) else None
+    options = EngineOptions(len(_LENGTHS) + 1, room, prefill_chunk=chunk, providers=providers)
+    return OnnxEngine.open(graph, options)
 
 
 def missing_providers(graph: Path) -> list[str]:

@@ -74,6 +74,7 @@ SCHEMA = closed(
         max_stall=or_null(NUMBER),
         draft_tokens=INTEGER,
         **dict.fromkeys(("draft_model", "packed_weights", "kernels"), or_null(TEXT)),
+        providers=or_null({"type": "array", "items": TEXT}),
     ),
     workload=closed(
         kind={"enum": ["closed-loop", "poisson", "trace"]},
@@ -166,6 +167,13 @@ def test_a_draft_model_is_taken_and_named(bench, decoder: str) -> None:
     _, found = bench(*SMALL, "--draft-model", decoder, "--draft-tokens", "2", "--kv-cache", "0")
     assert found["engine"]["kv_cache_bytes"] is None
     assert found["engine"]["draft_model"] == decoder and found["engine"]["draft_tokens"] == 2
+
+
+def test_the_providers_that_ran_are_named(bench) -> None:
+    wanted = ["CPUExecutionProvider"]
+    for options in ([], ["--provider", "cpu:use_arena=0"]):
+        _, found = bench(*SMALL, "--requests", "2", *options)
+        assert found["engine"]["providers"] == wanted
 
 
 def test_random_arrivals(bench) -> None:
@@ -285,11 +293,19 @@ def test_no_or_unknown_benchmark_prints_the_usage(argv: list[str], capsys) -> No
         (["--engine", "onnxruntim"], "unknown engine 'onnxruntim'; did you mean 'onnxruntime'?"),
         (["--drat-tokens", "2"], "--drat-tokens 2; did you mean '--draft-tokens'?"),
         (["--seed", "-1"], "--seed: '-1': give an integer, 0 or more"),
+        (["--provider", "cpu:2"], "--provider: 'cpu:2': give NAME or NAME:KEY=VALUE,..., as in"),
     ],
 )
 def test_bad_arguments(options: list[str], message: str, decoder: str, capsys) -> None:
     assert main(["bench", "engine", decoder, *options]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_an_unknown_provider_is_named(decoder: str, capsys) -> None:
+    assert main(["bench", "engine", decoder, "--provider", "cudda"]) == 1
+    message = capsys.readouterr().err
+    assert "the provider is 'cudda', which this onnxruntime does not have; it has" in message
+    assert "CPUExecutionProvider" in message
 
 
 def test_a_trace_that_does_not_fit_names_the_scale(decoder: str, data_dir: Path, capsys) -> None:

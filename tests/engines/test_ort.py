@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from lifecycle.engines.backend import Row
 from lifecycle.engines.base import Engine, EngineOptions
 from lifecycle.engines.decoder import DecoderInfo
 from lifecycle.engines.ort import OnnxEngine
+from lifecycle.engines.providers import Provider, parse_provider
 from lifecycle.engines.pytorch import TorchEngine
 from lifecycle.engines.requests import FinishReason, Request, SamplingParams
 from lifecycle.engines.state import LONGEST_RUN
@@ -237,6 +239,37 @@ def test_weights_outside_the_folder_are_refused(copy: Path, tmp_path: Path) -> N
     (copy / "model.onnx").write_bytes(model.SerializeToString())
     with pytest.raises(EngineError, match="outside its own folder"):
         OnnxEngine.open(copy)
+
+
+def test_a_provider_is_known_by_the_beginning_of_its_name(random_model: Model) -> None:
+    names: list[Provider] = ["cpu", "CPU", "CPUExecutionProvider", ("cpu", {"use_arena": "0"})]
+    for name in names:
+        engine = OnnxEngine.open(random_model.graph, EngineOptions(1, providers=[name]))
+        assert engine.providers == ["CPUExecutionProvider"]
+    for wrong, message in (
+        (["cpu", "nothing"], "the provider is 'nothing', which this onnxruntime .* it has .*CPU"),
+        ("cpu", "providers is 'cpu'; it must be a list"),
+    ):
+        with pytest.raises(EngineError, match=message):
+            OnnxEngine.open(random_model.graph, EngineOptions(1, providers=wrong))
+
+
+@pytest.mark.parametrize(
+    ("text", "provider"),
+    [
+        ("cuda", "cuda"),
+        ("cuda:device_id=1", ("cuda", {"device_id": "1"})),
+        ("x:a=1,b=c=d:e,f=", ("x", {"a": "1", "b": "c=d:e", "f": ""})),
+    ],
+)
+def test_a_provider_in_one_word(text: str, provider: Provider) -> None:
+    assert parse_provider(text) == provider
+
+
+@pytest.mark.parametrize("text", ["", ":a=1", "x:", "x:a", "x:a=1,", "x:=1"])
+def test_what_is_no_provider(text: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"'{text}': give NAME or NAME:KEY=VALUE")):
+        parse_provider(text)
 
 
 def test_a_context_longer_than_the_models_is_refused(random_model: Model) -> None:

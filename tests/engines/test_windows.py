@@ -16,7 +16,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from lifecycle.engines.base import EngineOptions
 from lifecycle.engines.decoder import DecoderInfo
 from lifecycle.engines.ort import OnnxEngine
-from lifecycle.engines.ort_backend import HostOrtBackend
+from lifecycle.engines.ort_backend import CopyingOrtBackend
 from lifecycle.engines.requests import Request, SamplingParams
 from lifecycle.engines.slot_cache import SlotCache
 from lifecycle.engines.windows import ALL_SEEN, Windows
@@ -92,7 +92,7 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_long_text_takes_what_its_layers_look_back_on(mixed: Path) -> None:
     engine = OnnxEngine.open(mixed, EngineOptions(2, 900, prefill_chunk=32))
     backend = engine._backend
-    assert isinstance(backend, HostOrtBackend)
+    assert isinstance(backend, CopyingOrtBackend)
     engine.submit(Request("long", list(range(3, 203)), FREE))
     most = 0.0
     while engine.num_running or engine.num_waiting:
@@ -174,7 +174,7 @@ def test_a_text_beyond_a_bounded_cache_is_embedded(tmp_path: Path) -> None:
     texts = [[1 + n % 5 for n in range(60)], [3, 4, 5]]
     whole = OnnxEngine.open(tmp_path / "onnx", EngineOptions(2, 64, prefill_chunk=16))
     backend = whole._backend
-    assert isinstance(backend, HostOrtBackend)
+    assert isinstance(backend, CopyingOrtBackend)
     options = EngineOptions(
         2, 64, prefill_chunk=16, kv_cache_bytes=backend.bytes_per_token * (7 + 16)
     )

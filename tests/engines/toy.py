@@ -46,6 +46,8 @@ def guessed_token(text: Sequence[int], agreement: float) -> int:
 class ToyBackend:
     """Texts by slot. `fail_next` makes the next step fail; `poison` makes a text's row NaN."""
 
+    can_roll_back = True
+
     def __init__(self, agreement: float = 1.0) -> None:
         self.agreement = agreement
         self.texts: dict[int, list[int]] = {}

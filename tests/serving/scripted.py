@@ -20,6 +20,8 @@ from lifecycle.engines.requests import Event, Request
 class ScriptedBackend:
     """The token after a text of n tokens is `script[n % len(script)]`."""
 
+    can_roll_back = True
+
     def __init__(self, vocab_size: int, script: Sequence[int]) -> None:
         self.vocab_size, self.script = vocab_size, script
         self.failure: Exception | None = None

@@ -225,6 +225,15 @@ def test_an_unknown_engine_names_the_near_one(chat_bundle: Path) -> None:
         serve([str(chat_bundle), "--port", "0", "--engine", "onnxruntme"])
 
 
+def test_providers_reach_the_engine(chat_bundle: Path, chat_model: Path) -> None:
+    """A bundle that was exported for the CPU may be served elsewhere, where there is such a provider."""
+    wrong = ["--provider", "cpu", "--provider", "cudda:device_id=1"]
+    with pytest.raises(LifecycleError, match="the provider is 'cudda', which this onnxruntime"):
+        serve([str(chat_bundle), "--port", "0", *wrong])
+    with pytest.raises(LifecycleError, match="providers are ONNX Runtime's, and PyTorch runs on"):
+        serve([str(chat_model), "--port", "0", "--engine", "pytorch", *wrong])
+
+
 @pytest.mark.slow
 def test_a_pytorch_folder_is_served_by_its_engine(chat_model: Path) -> None:
     with serving(chat_model, "--engine", "pytorch") as process, client(url_of(process)) as http:
