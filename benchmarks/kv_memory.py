@@ -2,26 +2,32 @@
 
     python -m benchmarks.kv_memory [--requests 40] [--slots 8] [--context 2048] [--json]
 
-A random Llama with the cache of the 135M shape, its layers cut to four. Resident bytes of the cache's own
-memory, as the system counts them, by the bytes of the tokens that running requests have in it.
+A random Llama with the cache of the 135M shape, its layers cut to four, in each type of cache. Resident bytes of the
+cache's own memory, as the system counts them, by the bytes of the tokens that running requests have in it.
 """
 
 from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from benchmarks.arguments import parser_of
 from benchmarks.random_llama import SMOLLM2_135M, write_llama
 from lifecycle.engines.base import EngineOptions
+from lifecycle.engines.decoder import DecoderInfo
 from lifecycle.engines.ort import OnnxEngine
 from lifecycle.engines.ort_backend import CopyingOrtBackend
 from lifecycle.engines.requests import Request, SamplingParams
 from lifecycle.engines.slot_cache import SlotCache
+from lifecycle.graph.cache import calibrate_cache
+from lifecycle.graph.calibration import Calibration
 from lifecycle.graph.export import export_decoder
+from lifecycle.graph.quantize import quantize_graph
 from lifecycle.graph.targets import Cpu
 
 
@@ -38,14 +44,30 @@ def main() -> None:
         graph = Path(root, "graph")
         graph.mkdir()
         export_decoder(Path(root, "hf"), graph, Cpu())
-        engine = OnnxEngine.open(graph, EngineOptions(args.slots, args.context))
-        found = measure(engine, args.requests)
-    if args.json:
-        print(json.dumps(found))
-        return
-    print(
-        f"resident by needed while full: median {found['median']:.3f}, highest {found['highest']:.3f}; "
-        f"of the whole slots {found['of_capacity']:.2f}; when all have ended {found['left']:.0f} bytes"
+        for kv_dtype in ("float32", "int8", "int4"):
+            folder = in_type(graph, Path(root, kv_dtype), kv_dtype)
+            engine = OnnxEngine.open(folder, EngineOptions(args.slots, args.context))
+            found = {"kv_dtype": kv_dtype, **measure(engine, args.requests)}
+            print(json.dumps(found) if args.json else describe(found), flush=True)
+            engine.close()
+
+
+def in_type(graph: Path, folder: Path, kv_dtype: str) -> Path:
+    """The graph with its cache in another type."""
+    if kv_dtype == "float32":
+        return graph
+    texts = np.random.default_rng(1).integers(3, 1000, (2, 128)).tolist()
+    cache = calibrate_cache(Calibration(graph, texts), DecoderInfo.load(graph), kv_dtype)
+    folder.mkdir()
+    quantize_graph(graph, folder, "fp32", None, cache=cache)
+    return folder
+
+
+def describe(found: Mapping[str, Any]) -> str:
+    return (
+        f"{found['kv_dtype']:7} resident by needed while full: median {found['median']:.3f}, highest "
+        f"{found['highest']:.3f}; of the whole slots {found['of_capacity']:.2f}; when all have ended {found['left']:.0f} "
+        "bytes"
     )
 
 

@@ -116,7 +116,7 @@ def device(
 
 
 def opened(graph: Path, slots: int, **options: Any) -> OnnxEngine:
-    """An engine in ONN[*story[:20], 5, 6] Runtime's kernels, with chunks that some of the prompts are longer than."""
+    """An engine in ONNX Runtime's kernels, with chunks that some of the prompts are longer than."""
     found = EngineOptions(slots, 96, prefill_chunk=16, kernels="onnxruntime", **options)
     return OnnxEngine.open(graph, found)
 
@@ -146,7 +146,7 @@ def test_answers_are_those_of_the_host(
     caches = {"steps": SlotCache, "steps and cache": DeviceCache, "steps and tensors": TensorCache}
     assert type(backend._cache) is caches[device]
     assert [answers(engine) for _ in range(2)] == [on_host["plain"]] * 2
-    # What ONN[*story[:20], 5, 6] Runtime alone reaches is not copied by ranges: nothing is kept of prompts.
+    # What ONNX Runtime alone reaches is not copied by ranges: nothing is kept of prompts.
     assert (engine.prefix_cache is None) == (device == "steps and cache")
     assert (engine.stats.prefix_hit_tokens > 0) == (device != "steps and cache")
     engine.close()
