@@ -15,7 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from numpy.typing import NDArray
 
 from benchmarks.watched import Watched, WatchedEngine
-from lifecycle.engines.backend import CacheBackend, Row
+from lifecycle.engines.backend import Block, CacheBackend, Row
 from lifecycle.engines.base import EngineOptions
 from lifecycle.engines.pytorch import TorchEngine
 from lifecycle.engines.requests import Event, FinishReason, Request, SamplingParams
@@ -62,6 +62,14 @@ class Paced(Watched):
     def forward(self, rows: Sequence[Row]) -> NDArray[np.float32]:
         Paced.now += 0.02 + 0.002 * sum(len(row.tokens) for row in rows)
         return super().forward(rows)
+
+    def read_cache(self, slot: int, start: int, stop: int) -> Block:
+        Paced.now += 0.05
+        return super().read_cache(slot, start, stop)
+
+    def write_cache(self, slot: int, start: int, block: Block, count: int | None = None) -> None:
+        Paced.now += 0.05
+        super().write_cache(slot, start, block, count)
 
     def copy_cache(self, source: int, target: int, stop: int, start: int = 0) -> None:
         Paced.now += 0.05
