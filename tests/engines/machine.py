@@ -173,6 +173,13 @@ class EngineMachine(RuleBasedStateMachine):
             is_stopped = ends_at < max_tokens
             self.ends[id] = FinishReason.STOP if is_stopped else FinishReason.LENGTH
 
+    @precondition(lambda self: self.engine.num_running == self.options.max_num_seqs)
+    @rule(number=st.integers(0, NUM_PROMPTS - 1), place=st.integers(0, 3), count=st.integers(0, 6))
+    def urge(self, number: int, place: int, count: int) -> None:
+        """One comes for which another has to leave its slot."""
+        self.submit(number, place, priority=-self.count - 1)
+        self.step(count)
+
     @precondition(lambda self: self.left)
     @rule(count=st.sampled_from([1, 2, 6, 20]))
     def step(self, count: int) -> None:

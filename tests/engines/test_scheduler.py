@@ -108,6 +108,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         for _ in range(count):
             self.take(self.engine.step())
 
+    @precondition(lambda self: self.engine.num_running == SLOTS)
+    @rule(prompt=prompts, count=st.integers(0, 5))
+    def urge(self, prompt: list[int], count: int) -> None:
+        """One comes for which another has to leave its slot."""
+        self.submit(prompt, 2 * CONTEXT, priority=-len(self.prompts), tenant="a", copies=1)
+        self.step(count)
+
     @precondition(lambda self: self.prompts)
     @rule(data=st.data())
     def cancel(self, data: st.DataObject) -> None:
