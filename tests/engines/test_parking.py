@@ -195,6 +195,43 @@ def test_one_that_comes_back_turns_round(monkeypatch: pytest.MonkeyPatch) -> Non
     texts.expect_nothing_computed_twice()
 
 
+def test_one_that_comes_back_turns_round_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = Slots(monkeypatch)
+    texts.urge()
+    while texts.moves != OUT + BACK[:3]:
+        texts.step()
+    texts.engine.cancel("decodes")
+    texts.submit("other", [9] * 100, 3, priority=0)
+    texts.urge("again")
+    texts.step()
+    assert texts.moves == OUT + BACK[:3] + OUT[-3:]
+    texts.finish()
+    assert len(texts.found["late"]) == 40
+
+
+@pytest.mark.parametrize("has_twin", [False, True])
+def test_of_a_prompt_on_its_way_nothing_is_computed(
+    monkeypatch: pytest.MonkeyPatch, has_twin: bool
+) -> None:
+    """Nor is it a twin of one that is finished meanwhile."""
+    texts, prompt = Texts(monkeypatch, slots=3), PROMPT * 5
+    texts.submit("decodes", [3, 2, 1], 60)
+    for _ in range(4):
+        texts.step()
+    texts.submit("late", prompt, 5, priority=2)
+    texts.step()
+    texts.submit("third", prompt if has_twin else [7], 30, priority=1)
+    # All but the end of the twin's.
+    for _ in range(3 if has_twin else 1):
+        texts.step()
+    texts.submit("urgent", [5, 4, 6], 40)
+    while not texts.found["third"]:
+        assert "late" not in texts.step()
+    texts.finish()
+    assert texts.engine.stats.preemptions == 1
+    assert len(texts.found["late"]) == 5 and len(texts.found["third"]) == 30
+
+
 @pytest.mark.parametrize("moved", [0, 1, 4, 5, 6, 9])
 def test_a_copy_that_fails_is_computed(monkeypatch: pytest.MonkeyPatch, moved: int) -> None:
     texts = Slots(monkeypatch)
@@ -248,6 +285,17 @@ def test_a_full_cache_gives_up_what_is_on_its_way(monkeypatch: pytest.MonkeyPatc
         "late": 150,
         "urgent": 3,
     }
+
+
+def test_a_full_cache_gives_up_what_is_aside_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = Slots(monkeypatch, count=150, kv_cache_bytes=256 * BYTES)
+    while texts.engine.stats.cache_tokens < 200:
+        texts.step()
+    texts.urge(count=40)
+    texts.finish()
+    # It is computed anew; neither of the others had to leave.
+    assert texts.engine.stats.preemptions == 1
+    assert not any(way == "back" for way, *_ in texts.moves)
 
 
 def test_those_that_copy_from_it_go_first(monkeypatch: pytest.MonkeyPatch) -> None:
