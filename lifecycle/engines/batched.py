@@ -294,9 +294,7 @@ class BatchedEngine(Engine):
             request, max_model_len=self.max_model_len, vocab_size=self.vocab_size
         )
         params = request.params
-        ends = params.stop_token_ids | (
-            frozenset[int]() if params.ignore_eos else self.eos_token_ids
-        )
+        ends = params.stop_token_ids | (set[int]() if params.ignore_eos else self.eos_token_ids)
         size, constraint = self.vocab_size, request.constraint
         sampler = Sampler(params, request.prompt, size, ends, constraint, self._passes)
         tokens, count = list(request.prompt), len(request.prompt)

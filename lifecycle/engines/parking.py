@@ -9,9 +9,9 @@ from lifecycle.engines.state import RequestState
 
 
 class Parking:
-    """A long text takes as long to copy as several steps, so it is done in parts; meanwhile its request holds its slot
-    and brings nothing to a step. Of a text on its way the slot holds the beginning and blocks hold the rest, so it takes
-    memory once and may turn round anywhere. One goes out at a time: the next one is still computed until then."""
+    """A long text takes as long to copy as several steps, so it is done in parts; meanwhile its request holds its
+    slot and brings nothing to a step. Of a text on its way the slot holds the beginning and blocks hold the rest, so it
+    takes memory once and may turn round anywhere. One goes out at a time: the next one is computed until then."""
 
     def __init__(self, cache: CacheBackend | None, part: int) -> None:
         """`cache` is None where nothing can be put aside; a part is so many tokens."""

@@ -91,8 +91,8 @@ class TorchCache:
 
 
 def _joined(old: Tensor, new: Tensor) -> Tensor:
-    """Tokens behind others, [1, heads, tokens, width], in place where there is room: a text that is copied in parts must
-    not be copied whole for each. What is computed next takes memory for just the tokens that there are."""
+    """Tokens behind others, [1, heads, tokens, width], in place where there is room: a text that is copied in parts
+    must not be copied whole for each. What is computed next takes memory for just the tokens that there are."""
     before, width = old.shape[2:]
     count = before + new.shape[2]
     if old.stride(2) != width or old.stride(1) < count * width:

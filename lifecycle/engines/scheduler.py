@@ -148,8 +148,8 @@ class Scheduler:
         return bool(self._copies or self._parking)
 
     def copy(self, seconds: float | None) -> float | None:
-        """Copy what is due of texts, in so many seconds, one part at least; what is left of them. Before guesses are made:
-        those who have waited for a copy want some."""
+        """Copy what is due of texts, in so many seconds, one part at least; what is left of them. Before guesses are
+        made: those who have waited for a copy want some."""
         begun = time.perf_counter()
         for _ in chain(
             self._parking.copy_parts(), self._copies.copy_parts() if self._copies else ()
