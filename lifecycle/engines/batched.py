@@ -293,8 +293,7 @@ class BatchedEngine(Engine):
             request, max_model_len=self.max_model_len, vocab_size=self.vocab_size
         )
         params = request.params
-        ends = params.stop_token_ids
-        ends = ends if params.ignore_eos else ends | self.eos_token_ids
+        ends = params.stop_token_ids | (set[int]() if params.ignore_eos else self.eos_token_ids)
         size, constraint = self.vocab_size, request.constraint
         sampler = Sampler(params, request.prompt, size, ends, constraint, self._passes)
         tokens, count = list(request.prompt), len(request.prompt)
@@ -329,10 +328,11 @@ class BatchedEngine(Engine):
         )
 
     def _schedule(self) -> Batch:
+        self._scheduler.admit()
         pace, seen = self._pace, self._scheduler.seen_tokens()
         left = seconds = pace.copy_seconds(len(seen)) if seen else None
         if self._scheduler.is_copying:
-            left = self._scheduler.copy_to_twins(seconds)
+            left = self._scheduler.copy(seconds)
             seen = self._scheduler.seen_tokens()
         pace.context = sum(seen)
         self._speculation.draft(self._scheduler.active(), pace)

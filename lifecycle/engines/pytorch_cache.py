@@ -79,5 +79,26 @@ class TorchCache:
     def _add(self, slot: int, start: int, tensors: list[Tensor]) -> None:
         """Put keys and values behind the first `start` tokens of a slot."""
         cache = self.begin(slot, start)
-        for layer, pair in enumerate(zip(tensors[::2], tensors[1::2], strict=True)):
-            cache.update(*pair, layer)
+        layers: Any = cache.layers
+        for number, (keys, values) in enumerate(zip(tensors[::2], tensors[1::2], strict=True)):
+            if start == 0:
+                cache.update(keys, values, number)
+                continue
+            layer = layers[number]
+            # What a model has computed may be written to in this mode only.
+            with torch.inference_mode():
+                layer.keys, layer.values = _joined(layer.keys, keys), _joined(layer.values, values)
+
+
+def _joined(old: Tensor, new: Tensor) -> Tensor:
+    """Tokens behind others, [1, heads, tokens, width], in place where there is room: a text that is copied in parts
+    must not be copied whole for each. What is computed next takes memory for just the tokens that there are."""
+    before, width = old.shape[2:]
+    count = before + new.shape[2]
+    if old.stride(2) != width or old.stride(1) < count * width:
+        room = old.new_empty((*old.shape[:2], 2 * count, width))
+        room[:, :, :before] = old
+        old = room[:, :, :before]
+    whole = old.as_strided((*old.shape[:2], count, width), old.stride(), old.storage_offset())
+    whole[:, :, before:] = new
+    return whole

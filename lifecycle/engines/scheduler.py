@@ -6,7 +6,7 @@ size or of 2 in itself, where the model gives the same to the last bit, so what 
 depend on the other requests.
 
 A request gives its slot back before its end in two cases. To one of lower priority number: then its part
-of the cache is put aside. And where the cache is full: then it is computed anew later.
+of the cache is put aside first. And where the cache is full: then it is computed anew later.
 """
 
 from __future__ import annotations
@@ -17,13 +17,16 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from itertools import chain
 from math import inf
 
-from lifecycle.engines.backend import COPY_ERRORS, Block, CacheBackend, Row
+from lifecycle.engines.backend import CacheBackend, Row
 from lifecycle.engines.leaving import Leaving
 from lifecycle.engines.line import WaitingLine
+from lifecycle.engines.parking import Parking
 from lifecycle.engines.state import GRAIN, RequestState
 from lifecycle.engines.twins import TwinCopies
 from lifecycle.engines.windows import ALL_SEEN, Windows
 
+_PART = 8 << 20
+"""Bytes that are copied before the time is looked at."""
 _MOMENT = 1e-9
 """Seconds in which one chunk is copied, however long that takes."""
 
@@ -57,7 +60,9 @@ class Scheduler:
         """
         self._prefill_chunk = prefill_chunk
         self._cache = cache
-        self._copies = TwinCopies(cache) if cache is not None else None
+        part = max(_PART // cache.bytes_per_token, 1) if cache is not None else 0
+        self._copies = TwinCopies(cache, part) if cache is not None else None
+        self._parking = Parking(cache, part)
         self._left: dict[int, int] = {}
         """Slots of requests that have left them, which are yet to be copied; and how many tokens each holds."""
         # A bounded cache has no room for what nobody needs.
@@ -72,8 +77,6 @@ class Scheduler:
         self._num_requests = 0
         self.waiting = WaitingLine()
         self.running: dict[str, RequestState] = {}
-        self._parked: dict[str, RequestState] = {}
-        """Those that wait with their part of the cache put aside."""
         self.num_preemptions = 0
 
     def __contains__(self, request_id: str) -> bool:
@@ -86,9 +89,9 @@ class Scheduler:
     @property
     def cache_tokens(self) -> float:
         """Tokens whose keys and values are held; where windows differ, as a mean over the layers."""
-        held = sum(self._windows.held(state.num_computed) for state in self.running.values())
-        # What is put aside is whole, also behind windows.
-        return held + sum(state.num_computed for state in self._parked.values())
+        parking = self._parking
+        states = (state for state in self.running.values() if state not in parking)
+        return parking.num_tokens + sum(self._windows.held(s.num_computed) for s in states)
 
     def seen_tokens(self) -> Sequence[float]:
         """Of each request that decodes, the tokens that its next one looks back on."""
@@ -97,10 +100,10 @@ class Scheduler:
 
     def active(self) -> Collection[RequestState]:
         """Those in slots that may have rows in the next step."""
-        copies = self._copies
-        if not copies:
+        copies, parking = self._copies or (), self._parking
+        if not copies and not parking:
             return self.running.values()
-        return [state for state in self.running.values() if state not in copies]
+        return [s for s in self.running.values() if s not in copies and s not in parking]
 
     def add(self, state: RequestState) -> None:
         """Put a request at the end of its line."""
@@ -112,7 +115,7 @@ class Scheduler:
         """Take a request out; its slot is free from the next step on."""
         if self.running.pop(state.request.id, None):
             self._release(state)
-        self._parked.pop(state.request.id, None)
+        self._parking.drop(state)
         self.waiting.leave(state)
         if not self.running:
             self._settle()
@@ -141,25 +144,48 @@ class Scheduler:
 
     @property
     def is_copying(self) -> bool:
-        """Whether there is anything to copy, or a slot to free."""
-        return bool(self._copies or self._left)
+        """Whether there is anything to copy."""
+        return bool(self._copies or self._parking)
 
-    def copy_to_twins(self, seconds: float | None) -> float | None:
-        """Copy what is due of prompts, in so many seconds; what is left of them. Before guesses are made: those who have
-        waited for a copy want some."""
+    def copy(self, seconds: float | None) -> float | None:
+        """Copy what is due of texts, in so many seconds, one part at least; what is left of them. Before guesses are
+        made: those who have waited for a copy want some."""
+        begun = time.perf_counter()
+        for _ in chain(
+            self._parking.copy_parts(), self._copies.copy_parts() if self._copies else ()
+        ):
+            if seconds is not None and time.perf_counter() - begun >= seconds:
+                break
+        # A slot may be free now.
+        self.admit()
+        return None if seconds is None else max(seconds - (time.perf_counter() - begun), 0.0)
+
+    def admit(self) -> None:
+        """Give slots to waiting requests. Where none is free, one of higher priority number makes room."""
         self._settle()
-        return self._copies.run(seconds) if self._copies else seconds
+        if (gone := self._parking.finish()) is not None:
+            self._preempt(gone)
+        while (state := self.waiting.first()) is not None:
+            if self._free and self._has_room(state):
+                self._place(state)
+                continue
+            last = self._last_running()
+            if last.request.priority <= state.request.priority:
+                break
+            if not self._free and self._goes_aside(last):
+                return
+            self._preempt(last)
+        self._parking.turn_back()
 
     def schedule(
         self, room: int | None = None, seconds: float | None = None, left: float | None = None
     ) -> Batch:
-        """Give free slots to waiting requests, then choose the rows of the next step.
+        """Choose the rows of the next step.
 
         Prompts fill one chunk size per step, or `room` tokens where there are requests that decode, which may wait
         `seconds` for what is taken of other prompts, of which `left` are left, in the order of their ranks. The step
         stays short for those that decode in it, and larger products would be no faster per token.
         """
-        self._admit()
         batch: Batch = []
         for state in self.active():
             if not state.is_prefilling and (row := state.next_row(self._prefill_chunk)) is not None:
@@ -192,7 +218,7 @@ class Scheduler:
         # A prompt that is scored has logits before it is finished.
         if leader.is_prefilling:
             return []
-        twins = [other for other in self.running.values() if _follows(other, leader)]
+        twins = [other for other in self.active() if _follows(other, leader)]
         each = self._windows.held(leader.num_prompt)
         room = max((self._max_cache_tokens - self.cache_tokens) / each, 0)
         return twins[: int(min(room, len(twins)))]
@@ -210,7 +236,7 @@ class Scheduler:
         if seconds and left is not None and left < seconds:
             # What was taken is no time to compute in; but nobody waits for ever.
             budget, left = max(int(whole * left / seconds), GRAIN), max(left, _MOMENT)
-        filling = (state for state in self.running.values() if state.is_prefilling)
+        filling = (state for state in self.active() if state.is_prefilling)
         for state in sorted(filling, key=lambda state: state.rank):
             if budget <= 0:
                 return
@@ -235,15 +261,17 @@ class Scheduler:
             budget -= len(row.tokens)
             batch.append((state, row))
 
-    def _admit(self) -> None:
-        while (state := self.waiting.first()) is not None:
-            if self._free and self._has_room(state):
-                self._place(state)
-                continue
-            last = self._last_running()
-            if last.request.priority <= state.request.priority:
-                return
-            self._preempt(last, park=not self._free)
+    def _goes_aside(self, state: RequestState) -> bool:
+        """Whether those who wait get a slot once its text is put aside: that of a request, if none is yet."""
+        if self._parking.is_emptying:
+            return True
+        if self._copies is not None:
+            if state in self._copies:
+                return False
+            if self._copies.is_read(state):
+                # They have to be copied first, in parts too.
+                return True
+        return self._parking.put_aside(state)
 
     def _place(self, state: RequestState) -> None:
         self.waiting.take(state)
@@ -251,15 +279,7 @@ class Scheduler:
         if state.queue_seconds is None:
             state.queue_seconds = time.monotonic() - state.arrived
         self.running[state.request.id] = state
-        if self._parked.pop(state.request.id, None) is not None:
-            assert self._cache is not None and state.parked is not None
-            try:
-                self._cache.write_cache(state.slot, 0, state.parked)
-                state.parked = None
-                # What was put aside has zeros there.
-                self._cache.forget_passed(state.slot, state.num_passed)
-            except COPY_ERRORS:
-                state.recompute()
+        self._parking.take_back(state)
 
     def _has_room(self, state: RequestState) -> bool:
         """Whether `state` goes into the cache beside the prompts that are in slots, with some room to
@@ -283,12 +303,10 @@ class Scheduler:
                 state.draft.clear()
                 batch[place] = state, row._replace(tokens=row.tokens[:count], num_logits=1)
         while self._surplus(batch) > 0:
-            if self._parked:
-                _, parked = self._parked.popitem()
-                parked.recompute()
+            if self._parking.drop_last():
                 continue
             last = self._last_running()
-            self._preempt(last, park=False)
+            self._preempt(last)
             batch[:] = [pair for pair in batch if pair[0] is not last]
 
     def _last_running(self) -> RequestState:
@@ -298,33 +316,21 @@ class Scheduler:
         added = sum(len(row.tokens) for _, row in batch)
         return self.cache_tokens + added - self._max_cache_tokens
 
-    def _preempt(self, state: RequestState, *, park: bool) -> None:
-        """Send a request back to its line."""
+    def _preempt(self, state: RequestState) -> None:
+        """Send a request back to its line, to be computed anew unless its text is aside."""
         self.num_preemptions += 1
         del self.running[state.request.id]
         state.draft.clear()
-        is_whole = self._copies is None or state not in self._copies
-        state.parked = self._copy(state) if park and is_whole else None
         self._release(state)
         # Somebody waits for its slot.
         self._settle()
-        if state.parked is not None:
-            self._parked[state.request.id] = state
-        else:
+        if not self._parking.is_aside(state):
             state.recompute()
         self.waiting.push(state)
 
-    def _copy(self, state: RequestState) -> Block | None:
-        """What the cache holds for a request, if it can be copied."""
-        if self._cache is None or not state.num_computed:
-            return None
-        try:
-            return self._cache.read_cache(state.slot, 0, state.num_computed)
-        except COPY_ERRORS:
-            return None
-
     def _release(self, state: RequestState) -> None:
         slot, state.slot = state.slot, -1
+        self._parking.leave(state)
         if self._on_release is not None:
             self._on_release(slot)
         if self._copies is not None and self._copies.leave(state):

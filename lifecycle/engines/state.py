@@ -57,8 +57,8 @@ class RequestState:
     """What the chunks of the text are kept under, as far as it was asked for."""
     twin_key: int = 0
     """Equal for prompts that can share all that is computed of them."""
-    parked: Block | None = None
-    """Its part of the cache, while another request has its slot."""
+    parked: list[Block] = field(default_factory=list[Block])
+    """What was put aside of its part of the cache, from its end on."""
     lookup: Lookup | None = None
     """What guesses its next tokens from its own text."""
     asked: Record | None = None
@@ -103,7 +103,7 @@ class RequestState:
         self.num_cached = self.num_passed = 0
         self.prefix_keys.clear()
         self.draft.clear()
-        self.parked = None
+        self.parked.clear()
 
     def next_row(self, prefill_chunk: int, room: int | None = None) -> Row | None:
         """The tokens that the next step computes: of a prompt what is left of its chunk, or as much as

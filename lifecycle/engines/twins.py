@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from lifecycle.engines.backend import COPY_ERRORS, CacheBackend
 from lifecycle.engines.state import RequestState
-
-_PART = 8 << 20
-"""Bytes that are copied before the time is looked at."""
 
 
 @dataclass(slots=True, eq=False)
@@ -35,9 +31,10 @@ class TwinCopies:
     """Those that are due. A long prompt takes as long to copy as several steps, and there may be many twins, so it is
     done in parts; a twin brings nothing to a step until its copy is whole."""
 
-    def __init__(self, cache: CacheBackend) -> None:
+    def __init__(self, cache: CacheBackend, part: int) -> None:
+        """A part is so many tokens."""
         self._cache = cache
-        self._part = max(_PART // cache.bytes_per_token, 1)
+        self._part = part
         self._due: dict[str, _Copy] = {}
         """By the id of the twin."""
 
@@ -87,15 +84,12 @@ class TwinCopies:
                         copy.restarts = copy.twin.num_restarts, first.twin.num_restarts
                     break
 
-    def run(self, seconds: float | None = None) -> float | None:
-        """After `settle`: copy until that has taken so many seconds, one part at least; what is left of them."""
-        begun = time.perf_counter()
+    def copy_parts(self) -> Iterator[None]:
+        """After `settle`: copy one part after the other, in the order of ranks."""
         for copy in sorted(self._due.values(), key=lambda copy: copy.twin.rank):
             while copy.twin in self:
                 self._go_on(copy)
-                if seconds is not None and time.perf_counter() - begun >= seconds:
-                    return 0.0
-        return None if seconds is None else max(seconds - (time.perf_counter() - begun), 0.0)
+                yield
 
     def _go_on(self, copy: _Copy) -> None:
         """Copy the next part."""

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from lifecycle.engines import batched, draft_model, prefix_cache, scheduler, speculation, twins
+from lifecycle.engines import batched, draft_model, prefix_cache, scheduler, speculation
 from lifecycle.engines.backend import Row
 
 
@@ -18,7 +18,7 @@ class StepClock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 0.0
-        for module in (batched, draft_model, prefix_cache, scheduler, speculation, twins):
+        for module in (batched, draft_model, prefix_cache, scheduler, speculation):
             monkeypatch.setattr(module, "time", self)
 
     def perf_counter(self) -> float:
@@ -38,3 +38,15 @@ class StepClock:
             return forward(rows)
 
         backend.forward = timed
+
+    def copies(self, backend: Any, part: float) -> None:
+        """From now on to copy a part of a cache takes `part` seconds."""
+        for name in ("copy_cache", "read_cache", "write_cache"):
+            setattr(backend, name, self._slow(getattr(backend, name), part))
+
+    def _slow(self, copy: Callable[..., Any], part: float) -> Callable[..., Any]:
+        def timed(*arguments: Any) -> Any:
+            self.now += part
+            return copy(*arguments)
+
+        return timed

@@ -15,7 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from numpy.typing import NDArray
 
 from benchmarks.watched import Watched, WatchedEngine
-from lifecycle.engines.backend import CacheBackend, Row
+from lifecycle.engines.backend import Block, CacheBackend, Row
 from lifecycle.engines.base import EngineOptions
 from lifecycle.engines.pytorch import TorchEngine
 from lifecycle.engines.requests import Event, FinishReason, Request, SamplingParams
@@ -62,6 +62,14 @@ class Paced(Watched):
     def forward(self, rows: Sequence[Row]) -> NDArray[np.float32]:
         Paced.now += 0.02 + 0.002 * sum(len(row.tokens) for row in rows)
         return super().forward(rows)
+
+    def read_cache(self, slot: int, start: int, stop: int) -> Block:
+        Paced.now += 0.05
+        return super().read_cache(slot, start, stop)
+
+    def write_cache(self, slot: int, start: int, block: Block, count: int | None = None) -> None:
+        Paced.now += 0.05
+        super().write_cache(slot, start, block, count)
 
     def copy_cache(self, source: int, target: int, stop: int, start: int = 0) -> None:
         Paced.now += 0.05
@@ -164,6 +172,13 @@ class EngineMachine(RuleBasedStateMachine):
             self.left[id] = answer[: min(max_tokens, ends_at)]
             is_stopped = ends_at < max_tokens
             self.ends[id] = FinishReason.STOP if is_stopped else FinishReason.LENGTH
+
+    @precondition(lambda self: self.engine.num_running == self.options.max_num_seqs)
+    @rule(number=st.integers(0, NUM_PROMPTS - 1), place=st.integers(0, 3), count=st.integers(0, 6))
+    def urge(self, number: int, place: int, count: int) -> None:
+        """One comes for which another has to leave its slot."""
+        self.submit(number, place, priority=-self.count - 1)
+        self.step(count)
 
     @precondition(lambda self: self.left)
     @rule(count=st.sampled_from([1, 2, 6, 20]))

@@ -224,7 +224,7 @@ def test_memory_that_ends_beside_the_runtime_ends_only_the_step(
 
     with monkeypatch.context() as patch:
         if where == "plan":
-            patch.setattr(Scheduler, "schedule", fails)
+            patch.setattr(Scheduler, "admit", fails)
         else:
             patch.setattr(engine, "_passes", engine._passes._replace(scan=fails))
         events = engine.step()

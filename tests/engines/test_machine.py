@@ -28,7 +28,6 @@ from lifecycle.engines import (
     pytorch_adapters,
     scheduler,
     speculation,
-    twins,
 )
 from lifecycle.engines.adapters import AdapterLayout
 from lifecycle.engines.base import EngineOptions
@@ -149,10 +148,10 @@ def run(subject: Subject, examples: int) -> None:
 def clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """The engine's time is that of `Paced`, also where it decides how much is copied or guessed."""
     time = SimpleNamespace(perf_counter=lambda: Paced.now, monotonic=lambda: Paced.now)
-    for module in (batched, prefix_cache, scheduler, speculation, twins):
+    for module in (batched, prefix_cache, scheduler, speculation):
         monkeypatch.setattr(module, "time", time)
     # Small enough for copies of these prompts to take several.
-    monkeypatch.setattr(twins, "_PART", 1 << 13)
+    monkeypatch.setattr(scheduler, "_PART", 1 << 13)
 
 
 def make_stories(base: Path, story: list[int], root: Path) -> dict[str, Subject]:

@@ -72,3 +72,28 @@ def test_a_copy_that_fails_is_the_engines_error(random_model: Model) -> None:
     assert block.nbytes == 3 * backend.bytes_per_token
     with pytest.raises(EngineError, match="PyTorch failed"):
         backend.write_cache(1, 0, block[:, 1:])
+
+
+def test_a_text_in_parts_is_copied_in_the_end_once(random_model: Model) -> None:
+    """Not whole for each part, also behind what a model has computed of it and taken back."""
+    backend = CopyingBackend(load_base(random_model.checkpoint))
+    text = np.random.default_rng(3).integers(3, 160, 64).tolist()
+    backend.forward([Row(0, 0, text, 1)])
+    wanted = backend.read_cache(0, 0, 64)
+    backend.forward([Row(1, 0, text[:8], 1)])
+    places: dict[int, set[int]] = {slot: set() for slot in range(4)}
+    for slot, begin in ((0, 4), (1, 4), (2, 0), (3, 0)):
+        backend.forget(slot, begin)
+        for n in range(begin, 64):
+            if slot == 3:
+                backend.copy_cache(0, slot, n + 1, n)
+            else:
+                backend.write_cache(slot, n, wanted[n : n + 1])
+            keys = backend._cache._caches[slot].layers[0].keys
+            assert keys is not None
+            places[slot].add(keys.data_ptr())
+        assert np.array_equal(backend.read_cache(slot, begin, 64), wanted[begin:])
+    assert [len(each) <= 7 for each in places.values()] == [True] * 4
+    # How a prompt is cut shows in last bits: slot 1 is left out.
+    logits = [backend.forward([Row(slot, 64, [9], 1)]) for slot in (0, 2, 3)]
+    assert all(np.array_equal(each, logits[0]) for each in logits)

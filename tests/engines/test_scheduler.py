@@ -12,6 +12,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from lifecycle.engines import scheduler
 from lifecycle.engines.draft_model import Draft
 from lifecycle.engines.line import WaitingLine
 from lifecycle.engines.requests import Event, FinishReason, Request, SamplingParams
@@ -59,16 +60,26 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.cancelled: set[str] = set()
         self.patch = pytest.MonkeyPatch()
 
-    @initialize(options=engines, draft=drafts, token=st.sampled_from([0.0, 0.2, 2.0]))
-    def open(self, options: dict[str, Any], draft: dict[str, Any] | None, token: float) -> None:
+    @initialize(
+        options=engines,
+        draft=drafts,
+        token=st.sampled_from([0.0, 0.2, 2.0]),
+        copy=st.sampled_from([0.0, 3.0, 10.0]),
+    )
+    def open(
+        self, options: dict[str, Any], draft: dict[str, Any] | None, token: float, copy: float
+    ) -> None:
         self.guesser: ToyBackend | None = None
         if draft is not None:
             self.guesser = ToyBackend(draft.pop("agreement"))
             options = {**options, "draft": Draft(self.guesser, **draft)}
+        # A step in which others decode copies any number of parts, or two, or one.
+        self.patch.setattr(scheduler, "_PART", 2 * BYTES)
         self.engine = ToyEngine.make(SLOTS, CONTEXT, CHUNK, **options)
         # Tokens that cost little are guessed, those that cost much are held back.
         clock = StepClock(self.patch)
         clock.times(self.engine.backend, 1.0, token)
+        clock.copies(self.engine.backend, copy)
         if self.guesser is not None:
             clock.times(self.guesser, 0.1)
         # Without a budget only the slots are bounded, not what is put aside.
@@ -96,6 +107,13 @@ class SchedulerMachine(RuleBasedStateMachine):
     def step(self, count: int) -> None:
         for _ in range(count):
             self.take(self.engine.step())
+
+    @precondition(lambda self: self.engine.num_running == SLOTS)
+    @rule(prompt=prompts, count=st.integers(0, 5))
+    def urge(self, prompt: list[int], count: int) -> None:
+        """One comes for which another has to leave its slot."""
+        self.submit(prompt, 2 * CONTEXT, priority=-len(self.prompts), tenant="a", copies=1)
+        self.step(count)
 
     @precondition(lambda self: self.prompts)
     @rule(data=st.data())
