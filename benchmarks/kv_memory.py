@@ -24,7 +24,7 @@ from lifecycle.engines.ort import OnnxEngine
 from lifecycle.engines.ort_backend import CopyingOrtBackend
 from lifecycle.engines.requests import Request, SamplingParams
 from lifecycle.engines.slot_cache import SlotCache
-from lifecycle.graph.cache import calibrate_cache
+from lifecycle.graph.cache import KvType, calibrate_cache
 from lifecycle.graph.calibration import Calibration
 from lifecycle.graph.export import export_decoder
 from lifecycle.graph.quantize import quantize_graph
@@ -44,17 +44,18 @@ def main() -> None:
         graph = Path(root, "graph")
         graph.mkdir()
         export_decoder(Path(root, "hf"), graph, Cpu())
-        for kv_dtype in ("float32", "int8", "int4"):
-            folder = in_type(graph, Path(root, kv_dtype), kv_dtype)
+        kinds: tuple[KvType | None, ...] = (None, "int8", "int4")
+        for kv_dtype in kinds:
+            folder = in_type(graph, Path(root, str(kv_dtype)), kv_dtype)
             engine = OnnxEngine.open(folder, EngineOptions(args.slots, args.context))
-            found = {"kv_dtype": kv_dtype, **measure(engine, args.requests)}
+            found = {"kv_dtype": kv_dtype or "float32", **measure(engine, args.requests)}
             print(json.dumps(found) if args.json else describe(found), flush=True)
             engine.close()
 
 
-def in_type(graph: Path, folder: Path, kv_dtype: str) -> Path:
-    """The graph with its cache in another type."""
-    if kv_dtype == "float32":
+def in_type(graph: Path, folder: Path, kv_dtype: KvType | None) -> Path:
+    """The graph with its cache in another type than float32."""
+    if kv_dtype is None:
         return graph
     texts = np.random.default_rng(1).integers(3, 1000, (2, 128)).tolist()
     cache = calibrate_cache(Calibration(graph, texts), DecoderInfo.load(graph), kv_dtype)

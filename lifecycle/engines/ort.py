@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Self
@@ -35,7 +36,7 @@ from lifecycle.engines.draft_pair import check_pair
 from lifecycle.engines.limits import context_length
 from lifecycle.engines.native.library import adds_bytes_exactly, kernels_for
 from lifecycle.engines.native.sampling import native_passes
-from lifecycle.engines.native.swap import computes_by_token
+from lifecycle.engines.native.swap import attends, computes_by_token
 from lifecycle.engines.ort_backend import CopyingOrtBackend, OrtBackend
 from lifecycle.engines.ort_session import (
     CACHE_PARTS,
@@ -89,7 +90,8 @@ class OnnxEngine(BatchedEngine):
             long_context=info.long_context,
             windows=Windows(info.windows),
             has_prompt_graph=info.prefill_scheme is not None,
-            cuts_freely=_cuts_freely(path, info, options, kernels, layout),
+            # Only the prefix cache asks.
+            cuts_freely=options.prefix_cache_bytes > 0 and _holds(path, kernels, computes_by_token),
             draft=_draft(path, info, options, max_model_len),
             passes=NUMPY if kernels is None else native_passes(kernels, backend.columns_of),
         )
@@ -150,7 +152,8 @@ def _backend(
         backend = CopyingOrtBackend(open_beside, session, cache, *arguments)
     else:
         windows = [window for window in info.windows for _ in CACHE_PARTS]
-        cache = SlotCache(names, shape, dtype, windows)
+        shared = len(CACHE_PARTS) if _holds(path, kernels, attends) else 1
+        cache = SlotCache(names, shape, dtype, windows, shared=shared)
         return CopyingOrtBackend(open_beside, session, cache, *arguments)
     _check_attention(backend, device)
     return backend
@@ -184,23 +187,13 @@ def _check_attention(backend: OrtBackend, device: Device) -> None:
     )
 
 
-def _cuts_freely(
-    path: Path,
-    info: DecoderInfo,
-    options: EngineOptions,
-    kernels: Path | None,
-    layout: AdapterLayout | None,
-) -> bool:
-    """Whether our kernels compute all of a model that depends on how a text is cut; only the prefix cache asks."""
-    if kernels is None or not options.prefix_cache_bytes:
+def _holds(path: Path, kernels: Path | None, question: Callable[[bytes], bool]) -> bool:
+    """Whether something holds of all graphs of a folder, computed by our kernels."""
+    if kernels is None:
         return False
-    graphs = [GRAPH]
-    if info.prefill_scheme is not None:
-        graphs.append(PREFILL_GRAPH)
-    if layout is not None:
-        graphs.append(ADAPTED)
+    graphs = [path / name for name in (GRAPH, PREFILL_GRAPH, HIDDEN_GRAPH, ADAPTED)]
     try:
-        return all(computes_by_token((path / graph).read_bytes()) for graph in graphs)
+        return all(question(graph.read_bytes()) for graph in graphs if graph.is_file())
     except (ValueError, IndexError, KeyError, OSError):
         # Whoever opens the graph says what is wrong with it.
         return False

@@ -107,16 +107,19 @@ def test_a_full_cache_gives_back_at_once() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux promises zeros")
-def test_of_a_slot_the_pages_from_a_token_on_are_zeros_then() -> None:
-    kind = np.dtype(np.float32)
-    cache = SlotCache(["keys"], (3, 2, 256, 64), kind)
-    keys = cache.rows(3)["keys"]
-    keys[:] = 1
-    # A page holds 16 tokens: one that has been begun stays.
+@pytest.mark.parametrize(("shared", "per_page"), [(1, 16), (2, 8)])
+def test_of_a_slot_the_pages_from_a_token_on_are_zeros_then(shared: int, per_page: int) -> None:
+    cache = SlotCache(["keys", "values"], (3, 2, 256, 64), np.dtype(np.float32), shared=shared)
+    arrays = cache.rows(3).values()
+    for array in arrays:
+        array[:] = 1
     wanted = np.ones((3, 2, 256), bool)
+    # A page that has been begun stays.
     cache.forget(1, 70)
-    wanted[1, :, 80:] = False
-    np.testing.assert_array_equal(keys.any(axis=3), wanted)
+    wanted[1, :, -(-70 // per_page) * per_page :] = False
+    for array in arrays:
+        np.testing.assert_array_equal(array.any(axis=3), wanted)
     cache.forget(1)
     wanted[1] = False
-    np.testing.assert_array_equal(keys.any(axis=3), wanted)
+    for array in arrays:
+        np.testing.assert_array_equal(array.any(axis=3), wanted)

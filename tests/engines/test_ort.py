@@ -90,6 +90,27 @@ def test_what_an_earlier_text_left_in_a_slot_is_never_read(random_model: Model) 
     assert engine.generate(texts, FREE) == expected
 
 
+@pytest.mark.parametrize("kernels", ["native", "onnxruntime"])
+def test_keys_and_values_share_pages_where_our_kernels_read_them(
+    random_model: Model, kernels: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import lifecycle.engines.ort as module
+
+    texts, options = prompts(160, [30, 20]), EngineOptions(2, kernels=kernels)
+    engines = [OnnxEngine.open(random_model.graph, options)]
+    monkeypatch.setattr(module, "attends", lambda _: False)
+    engines.append(OnnxEngine.open(random_model.graph, options))
+    told: list[Any] = []
+    for engine in engines:
+        keys, values = list(engine._backend.cache.rows(2).values())[:2]  # type: ignore[attr-defined]
+        gap = values.ctypes.data - keys.ctypes.data
+        is_shared = kernels == "native" and engine is engines[0]
+        assert (gap == keys.shape[-1] * keys.itemsize) == is_shared
+        told.append(engine.generate(texts, SamplingParams(20, logprobs=3, ignore_eos=True)))
+        told.append(engine.logits(texts[0]).tolist())
+    assert told[:2] == told[2:]
+
+
 def test_a_failure_of_the_runtime_ends_its_requests_and_the_engine_goes_on(
     random_model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -106,6 +106,15 @@ def computes_by_token(model: bytes) -> bool:
     return all(node.domain == DOMAIN or node.operator in _BY_TOKEN for node in nodes)
 
 
+def attends(model: bytes) -> bool:
+    """Whether all attention of a model is ours.
+
+    Raises:
+        ValueError, IndexError: it is no ONNX model.
+    """
+    return not any(node.is_a("GroupQueryAttention") for node in Graph(swap(model)).nodes)
+
+
 def _ask_for_tops(graph: Graph) -> None:
     """Let the product that gives logits tell of the largest of each so many neighbours too."""
     head = graph.made_by(LOGITS)

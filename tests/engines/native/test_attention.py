@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime as ort
 import pytest
 from numpy.typing import NDArray
 from onnx import helper
@@ -264,3 +265,43 @@ def test_what_is_no_number_stays_in_its_row(kernels: Path) -> None:
     found, _ = case.run(kernels, [(0, 80)] * 4)
     assert np.isnan(found[1][40:]).all()
     assert all(np.array_equal(found[row], expected[row]) for row in (0, 2, 3))
+
+
+def run_shared(
+    case: Case, kernels: Path, pieces: list[tuple[int, int]], *, in_place: bool = True
+) -> tuple[Floats, NDArray[Any]]:
+    """What all tokens get of a cache that has each key with its value behind it, and the cache afterwards."""
+    options = ort.SessionOptions()
+    options.register_custom_ops_library(str(kernels))
+    options.log_severity_level = 4
+    session = ort.InferenceSession(swap(case.model), options, providers=["CPUExecutionProvider"])
+    given = {name: array for name, array in case.inputs(pieces).items() if name in STEP}
+    keys, values = given.pop("key"), given.pop("value")
+    both = np.concatenate([keys, values], axis=-1)
+    binding = ort.IOBinding(session)
+    for name, array in given.items():
+        binding.bind_cpu_input(name, array)
+    for name, begin in (("key", 0), ("value", case.sizes.depth)):
+        place = both.dtype.type, keys.shape, both.ctypes.data + begin * both.itemsize
+        binding.bind_input(name, "cpu", 0, *place)
+        if in_place:
+            binding.bind_output(f"new_{name}", "cpu", 0, *place)
+        else:
+            binding.bind_output(f"new_{name}")
+    binding.bind_output("y")
+    session.run_with_iobinding(binding)
+    return binding.get_outputs()[-1].numpy(), both
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_keys_and_values_may_share_their_pages(kernels: Path, kind: str) -> None:
+    case, pieces = Case(KINDS[kind]), [(0, 150), (200, 201), (63, 67), (90, 90)]
+    apart, cache = case.run(kernels, pieces)
+    found, both = run_shared(case, kernels, pieces)
+    assert np.array_equal(found, np.concatenate(apart))
+    assert np.array_equal(both, np.concatenate(cache, axis=-1))
+
+
+def test_shared_pages_are_written_in_place(kernels: Path) -> None:
+    with pytest.raises(Exception, match="have to be written in place"):
+        run_shared(Case(KINDS["plain"]), kernels, [(0, 3)] * 4, in_place=False)

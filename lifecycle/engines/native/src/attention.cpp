@@ -28,11 +28,11 @@ struct Attention<T>::Step {
   size_t rotary_rows;
   const int32_t *last, *counts;    // of each row: its last position, and its new tokens
   const float *k_scale, *v_scale;  // [kv_heads, depth], for integers
-  T *keys, *values;                // [rows, kv_heads, capacity, depth]
+  T *keys, *values;                // [rows, kv_heads, capacity, depth], tokens `stride` apart
   float* queries;                  // [kv_heads, tokens * group, depth]
   float* out;                      // [tokens, heads * depth]
   const size_t* firsts;            // of each row that has new tokens, the first of them
-  size_t rows, tokens, depth, capacity, group;
+  size_t rows, tokens, depth, stride, capacity, group;
 
   size_t start(size_t row) const { return (size_t)(last[row] + 1 - counts[row]); }
   float* queries_of(size_t token, size_t kv_head) const {
@@ -159,6 +159,11 @@ void Attention<T>::run(const Run& run) {
   step.out = static_cast<float*>(run.output(0, {(int64_t)step.tokens, (int64_t)(heads_ * step.depth)}));
   step.keys = static_cast<T*>(run.output(1, keys.dims));
   step.values = static_cast<T*>(run.output(2, values.dims));
+  // Values that begin right behind the first key stand behind each: both fill the same pages.
+  const bool alternate = values.as<T>() == keys.as<T>() + step.depth;
+  step.stride = alternate ? 2 * step.depth : step.depth;
+  require(!alternate || (step.keys == keys.data && step.values == values.data),
+          "keys and values that alternate have to be written in place");
   if (step.keys != keys.data) std::memcpy(step.keys, keys.data, (size_t)keys.size() * sizeof(T));
   if (step.values != values.data) std::memcpy(step.values, values.data, (size_t)values.size() * sizeof(T));
   // A few more are read than there are, for nothing.
@@ -209,7 +214,7 @@ void Attention<T>::rotate(const Step& step, size_t token) const {
     for (size_t d = 0; d < depth; ++d) to[d] = turned[d] * scale * (k_scale != nullptr ? k_scale[d] : 1);
   }
   for (size_t kv_head = 0; kv_head < kv_heads_; ++kv_head) {
-    const size_t place = ((row * kv_heads_ + kv_head) * step.capacity + position) * depth;
+    const size_t place = ((row * kv_heads_ + kv_head) * step.capacity + position) * step.stride;
     const float* key = from + (heads_ + kv_head) * depth;
     turn(key);
     put(turned, step.k_scale + kv_head * depth, depth, step.keys + place);
@@ -220,13 +225,14 @@ void Attention<T>::rotate(const Step& step, size_t token) const {
 // What tokens `first` to `last` of a row read through the heads that share one of keys.
 template <typename T>
 void Attention<T>::attend(const Step& step, size_t row, size_t kv_head, size_t first, size_t last) const {
-  const size_t depth = step.depth, group = step.group, start = step.start(row), token = step.firsts[row] + first;
+  const size_t depth = step.depth, stride = step.stride, group = step.group;
+  const size_t start = step.start(row), token = step.firsts[row] + first;
   const size_t count = (last - first) * group;
   // Read by one pass, keys and values need not be kept as they are computed with; the sums are the same.
   const size_t width = (depth + kLanes - 1) / kLanes * kLanes;
   const bool is_few = count <= kFewQueries && width == depth;
   const float* queries = step.queries_of(token, kv_head);
-  const size_t head = (row * kv_heads_ + kv_head) * step.capacity * depth;
+  const size_t head = (row * kv_heads_ + kv_head) * step.capacity * stride;
   float* columns = scratch<float, 5>(depth * kTile);
   float* room = scratch<float, 6>(width * kTile);
   float* scores = scratch<float, 7>(std::max(count, kFewQueries) * kTile);
@@ -243,11 +249,11 @@ void Attention<T>::attend(const Step& step, size_t row, size_t kv_head, size_t f
   const size_t begin = window_ > 0 && start + first + 1 > (size_t)window_ ? start + first + 1 - (size_t)window_ : 0;
   for (size_t tile = begin / kTile * kTile; tile < end; tile += kTile) {
     const size_t keys = std::min(kTile, end - tile);
-    expect(step.values + head + tile * depth, keys * depth * sizeof(T));
-    const T* here = step.keys + head + tile * depth;
-    if (!is_few) transpose(here, keys, depth, columns);
+    expect(step.values + head + tile * stride, keys * stride * sizeof(T));
+    const T* here = step.keys + head + tile * stride;
+    if (!is_few) transpose(here, keys, depth, stride, columns);
     if (is_few) {
-      score_few(count, queries, depth, here, keys, scores);
+      score_few(count, queries, depth, here, keys, stride, scores);
     } else {
       few_at_a_time(count, [&]<int MQ>(size_t i) {
         score<MQ>(queries + i * depth, depth, columns, scores + i * kTile);
@@ -276,13 +282,15 @@ void Attention<T>::attend(const Step& step, size_t row, size_t kv_head, size_t f
     }
     if (tile + kTile < end) {
       const size_t next = std::min(kTile, end - tile - kTile);
-      expect(step.keys + head + (tile + kTile) * depth, next * depth * sizeof(T));
+      expect(step.keys + head + (tile + kTile) * stride, next * stride * sizeof(T));
     }
-    const T* stored = step.values + head + tile * depth;
-    const float* values = is_few ? nullptr : as_floats(stored, keys, depth, width, room);
+    const T* stored = step.values + head + tile * stride;
+    const float* values = is_few ? nullptr : as_floats(stored, keys, depth, stride, width, room);
+    const size_t apart = values == room ? width : stride;
     few_at_a_time(count, [&]<int MQ>(size_t i) {
-      if (is_few) return gather_all<MQ>(scores + i * kTile, decay + i, stored, keys, width, sums + i * width);
-      gather_all<MQ>(scores + i * kTile, decay + i, values, keys, width, sums + i * width);
+      const float* weights = scores + i * kTile;
+      if (is_few) return gather_all<MQ>(weights, decay + i, stored, keys, stride, width, sums + i * width);
+      gather_all<MQ>(weights, decay + i, values, keys, apart, width, sums + i * width);
     });
   }
   for (size_t i = 0; i < count; ++i) {

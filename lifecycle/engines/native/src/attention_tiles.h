@@ -38,9 +38,11 @@ void score(const float* queries, size_t depth, const float* keys, float* scores)
 LIFECYCLE_INLINE v16f floats(const float* from) { return load<v16f>(from); }
 LIFECYCLE_INLINE v16f floats(const int8_t* from) { return to_float(widened(load<v16c>(from))); }
 
-// sums [MQ, width], 16 * NV of them from `sums` on, = sums * decay + weights [MQ, kTile] times values [count, width].
+// sums [MQ, width], 16 * NV of them from `sums` on, = sums * decay + weights [MQ, kTile] times values [count, width], which
+// are `stride` apart.
 template <int MQ, int NV, typename T>
-void gather(const float* weights, const float* decay, const T* values, size_t count, size_t width, float* sums) {
+void gather(const float* weights, const float* decay, const T* values, size_t count, size_t stride, size_t width,
+            float* sums) {
   v16f acc[MQ][NV];
   LIFECYCLE_UNROLL for (int i = 0; i < MQ; ++i) {
     LIFECYCLE_UNROLL for (int j = 0; j < NV; ++j) {
@@ -49,7 +51,7 @@ void gather(const float* weights, const float* decay, const T* values, size_t co
   }
   for (size_t t = 0; t < count; ++t) {
     v16f v[NV];
-    LIFECYCLE_UNROLL for (int j = 0; j < NV; ++j) v[j] = floats(values + t * width + j * kLanes);
+    LIFECYCLE_UNROLL for (int j = 0; j < NV; ++j) v[j] = floats(values + t * stride + j * kLanes);
     LIFECYCLE_UNROLL for (int i = 0; i < MQ; ++i) {
       const v16f w = spread(weights[i * kTile + t]);
       LIFECYCLE_UNROLL for (int j = 0; j < NV; ++j) acc[i][j] += w * v[j];
@@ -61,12 +63,12 @@ void gather(const float* weights, const float* decay, const T* values, size_t co
 }
 
 template <int MQ, typename T>
-void gather_all(const float* weights, const float* decay, const T* values, size_t count, size_t width,
+void gather_all(const float* weights, const float* decay, const T* values, size_t count, size_t stride, size_t width,
                 float* sums) {
   size_t d = 0;
   for (; d + 4 * kLanes <= width; d += 4 * kLanes)
-    gather<MQ, 4>(weights, decay, values + d, count, width, sums + d);
-  for (; d < width; d += kLanes) gather<MQ, 1>(weights, decay, values + d, count, width, sums + d);
+    gather<MQ, 4>(weights, decay, values + d, count, stride, width, sums + d);
+  for (; d < width; d += kLanes) gather<MQ, 1>(weights, decay, values + d, count, stride, width, sums + d);
 }
 
 // The largest of a query's scores with the keys from `tile` on, of which it sees those at `from` to `position`; the
@@ -110,19 +112,19 @@ LIFECYCLE_INLINE void few_at_a_time(size_t count, const F& f) {
   }
 }
 
-// Rows [count, depth] of a cache as rows of floats [count, width]: its own memory, or `room`.
-inline const float* as_floats(const float* from, size_t count, size_t depth, size_t width, float* room) {
+// Rows [count, depth] of a cache, `stride` apart, as rows of floats [count, width]: its own memory, or `room`.
+inline const float* as_floats(const float* from, size_t count, size_t depth, size_t stride, size_t width, float* room) {
   if (width == depth) return from;
   for (size_t t = 0; t < count; ++t) {
-    for (size_t d = 0; d < width; d += kLanes) store(room + t * width + d, some(from + t * depth + d, depth - d));
+    for (size_t d = 0; d < width; d += kLanes) store(room + t * width + d, some(from + t * stride + d, depth - d));
   }
   return room;
 }
-inline const float* as_floats(const int8_t* from, size_t count, size_t depth, size_t width, float* room) {
+inline const float* as_floats(const int8_t* from, size_t count, size_t depth, size_t stride, size_t width, float* room) {
   for (size_t t = 0; t < count; ++t) {
     for (size_t d = 0; d < width; d += kLanes) {
       v16c bytes{};
-      std::memcpy(&bytes, from + t * depth + d, std::min<size_t>(kLanes, depth - d));
+      std::memcpy(&bytes, from + t * stride + d, std::min<size_t>(kLanes, depth - d));
       store(room + t * width + d, to_float(widened(bytes)));
     }
   }
@@ -143,13 +145,13 @@ LIFECYCLE_INLINE void columns_of(const void* from, size_t count, size_t stride, 
   transpose16(rows);
 }
 
-// Calls use(d, column) with dimension after dimension of up to 16 keys [count, depth].
+// Calls use(d, column) with dimension after dimension of up to 16 keys [count, depth], `stride` apart.
 template <typename Use>
-LIFECYCLE_INLINE void each_column(const float* keys, size_t count, size_t depth, const Use& use) {
+LIFECYCLE_INLINE void each_column(const float* keys, size_t count, size_t depth, size_t stride, const Use& use) {
   v16f rows[kLanes];
   for (size_t d = 0; d < depth; d += kLanes) {
     const size_t left = std::min<size_t>(kLanes, depth - d);
-    columns_of(keys + d, count, depth * sizeof(float), left * sizeof(float), rows);
+    columns_of(keys + d, count, stride * sizeof(float), left * sizeof(float), rows);
     LIFECYCLE_UNROLL for (size_t j = 0; j < kLanes; ++j) {
       if (j < left) use(d + j, rows[j]);
     }
@@ -158,38 +160,39 @@ LIFECYCLE_INLINE void each_column(const float* keys, size_t count, size_t depth,
 
 // Four bytes are transposed as one value.
 template <typename Use>
-LIFECYCLE_INLINE void each_column(const int8_t* keys, size_t count, size_t depth, const Use& use) {
+LIFECYCLE_INLINE void each_column(const int8_t* keys, size_t count, size_t depth, size_t stride, const Use& use) {
   v16f rows[kLanes];
   auto four = [&](size_t d, v16f column) {
     LIFECYCLE_UNROLL for (int k = 0; k < 4; ++k) use(d + k, to_float((v16i)column << (24 - 8 * k) >> 24));
   };
   size_t d = 0;
   for (; d + 64 <= depth; d += 64) {
-    columns_of(keys + d, count, depth, 64, rows);
+    columns_of(keys + d, count, stride, 64, rows);
     LIFECYCLE_UNROLL for (size_t j = 0; j < kLanes; ++j) four(d + 4 * j, rows[j]);
   }
   if (d < depth) {
-    columns_of(keys + d, count, depth, depth - d, rows);
+    columns_of(keys + d, count, stride, depth - d, rows);
     for (size_t j = 0; d + 4 * j < depth; ++j) four(d + 4 * j, rows[j]);
   }
 }
 
-// Keys [count, depth], count up to kTile, as columns of floats [depth, kTile], with zeros behind them.
+// Keys [count, depth], `stride` apart and up to kTile, as columns of floats [depth, kTile], with zeros behind them.
 template <typename T>
-void transpose(const T* keys, size_t count, size_t depth, float* columns) {
+void transpose(const T* keys, size_t count, size_t depth, size_t stride, float* columns) {
   for (size_t t = 0; t < kTile; t += kLanes) {
     const size_t here = count > t ? std::min<size_t>(count - t, kLanes) : 0;
-    each_column(keys + t * depth, here, depth, [&](size_t d, v16f column) { store(columns + d * kTile + t, column); });
+    each_column(keys + t * stride, here, depth, stride,
+                [&](size_t d, v16f column) { store(columns + d * kTile + t, column); });
   }
 }
 
 template <int MQ, typename T>
-void score_columns(const float* queries, size_t depth, const T* keys, size_t count, float* scores) {
+void score_columns(const float* queries, size_t depth, const T* keys, size_t count, size_t stride, float* scores) {
   for (size_t t = 0; t < kTile; t += kLanes) {
     const size_t here = count > t ? std::min<size_t>(count - t, kLanes) : 0;
     v16f acc[MQ] = {};
     if (here > 0) {
-      each_column(keys + t * depth, here, depth, [&](size_t d, v16f column) {
+      each_column(keys + t * stride, here, depth, stride, [&](size_t d, v16f column) {
         LIFECYCLE_UNROLL for (int i = 0; i < MQ; ++i) acc[i] += queries[i * depth + d] * column;
       });
     }
@@ -199,13 +202,14 @@ void score_columns(const float* queries, size_t depth, const T* keys, size_t cou
 
 // The scores of so few queries that columns are used as they come; some more may be computed for nothing.
 template <typename T>
-void score_few(size_t queries_count, const float* queries, size_t depth, const T* keys, size_t count, float* scores) {
+void score_few(size_t queries_count, const float* queries, size_t depth, const T* keys, size_t count, size_t stride,
+               float* scores) {
   switch (queries_count) {
-    case 1: return score_columns<1>(queries, depth, keys, count, scores);
-    case 2: return score_columns<2>(queries, depth, keys, count, scores);
-    case 3: return score_columns<3>(queries, depth, keys, count, scores);
-    case 4: return score_columns<4>(queries, depth, keys, count, scores);
-    default: return score_columns<kFewQueries>(queries, depth, keys, count, scores);
+    case 1: return score_columns<1>(queries, depth, keys, count, stride, scores);
+    case 2: return score_columns<2>(queries, depth, keys, count, stride, scores);
+    case 3: return score_columns<3>(queries, depth, keys, count, stride, scores);
+    case 4: return score_columns<4>(queries, depth, keys, count, stride, scores);
+    default: return score_columns<kFewQueries>(queries, depth, keys, count, stride, scores);
   }
 }
 
