@@ -59,7 +59,8 @@ class Speculation:
             return
         num_decode = sum(len(state.tokens) - state.num_computed for state in decoding)
         if asking is not None:
-            is_alone = len(decoding) == len(states)
+            # A prompt counts from its second step on: without guesses in the first, models that are often right gain less.
+            is_alone = len(decoding) == sum(state.num_computed > 0 for state in states)
             if not asking.begin(pace, num_decode, is_alone=is_alone):
                 if self._is_resting():
                     return
