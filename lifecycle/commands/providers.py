@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentTypeError, _ActionsContainer
+from argparse import ArgumentTypeError
+from typing import Any, Protocol
 
 from lifecycle.engines.providers import Provider, parse_provider
 
 
-def add_provider(parser: _ActionsContainer) -> None:
+class _Arguments(Protocol):
+    """A parser, or a group of its arguments."""
+
+    def add_argument(self, *names: str, **how: Any) -> object: ...
+
+
+def add_provider(parser: _Arguments) -> None:
     """`--provider`."""
     parser.add_argument(
         "--provider",

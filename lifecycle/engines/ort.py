@@ -147,7 +147,7 @@ def _backend(
         cache = DeviceCache(device, names, shape, dtype)
         backend = OrtBackend(open_beside, session, cache, *arguments)
     elif device is not None:
-        _check_whole(options, device, len(names) * math.prod(shape) * dtype.itemsize)
+        _check_whole(path, options, device, len(names) * math.prod(shape) * dtype.itemsize)
         cache = TensorCache(device, names, shape, dtype)
         backend = CopyingOrtBackend(open_beside, session, cache, *arguments)
     else:
@@ -155,33 +155,42 @@ def _backend(
         shared = len(CACHE_PARTS) if _holds(path, kernels, attends) else 1
         cache = SlotCache(names, shape, dtype, windows, shared=shared)
         return CopyingOrtBackend(open_beside, session, cache, *arguments)
-    _check_attention(backend, device)
+    try:
+        _check_attention(backend, device, options.max_num_seqs)
+    except EngineError:
+        backend.close()
+        raise
     return backend
 
 
-def _check_whole(options: EngineOptions, device: Device, num_bytes: int) -> None:
+def _check_whole(path: Path, options: EngineOptions, device: Device, num_bytes: int) -> None:
     """What is taken at once cannot be bounded to a part of itself."""
     budget = options.kv_cache_bytes
     if budget is not None and budget < num_bytes:
         raise EngineError(
-            f"kv_cache_bytes is {budget}; on {device[0]} the cache takes room for every slot's whole context at once, "
-            f"{num_bytes}: allow that, or lower max_num_seqs or max_model_len"
+            f"kv_cache_bytes is {budget}; on {device[0]} the cache of {path} takes room for every slot's whole context at "
+            f"once, {num_bytes}: allow that, or lower max_num_seqs, max_model_len or prefill_chunk"
         )
 
 
-def _check_attention(backend: OrtBackend, device: Device) -> None:
+def _check_attention(backend: OrtBackend, device: Device, num_slots: int) -> None:
     """Attention of a device may not know `query_seqlens`. It fails then, or what it makes of a row depends on how wide
     the step is, and nothing else would tell but answers."""
     tokens = [0, 1, 0, 1]
+    rows = [Row(0, 0, tokens, len(tokens)), Row(1, 0, tokens[:1], 1)][:num_slots]
     try:
-        whole = backend.forward([Row(0, 0, tokens, len(tokens))]).copy()
+        whole = backend.forward(rows).copy()
         parts = [backend.forward([Row(0, n, [t], 1)])[0].copy() for n, t in enumerate(tokens)]
     except EngineError as error:
         reason = str(error)
     else:
-        if np.abs(whole - parts).max() <= _NOISE * np.abs(whole).max():
+        apart = np.stack([*parts, parts[0]])[: len(whole)]
+        if not np.isfinite(whole).all():
+            reason = "its logits are not finite numbers"
+        elif np.abs(whole - apart).max() <= _NOISE * np.abs(whole).max():
             return
-        reason = "a text gives other logits token by token"
+        else:
+            reason = "a text gives other logits token by token"
     raise EngineError(
         f"attention on {device[0]} takes no rows of different lengths ({reason}): run it on the CPU"
     )
@@ -203,8 +212,10 @@ def _kernels(options: EngineOptions, info: DecoderInfo) -> Path | None:
     """The library of our kernels, where they are to compute the graphs."""
     wanted, providers = options.kernels, options.providers or info.providers
     conflict = None
-    if tuple(providers) != PROVIDERS:
-        conflict = f"the graph runs on {provider_names(providers)[0]}"
+    if provider_names(providers) != PROVIDERS:
+        conflict = f"the graph runs on {', '.join(provider_names(providers))}"
+    elif tuple(providers) != PROVIDERS:
+        conflict = "the provider has options, which only ONNX Runtime's kernels follow"
     elif options.packed_weights is not None:
         conflict = "packed weights are kept as ONNX Runtime's kernels want them"
     if conflict is None:

@@ -23,7 +23,7 @@ from lifecycle.engines.limits import usable_cores
 from lifecycle.engines.native.swap import LOGITS, TOPS, swap
 from lifecycle.engines.onnx_file import check_external_data
 from lifecycle.engines.packed_weights import PROVIDERS, open_packed
-from lifecycle.engines.providers import PROVIDER_ENDING, Provider, provider_names
+from lifecycle.engines.providers import PROVIDER_ENDING, Provider, is_provider, provider_names
 from lifecycle.errors import EngineError
 
 STEP_INPUTS = frozenset(
@@ -69,28 +69,33 @@ _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
 def known_providers(providers: Sequence[Provider]) -> tuple[Provider, ...]:
-    """The same by their full names, of which the beginning, as in `cuda`, is enough.
+    """The same by their full names; `cuda`, without the ending that all have, is enough.
 
     Raises:
-        EngineError: this build of ONNX Runtime lacks one.
+        EngineError: this build of ONNX Runtime lacks one, one is named twice, or they have another form.
     """
-    if isinstance(providers, str):
-        raise EngineError(f"providers is {providers!r}; it must be a list of names")
+    if isinstance(providers, str) or not all(map(is_provider, providers)):
+        raise EngineError(
+            f"providers is {providers!r}; it must be a list of names or of pairs of a name and its options, as in "
+            "[('cuda', {'device_id': '0'}), 'cpu']"
+        )
     available: list[str] = ort.get_available_providers()
     names = {_short(name): name for name in available}
-    found = list[Provider]()
+    found = dict[str, Provider]()
     for given, each in zip(provider_names(providers), providers, strict=True):
         name = names.get(_short(given))
         if name is None:
             raise EngineError(
                 f"the provider is {given!r}, which this onnxruntime does not have; it has {', '.join(available)}"
             )
-        found.append(name if isinstance(each, str) else (name, each[1]))
-    return tuple(found)
+        if name in found:
+            raise EngineError(f"the provider {given!r} is named twice: leave one out")
+        found[name] = name if isinstance(each, str) else (name, each[1])
+    return tuple(found.values())
 
 
 def _short(name: str) -> str:
-    return name.removesuffix(PROVIDER_ENDING).lower()
+    return name.lower().removesuffix(PROVIDER_ENDING.lower())
 
 
 def open_session(
