@@ -12,7 +12,7 @@ class Parking:
     """A long text takes as long to copy as several steps, so it is done in parts; meanwhile its request holds its
     slot and brings nothing to a step. Of a text on its way the slot holds the beginning and blocks hold the rest, so it
     may turn round anywhere, and takes memory once where a cache gives back that of a part: the host's does, PyTorch's
-    keeps it until the slot is another's, a device's for good. One goes out at a time: the next one is computed until
+    keeps it until all is out, a device's for good. One goes out at a time: the next one is computed until
     then."""
 
     def __init__(self, cache: CacheBackend | None, part: int, most: float) -> None:
