@@ -45,8 +45,9 @@ class EngineOptions:
     """Memory for keys and values of how prompts began, for prompts that begin alike; 0 is none. Engines
     that cannot copy their cache do without."""
     kv_cache_bytes: int | None = None
-    """Memory for keys and values of requests; None is room for every slot's whole context. Where it is
-    full, the requests that came last give up theirs and compute it anew later. What a device takes at once must fit."""
+    """Memory for keys and values of requests; None is room for every slot's whole context, and as much again for what
+    is put aside of requests whose slots more urgent ones need. Where it is full, the requests that came last give up
+    theirs and compute it anew later. What a device takes at once must fit."""
     max_stall: float | None = 3.0
     """Where requests decode, a step that computes prompts too takes at most so many times as long as one
     that does not, but for one in some hundred on a busy machine, and as far as 2 tokens of a prompt allow, or 16 where

@@ -322,6 +322,7 @@ class BatchedEngine(Engine):
             self._options.prefill_chunk,
             cache=self._cache,
             max_cache_tokens=self._max_cache_tokens if self._options.kv_cache_bytes else inf,
+            max_aside_tokens=self._max_cache_tokens,
             windows=self._windows,
             reuse=self._prefixes and self._prefixes.reuse,
             on_release=self._speculation.release,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 
 from lifecycle.engines.backend import COPY_ERRORS, CacheBackend
 from lifecycle.engines.state import RequestState
@@ -11,14 +11,17 @@ from lifecycle.engines.state import RequestState
 class Parking:
     """A long text takes as long to copy as several steps, so it is done in parts; meanwhile its request holds its
     slot and brings nothing to a step. Of a text on its way the slot holds the beginning and blocks hold the rest, so it
-    takes memory once and may turn round anywhere. One goes out at a time: the next one is computed until then."""
+    may turn round anywhere, and takes memory once where a cache gives back that of a part: the host's does, PyTorch's
+    keeps it until all is out, a device's for good. One goes out at a time: the next one is computed until
+    then."""
 
-    def __init__(self, cache: CacheBackend | None, part: int) -> None:
-        """`cache` is None where nothing can be put aside; a part is so many tokens."""
+    def __init__(self, cache: CacheBackend | None, part: int, most: float) -> None:
+        """`cache` is None where nothing can be put aside; a part is so many tokens, and `most` may be aside together."""
         self._cache = cache
         self._part = part
-        self._going: RequestState | None = None
-        """Whose text is put aside."""
+        self._most = most
+        self.going: RequestState | None = None
+        """Whose text is put aside; its slot will be free then."""
         self._coming: dict[str, RequestState] = {}
         """Those whose text is written back."""
         self._aside: dict[str, RequestState] = {}
@@ -26,35 +29,28 @@ class Parking:
 
     def __bool__(self) -> bool:
         """Whether any text is on its way."""
-        return self._going is not None or bool(self._coming)
+        return self.going is not None or bool(self._coming)
 
     def __contains__(self, state: RequestState) -> bool:
         """Whether the text of a request in a slot is on its way."""
-        return state is self._going or state.request.id in self._coming
-
-    @property
-    def is_emptying(self) -> bool:
-        """Whether a slot will be free as soon as its text is put aside."""
-        return self._going is not None
+        return state is self.going or state.request.id in self._coming
 
     @property
     def num_tokens(self) -> int:
         """Tokens of all these texts, on their way or aside: each is whole, also behind windows."""
         states = [*self._aside.values(), *self._coming.values()]
-        if self._going is not None:
-            states.append(self._going)
-        return sum(state.num_computed for state in states)
-
-    def is_aside(self, state: RequestState) -> bool:
-        """Whether a request that waits goes on where it was."""
-        return state.request.id in self._aside
+        if self.going is not None:
+            states.append(self.going)
+        return _count(states)
 
     def put_aside(self, state: RequestState) -> bool:
-        """Begin to, if no other one is; whether there is anything to put aside."""
+        """Begin to, if no other one is; whether there is anything to put aside, and room for it."""
         if self._cache is None or not state.num_computed:
             return False
+        if _count(self._aside.values()) + state.num_computed > self._most:
+            return False
         self._coming.pop(state.request.id, None)
-        self._going = state
+        self.going = state
         state.draft.clear()
         return True
 
@@ -65,28 +61,26 @@ class Parking:
 
     def turn_back(self) -> None:
         """Let the request stay that is about to leave its slot: nobody needs it any more."""
-        state, self._going = self._going, None
+        state, self.going = self.going, None
         if state is not None and state.parked:
             self._coming[state.request.id] = state
 
     def finish(self) -> RequestState | None:
         """Who has nothing in its slot any more and leaves it, if anybody."""
-        state = self._going
+        state = self.going
         if state is None or self._num_in_slot(state):
             return None
-        self._going = None
+        self.going = None
         self._aside[state.request.id] = state
         return state
 
-    def leave(self, state: RequestState) -> None:
-        """A request gives its slot back; what is on its way is of no use then."""
-        if state is self._going:
-            self._going = None
+    def end(self, state: RequestState) -> None:
+        """A request ends or begins anew: what was put aside of it is of no use any more."""
+        if state is self.going:
+            self.going = None
         self._coming.pop(state.request.id, None)
-
-    def drop(self, state: RequestState) -> None:
-        """A request ends."""
         self._aside.pop(state.request.id, None)
+        state.parked.clear()
 
     def drop_last(self) -> bool:
         """Give up what was put aside last, to be computed anew; whether anything was."""
@@ -95,15 +89,19 @@ class Parking:
         self._aside.popitem()[1].recompute()
         return True
 
-    def copy_parts(self) -> Iterator[None]:
-        """Copy one part after the other: first for those that wait for a slot."""
-        while self._going is not None and self._num_in_slot(self._going):
-            self._read_part(self._going)
-            yield
-        for state in sorted(self._coming.values(), key=lambda state: state.rank):
-            while state in self:
-                self._write_part(state)
-                yield
+    def due(self) -> list[RequestState]:
+        """Those of whose texts there are parts to copy."""
+        due = list(self._coming.values())
+        if self.going is not None and self._num_in_slot(self.going):
+            due.append(self.going)
+        return due
+
+    def copy_part(self, state: RequestState) -> None:
+        """Copy the next part of a text that is due."""
+        if state is self.going:
+            self._read_part(state)
+        else:
+            self._write_part(state)
 
     def _num_in_slot(self, state: RequestState) -> int:
         """Texts are cut at multiples of a part; the last block is the first one behind what the slot holds."""
@@ -136,5 +134,10 @@ class Parking:
 
     def _give_up(self, state: RequestState) -> None:
         """It is computed anew: who waits for its slot finds nothing to put aside."""
-        self.leave(state)
+        self.end(state)
         state.recompute()
+
+
+def _count(states: Iterable[RequestState]) -> int:
+    """Tokens of their texts."""
+    return sum(state.num_computed for state in states)

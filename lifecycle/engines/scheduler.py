@@ -22,7 +22,7 @@ from lifecycle.engines.leaving import Leaving
 from lifecycle.engines.line import WaitingLine
 from lifecycle.engines.parking import Parking
 from lifecycle.engines.state import GRAIN, RequestState
-from lifecycle.engines.twins import TwinCopies
+from lifecycle.engines.twins import TwinCopies, follows
 from lifecycle.engines.windows import ALL_SEEN, Windows
 
 _PART = 8 << 20
@@ -31,6 +31,7 @@ _MOMENT = 1e-9
 """Seconds in which one chunk is copied, however long that takes."""
 
 Batch = list[tuple[RequestState, Row]]
+Rank = tuple[int, int]
 Reuse = Callable[[RequestState, float | None], bool]
 
 
@@ -44,6 +45,7 @@ class Scheduler:
         *,
         cache: CacheBackend | None = None,
         max_cache_tokens: float = inf,
+        max_aside_tokens: float = inf,
         windows: Windows = ALL_SEEN,
         reuse: Reuse | None = None,
         on_release: Callable[[int], None] | None = None,
@@ -53,6 +55,7 @@ class Scheduler:
             cache: what holds keys and values; None if they cannot be copied.
             max_cache_tokens: how many tokens it may hold for all requests together, at least one
                 context.
+            max_aside_tokens: how many tokens of texts may be put aside; what would be more is computed anew.
             windows: what of a text it holds.
             reuse: may take a request further in its prompt, just before it would be computed, in so many seconds;
                 whether that was all it could do.
@@ -61,10 +64,11 @@ class Scheduler:
         self._prefill_chunk = prefill_chunk
         self._cache = cache
         part = max(_PART // cache.bytes_per_token, 1) if cache is not None else 0
-        self._copies = TwinCopies(cache, part) if cache is not None else None
-        self._parking = Parking(cache, part)
+        self._copies = TwinCopies(cache, part)
+        self._parking = Parking(cache, part, max_aside_tokens)
         self._left: dict[int, int] = {}
-        """Slots of requests that have left them, which are yet to be copied; and how many tokens each holds."""
+        """Slots of requests that have left them, which are yet to be copied: not free until then. With each the tokens
+        that were computed in it."""
         # A bounded cache has no room for what nobody needs.
         self._leaving = Leaving(cache) if cache is not None and max_cache_tokens == inf else None
         self._max_cache_tokens = max_cache_tokens
@@ -90,8 +94,8 @@ class Scheduler:
     def cache_tokens(self) -> float:
         """Tokens whose keys and values are held; where windows differ, as a mean over the layers."""
         parking = self._parking
-        states = (state for state in self.running.values() if state not in parking)
-        return parking.num_tokens + sum(self._windows.held(s.num_computed) for s in states)
+        counts = [s.num_computed for s in self.running.values() if s not in parking]
+        return parking.num_tokens + sum(map(self._windows.held, [*counts, *self._left.values()]))
 
     def seen_tokens(self) -> Sequence[float]:
         """Of each request that decodes, the tokens that its next one looks back on."""
@@ -100,7 +104,7 @@ class Scheduler:
 
     def active(self) -> Collection[RequestState]:
         """Those in slots that may have rows in the next step."""
-        copies, parking = self._copies or (), self._parking
+        copies, parking = self._copies, self._parking
         if not copies and not parking:
             return self.running.values()
         return [s for s in self.running.values() if s not in copies and s not in parking]
@@ -115,15 +119,14 @@ class Scheduler:
         """Take a request out; its slot is free from the next step on."""
         if self.running.pop(state.request.id, None):
             self._release(state)
-        self._parking.drop(state)
+        self._parking.end(state)
         self.waiting.leave(state)
         if not self.running:
             self._settle()
 
     def drop(self, states: Collection[RequestState]) -> None:
         """Take requests out after a step that failed: their slots may hold anything."""
-        if self._copies:
-            self._copies.give_up(states)
+        self._copies.give_up(states)
         for state in states:
             self.remove(state)
 
@@ -134,7 +137,7 @@ class Scheduler:
             return
         if state.num_computed < max(state.num_passed, narrowest) + self._windows.step:
             return
-        if self._copies is not None and not self._copies.is_read(state):
+        if not self._copies.is_read(state.slot):
             self._cache.forget_passed(state.slot, state.num_computed, state.num_passed)
             state.num_passed = state.num_computed
 
@@ -148,34 +151,50 @@ class Scheduler:
         return bool(self._copies or self._parking)
 
     def copy(self, seconds: float | None) -> float | None:
-        """Copy what is due of texts, in so many seconds, one part at least; what is left of them. Before guesses are
-        made: those who have waited for a copy want some."""
-        begun = time.perf_counter()
-        for _ in chain(
-            self._parking.copy_parts(), self._copies.copy_parts() if self._copies else ()
-        ):
-            if seconds is not None and time.perf_counter() - begun >= seconds:
+        """Copy what is due of texts, in the order of ranks, in so many seconds, one part at least; what is left of them.
+        For requests that come after a prompt in a slot it is one part, whose time is not the prompt's loss. Before
+        guesses are made: those who have waited for a copy want some."""
+        left = inf if seconds is None else seconds
+        while (state := self._next_copy()) is not None:
+            is_behind, begun = self._is_behind_prompt(state), time.perf_counter()
+            (self._copies if state in self._copies else self._parking).copy_part(state)
+            if is_behind:
+                break
+            left -= time.perf_counter() - begun
+            if left <= 0:
                 break
         # A slot may be free now.
         self.admit()
-        return None if seconds is None else max(seconds - (time.perf_counter() - begun), 0.0)
+        return None if seconds is None else max(left, 0.0)
+
+    def _next_copy(self) -> RequestState | None:
+        """Of whose text a part is copied next."""
+        return min([*self._parking.due(), *self._copies.due()], key=self._copy_rank, default=None)
+
+    def _copy_rank(self, state: RequestState) -> Rank:
+        """That of who needs it first: the text's own request, or who waits for the slot that is free then."""
+        is_emptying = state is self._parking.going or self._copies.is_heir(state)
+        waits = self.waiting.first() if is_emptying else None
+        return state.rank if waits is None else min(state.rank, waits.rank)
+
+    def _is_behind_prompt(self, state: RequestState) -> bool:
+        rank = self._copy_rank(state)
+        return any(other.is_prefilling and other.rank < rank for other in self.active())
 
     def admit(self) -> None:
         """Give slots to waiting requests. Where none is free, one of higher priority number makes room."""
         self._settle()
         if (gone := self._parking.finish()) is not None:
-            self._preempt(gone)
+            # It goes on where it was.
+            self._send_back(gone)
         while (state := self.waiting.first()) is not None:
             if self._free and self._has_room(state):
                 self._place(state)
-                continue
-            last = self._last_running()
-            if last.request.priority <= state.request.priority:
+            elif not self._make_room(state):
                 break
-            if not self._free and self._goes_aside(last):
-                return
-            self._preempt(last)
-        self._parking.turn_back()
+        going = self._parking.going
+        if going is not None and (state is None or not _yields(going, state)):
+            self._parking.turn_back()
 
     def schedule(
         self, room: int | None = None, seconds: float | None = None, left: float | None = None
@@ -204,7 +223,7 @@ class Scheduler:
 
     def share(self, leader: RequestState) -> list[RequestState]:
         """Take the requests in slots that have the prompt which `leader` has just finished to where it is."""
-        if self._copies is None or len(leader.tokens) > leader.num_prompt:
+        if self._cache is None or len(leader.tokens) > leader.num_prompt:
             return []
         twins = self._twins(leader)
         for twin in twins:
@@ -218,7 +237,7 @@ class Scheduler:
         # A prompt that is scored has logits before it is finished.
         if leader.is_prefilling:
             return []
-        twins = [other for other in self.active() if _follows(other, leader)]
+        twins = [other for other in self.active() if follows(other, leader)]
         each = self._windows.held(leader.num_prompt)
         room = max((self._max_cache_tokens - self.cache_tokens) / each, 0)
         return twins[: int(min(room, len(twins)))]
@@ -237,10 +256,10 @@ class Scheduler:
             # What was taken is no time to compute in; but nobody waits for ever.
             budget, left = max(int(whole * left / seconds), GRAIN), max(left, _MOMENT)
         filling = (state for state in self.active() if state.is_prefilling)
-        for state in sorted(filling, key=lambda state: state.rank):
+        for state in sorted(filling, key=_rank):
             if budget <= 0:
                 return
-            if self._cache is not None and any(_follows(state, leader) for leader in leaders):
+            if self._cache is not None and any(follows(state, leader) for leader in leaders):
                 continue
             leaders.append(state)
             if self._reuse is not None:
@@ -261,17 +280,32 @@ class Scheduler:
             budget -= len(row.tokens)
             batch.append((state, row))
 
-    def _goes_aside(self, state: RequestState) -> bool:
-        """Whether those who wait get a slot once its text is put aside: that of a request, if none is yet."""
-        if self._parking.is_emptying:
+    def _make_room(self, state: RequestState) -> bool:
+        """Let one that yields to a waiting request leave its slot; whether it has. It takes some steps where its text is
+        put aside, or where a slot is yet to be copied."""
+        others = [other for other in self.running.values() if _yields(other, state)]
+        if not others or self._left:
+            return False
+        if self._free:
+            # It is the cache that is full.
+            self._preempt(max(others, key=_rank))
             return True
-        if self._copies is not None:
-            if state in self._copies:
-                return False
-            if self._copies.is_read(state):
-                # They have to be copied first, in parts too.
-                return True
-        return self._parking.put_aside(state)
+        last = self._last_to_go(others)
+        if last is None or self._parking.going is not None:
+            return False
+        if last not in self._copies and self._parking.put_aside(last):
+            return False
+        self._preempt(last)
+        return True
+
+    def _last_to_go(self, states: Collection[RequestState]) -> RequestState | None:
+        """The last one, unless it is yet to be copied: then one that can be put aside at once."""
+        read, copies = self._copies.is_read, self._copies
+        last = max(states, key=_rank)
+        if not read(last.slot):
+            return last
+        able = [state for state in states if state not in copies and not read(state.slot)]
+        return max(able, key=_rank, default=None)
 
     def _place(self, state: RequestState) -> None:
         self.waiting.take(state)
@@ -290,7 +324,8 @@ class Scheduler:
             self._windows.held(max(s.num_computed, s.num_prefill))
             for s in (state, *self.running.values())
         )
-        return sum(wanted) + self._prefill_chunk <= self._max_cache_tokens
+        left = sum(map(self._windows.held, self._left.values()))
+        return sum(wanted) + left + self._prefill_chunk <= self._max_cache_tokens
 
     def _fit(self, batch: Batch) -> None:
         """Make room in the cache for what a step adds to it: without guesses, then at the cost of what
@@ -310,40 +345,40 @@ class Scheduler:
             batch[:] = [pair for pair in batch if pair[0] is not last]
 
     def _last_running(self) -> RequestState:
-        return max(self.running.values(), key=lambda state: state.rank)
+        return max(self.running.values(), key=_rank)
 
     def _surplus(self, batch: Batch) -> float:
         added = sum(len(row.tokens) for _, row in batch)
         return self.cache_tokens + added - self._max_cache_tokens
 
     def _preempt(self, state: RequestState) -> None:
-        """Send a request back to its line, to be computed anew unless its text is aside."""
+        """Send a request back to its line, to be computed anew."""
+        self._send_back(state)
+        self._parking.end(state)
+        state.recompute()
+        # It may have been the last one that a slot was kept for.
+        self._settle()
+
+    def _send_back(self, state: RequestState) -> None:
         self.num_preemptions += 1
         del self.running[state.request.id]
-        state.draft.clear()
         self._release(state)
-        # Somebody waits for its slot.
-        self._settle()
-        if not self._parking.is_aside(state):
-            state.recompute()
         self.waiting.push(state)
 
     def _release(self, state: RequestState) -> None:
         slot, state.slot = state.slot, -1
-        self._parking.leave(state)
         if self._on_release is not None:
             self._on_release(slot)
-        if self._copies is not None and self._copies.leave(state):
-            self._left[slot] = len(state.tokens)
+        if self._copies.leave(state):
+            self._left[slot] = state.num_computed
         else:
             self._free_slot(slot, len(state.tokens))
 
     def _settle(self) -> None:
-        """Free the slots that were yet to be copied."""
-        if self._copies is not None and (self._copies or self._left):
-            self._copies.settle(self._left)
-            while self._left:
-                self._free_slot(*self._left.popitem())
+        """Free the slots that were yet to be copied, and are no more."""
+        self._copies.settle()
+        for slot in [slot for slot in self._left if not self._copies.is_read(slot)]:
+            self._free_slot(slot, self._left.pop(slot))
 
     def _free_slot(self, slot: int, num_tokens: int) -> None:
         if self._leaving is not None:
@@ -355,16 +390,10 @@ class Scheduler:
         heapq.heappush(self._free, slot)
 
 
-def _follows(state: RequestState, leader: RequestState) -> bool:
-    """Whether all that is computed for the prompt of `leader` is what `state` needs."""
-    return (
-        state is not leader
-        and state.is_prefilling
-        and state.twin_key == leader.twin_key
-        and state.num_prefill == state.num_prompt == leader.num_prompt
-        and state.adapter == leader.adapter
-        and state.is_long == leader.is_long
-        and state.request.params.prompt_logprobs is None
-        and state.request.cache_salt == leader.request.cache_salt
-        and state.tokens == leader.tokens[: leader.num_prompt]
-    )
+def _rank(state: RequestState) -> Rank:
+    return state.rank
+
+
+def _yields(state: RequestState, other: RequestState) -> bool:
+    """Whether a request gives its slot to another one."""
+    return state.request.priority > other.request.priority

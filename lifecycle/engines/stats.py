@@ -16,7 +16,7 @@ class EngineStats:
     cache_bytes: int
     """What they take, of memory that is taken at once too; 0 where the engine cannot tell."""
     cache_capacity_bytes: int
-    """What they may take at most."""
+    """What they may take at most; where `kv_cache_bytes` is None, those in slots, and as much again may be put aside."""
     prefix_bytes: int
     """Held by the prefix cache."""
     prefix_hit_tokens: int

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +131,7 @@ class EngineMachine(RuleBasedStateMachine):
             max_stall=max_stall,
             draft_tokens=draft_tokens,
         )
-        self.most = CONTEXT * contexts if contexts else inf
+        self.most = CONTEXT * (contexts or 2 * slots)
         self.engine = self.subject.engine.open(self.subject.folder, self.options)
         for number in range(min(loaded, len(self.subject.adapters))):
             self.load("abc"[number], number)

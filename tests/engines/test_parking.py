@@ -79,13 +79,15 @@ def test_others_go_on_between_the_parts(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_where_nobody_decodes_all_is_copied_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    texts = Slots(monkeypatch)
-    texts.engine.cancel("decodes")
-    texts.submit("other", [9] * 100, 3, priority=0)
-    texts.urge()
-    assert texts.step() == set() and texts.moves == OUT
+    texts = Texts(monkeypatch, slots=1)
+    texts.submit("late", PROMPT, 40, priority=2)
+    while len(texts.found["late"]) <= LATE - len(PROMPT):
+        texts.step()
+    texts.submit("urgent", [5, 4, 6], 3)
+    assert texts.step() == {"urgent"}
+    assert texts.backend.moves == [(way, 0, *part) for way, _, *part in OUT]
     texts.finish()
-    assert texts.moves == OUT + [(way, 0, *part) for way, _, *part in BACK]
+    assert texts.backend.moves == [(way, 0, *part) for way, _, *part in OUT + BACK]
     assert len(texts.found["urgent"]) == 3 and len(texts.found["late"]) == 40
 
 
@@ -201,10 +203,11 @@ def test_one_that_comes_back_turns_round_at_once(monkeypatch: pytest.MonkeyPatch
     while texts.moves != OUT + BACK[:3]:
         texts.step()
     texts.engine.cancel("decodes")
-    texts.submit("other", [9] * 100, 3, priority=0)
-    texts.urge("again")
+    texts.submit("other", [9] * 100, 3, priority=1)
     texts.step()
-    assert texts.moves == OUT + BACK[:3] + OUT[-3:]
+    texts.urge("again", priority=0)
+    texts.step()
+    assert texts.moves == OUT + BACK[:4] + OUT[-4:]
     texts.finish()
     assert len(texts.found["late"]) == 40
 
@@ -309,7 +312,7 @@ def test_those_that_copy_from_it_go_first(monkeypatch: pytest.MonkeyPatch) -> No
     texts.submit("twin", prompt, 50, priority=1)
     while not texts.found["first"]:
         texts.step()
-    # "late" gets all at once then, and "twin" is copied from it.
+    # Its slot is free once "late" has all; "twin" is copied from that one.
     texts.engine.cancel("first")
     for n in range(2):
         texts.submit(f"urgent {n}", [5, 4, 6], 60)

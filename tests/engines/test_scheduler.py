@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import total_ordering
-from math import inf
 from typing import Any, ClassVar
 
 import pytest
@@ -82,9 +81,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         clock.copies(self.engine.backend, copy)
         if self.guesser is not None:
             clock.times(self.guesser, 0.1)
-        # Without a budget only the slots are bounded, not what is put aside.
+        # Without a budget as much as the slots hold may be aside.
         budget = options["kv_cache_bytes"]
-        self.most = inf if budget is None else budget // BYTES
+        self.most = 2 * SLOTS * CONTEXT if budget is None else budget // BYTES
 
     @rule(
         prompt=prompts,
@@ -212,7 +211,7 @@ def test_a_step_carries_one_chunk_of_prompts_and_short_ones_share_it() -> None:
 def test_the_lowest_free_slot_is_taken_first() -> None:
     engine = ToyEngine.make(max_num_seqs=3)
     for name in "abc":
-        engine.submit(Request(name, [1], SamplingParams(ignore_eos=True)))
+        engine.submit(Request(name, [ord(name) % VOCAB], SamplingParams(ignore_eos=True)))
     engine.step()
     engine.cancel("b")
     engine.cancel("a")
