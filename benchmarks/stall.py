@@ -1,9 +1,10 @@
 """How long requests that decode wait while a long prompt is computed: the gaps between their tokens.
 
-    python -m benchmarks.stall [--running 1 4 8] [--prompt 1500] [--rounds 3] [--json]
+    python -m benchmarks.stall [--running 1 4 8] [--prompt 1500] [--rounds 3] [--parked] [--json]
 
 Random weights of the 135M shape in row-wise int8 and in int4. A gap is counted as normal before the prompt
-comes and after it is done; beside each other stand the bound of the engine's default (max_stall) and none.
+comes and after it is done; beside each other stand the bound of the engine's default (max_stall) and none. With
+`--parked` the prompt is computed already, and its text is put aside for an urgent request and written back.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ def main() -> None:
     parser.add_argument("--running", type=int, nargs="+", default=[1, 4, 8])
     parser.add_argument("--prompt", type=int, default=1500)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--parked", action="store_true", help="put the text aside and back")
     parser.add_argument("--scheme", nargs="+", default=list(SCHEMES), choices=list(SCHEMES))
     parser.add_argument("--folder", type=Path, help="where the model is kept")
     args = parser.parse_args()
@@ -50,8 +52,8 @@ def main() -> None:
 def describe(found: dict[str, Any]) -> str:
     return (
         f"{found['scheme']:13} {found['running']} running, max_stall {found['max_stall']!s:4} "
-        f"normal {found['normal_ms']:5.1f} ms, p99 beside the prompt {found['p99_ms']:6.1f} ms: "
-        f"{found['p99_by_normal']:5.2f} times; prompt after {found['prompt_s']:.2f} s"
+        f"normal {found['normal_ms']:5.1f} ms, p99 beside the text {found['p99_ms']:6.1f} ms: "
+        f"{found['p99_by_normal']:5.2f} times; text after {found['prompt_s']:.2f} s"
     )
 
 
@@ -63,7 +65,9 @@ def measure(root: Path, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             options = EngineOptions(max(args.running) + 1, 2048, max_stall=max_stall)
             engine = OnnxEngine.open(folder, options)
             for running in args.running:
-                parts = [one_round(engine, running, args.prompt) for _ in range(args.rounds)]
+                parts = [
+                    one_round(engine, running, args.prompt, args.parked) for _ in range(args.rounds)
+                ]
                 normal = float(np.median(np.concatenate([part[0] for part in parts])))
                 p99 = float(np.percentile(np.concatenate([part[1] for part in parts]), 99))
                 yield {
@@ -90,9 +94,35 @@ def make_model(root: Path, scheme: str) -> Path:
     return made
 
 
-def one_round(engine: OnnxEngine, running: int, length: int) -> tuple[Any, Any, float]:
-    """Gaps between steps in seconds, without and with the prompt, and the time to its first token."""
+class Watch:
+    """The gaps between the steps of an engine, in seconds."""
+
+    def __init__(self, engine: OnnxEngine) -> None:
+        self._engine = engine
+        self._last = time.perf_counter()
+
+    def step(self, gaps: list[float]) -> set[str]:
+        """Make one, and whom it told something."""
+        told = {event.request_id for event in self._engine.step()}
+        now = time.perf_counter()
+        gaps.append(now - self._last)
+        self._last = now
+        return told
+
+    def until(self, gaps: list[float], request_id: str) -> float:
+        """Steps until it tells one request something; how long that took."""
+        begun = time.perf_counter()
+        while request_id not in self.step(gaps):
+            pass
+        return time.perf_counter() - begun
+
+
+def one_round(
+    engine: OnnxEngine, running: int, length: int, is_parked: bool
+) -> tuple[Any, Any, float]:
+    """Gaps between steps in seconds, without and with what is done with the long text, and how long that took."""
     rng = np.random.default_rng(0)
+    text = rng.integers(3, 1000, length).tolist()
     free = SamplingParams(max_tokens=2000, ignore_eos=True)
     for n in range(running):
         engine.submit(Request(f"runs {n}", rng.integers(3, 1000, 40).tolist(), free))
@@ -100,28 +130,27 @@ def one_round(engine: OnnxEngine, running: int, length: int) -> tuple[Any, Any, 
         pass
     normal: list[float] = []
     beside: list[float] = []
-    last = time.perf_counter()
-
-    def step(gaps: list[float]) -> set[str]:
-        nonlocal last
-        told = {event.request_id for event in engine.step()}
-        now = time.perf_counter()
-        gaps.append(now - last)
-        last = now
-        return told
-
+    watch = Watch(engine)
+    if is_parked:
+        engine.submit(Request("text", text, free, priority=2))
+        watch.until([], "text")
+        # With its text the steps are longer.
+        for _ in range(BEFORE):
+            watch.step(normal)
+        for n in range(engine.max_num_seqs - engine.num_running + 1):
+            short = SamplingParams(max_tokens=4, ignore_eos=True)
+            engine.submit(Request(f"urgent {n}", [5, 6, 7], short, priority=1))
+        taken = watch.until(beside, "urgent 0") + watch.until(beside, "text")
+    else:
+        for _ in range(BEFORE):
+            watch.step(normal)
+        engine.submit(Request("text", text, SamplingParams(max_tokens=1, ignore_eos=True)))
+        taken = watch.until(beside, "text")
     for _ in range(BEFORE):
-        step(normal)
-    prompt = rng.integers(3, 1000, length).tolist()
-    begun = time.perf_counter()
-    engine.submit(Request("prompt", prompt, SamplingParams(max_tokens=1, ignore_eos=True)))
-    while "prompt" not in step(beside):
-        pass
-    taken = time.perf_counter() - begun
-    for _ in range(BEFORE):
-        step(normal)
+        watch.step(normal)
     for n in range(running):
         engine.cancel(f"runs {n}")
+    engine.cancel("text")
     engine.step()
     return normal, beside, taken
 

@@ -333,7 +333,7 @@ class BatchedEngine(Engine):
         pace, seen = self._pace, self._scheduler.seen_tokens()
         left = seconds = pace.copy_seconds(len(seen)) if seen else None
         if self._scheduler.is_copying:
-            left = self._scheduler.copy(seconds)
+            left = self._scheduler.copy(seconds, pace.stall_seconds(len(seen)) if seen else None)
             seen = self._scheduler.seen_tokens()
         pace.context = sum(seen)
         self._speculation.draft(self._scheduler.active(), pace)

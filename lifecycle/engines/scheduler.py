@@ -25,7 +25,7 @@ from lifecycle.engines.state import GRAIN, RequestState
 from lifecycle.engines.twins import TwinCopies, follows
 from lifecycle.engines.windows import ALL_SEEN, Windows
 
-_PART = 8 << 20
+_PART = 4 << 20
 """Bytes that are copied before the time is looked at."""
 _MOMENT = 1e-9
 """Seconds in which one chunk is copied, however long that takes."""
@@ -53,8 +53,7 @@ class Scheduler:
         """
         Args:
             cache: what holds keys and values; None if they cannot be copied.
-            max_cache_tokens: how many tokens it may hold for all requests together, at least one
-                context.
+            max_cache_tokens: how many tokens it may hold for all requests together, at least one context.
             max_aside_tokens: how many tokens of texts may be put aside; what would be more is computed anew.
             windows: what of a text it holds.
             reuse: may take a request further in its prompt, just before it would be computed, in so many seconds;
@@ -150,17 +149,19 @@ class Scheduler:
         """Whether there is anything to copy."""
         return bool(self._copies or self._parking)
 
-    def copy(self, seconds: float | None) -> float | None:
+    def copy(self, seconds: float | None, fewer: float | None = None) -> float | None:
         """Copy what is due of texts, in the order of ranks, in so many seconds, one part at least; what is left of them.
-        For requests that come after a prompt in a slot it is one part, whose time is not the prompt's loss. Before
-        guesses are made: those who have waited for a copy want some."""
+        What is put aside and back may take `fewer`: it spares no work. For requests that come after a prompt in a slot it
+        is one part, whose time is not the prompt's loss. Before guesses are made: who has waited for a copy wants some."""
         left = inf if seconds is None else seconds
+        weight = seconds / fewer if seconds and fewer else 1.0
         while (state := self._next_copy()) is not None:
             is_behind, begun = self._is_behind_prompt(state), time.perf_counter()
-            (self._copies if state in self._copies else self._parking).copy_part(state)
+            is_twin = state in self._copies
+            (self._copies if is_twin else self._parking).copy_part(state)
             if is_behind:
                 break
-            left -= time.perf_counter() - begun
+            left -= (1.0 if is_twin else weight) * (time.perf_counter() - begun)
             if left <= 0:
                 break
         # A slot may be free now.
