@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from lifecycle.engines.backend import CacheBackend
 from lifecycle.engines.state import RequestState
@@ -32,11 +32,12 @@ class Leaving:
             self._cache.forget(slot)
         self._ends.clear()
 
-    def give_back(self, running: Iterable[RequestState]) -> None:
-        """A part of it, from its end on, as far as no other request has its place by then."""
+    def give_back(self, running: Iterable[RequestState], left: Mapping[int, int]) -> None:
+        """A part of it, from its end on, as far as no other request has its place by then; `left` are slots that are kept
+        for others, with the tokens of each."""
         if not self._ends:
             return
-        taken = {state.slot: len(state.tokens) + len(state.draft) for state in running}
+        taken = {**left, **{s.slot: len(s.tokens) + len(s.draft) for s in running}}
         count = max(self._part, sum(self._ends.values()) // _SHARE)
         for slot, end in list(self._ends.items()):
             least = taken.get(slot, 0)

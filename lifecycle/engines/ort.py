@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Self
@@ -36,7 +36,8 @@ from lifecycle.engines.draft_pair import check_pair
 from lifecycle.engines.limits import context_length
 from lifecycle.engines.native.library import adds_bytes_exactly, kernels_for
 from lifecycle.engines.native.sampling import native_passes
-from lifecycle.engines.native.swap import attends, computes_by_token
+from lifecycle.engines.native.swap import attends, computes_by_token, swap
+from lifecycle.engines.onnx_file import check_external_data
 from lifecycle.engines.ort_backend import CopyingOrtBackend, OrtBackend
 from lifecycle.engines.ort_session import (
     CACHE_PARTS,
@@ -45,6 +46,7 @@ from lifecycle.engines.ort_session import (
     check_signature,
     known_providers,
     open_session,
+    present_name,
 )
 from lifecycle.engines.packed_weights import PROVIDERS
 from lifecycle.engines.providers import provider_names
@@ -91,7 +93,8 @@ class OnnxEngine(BatchedEngine):
             windows=Windows(info.windows),
             has_prompt_graph=info.prefill_scheme is not None,
             # Only the prefix cache asks.
-            cuts_freely=options.prefix_cache_bytes > 0 and _holds(path, kernels, computes_by_token),
+            cuts_freely=options.prefix_cache_bytes > 0
+            and _holds(path, _text_graphs(info, layout), kernels, computes_by_token),
             draft=_draft(path, info, options, max_model_len),
             passes=NUMPY if kernels is None else native_passes(kernels, backend.columns_of),
         )
@@ -121,11 +124,18 @@ def _backend(
             options.packed_weights,
             whole_scores=_whole_scores(info, options, max_model_len),
             kernels=kernels,
+            shared=names if is_shared else (),
         )
         check_signature(session, info, path / name, slots, output, is_native=kernels is not None)
         return session
 
     names = cache_names(info)
+    cache_parts = [(name, present_name(name)) for name in names]
+    graphs = [
+        *_text_graphs(info, layout),
+        *([HIDDEN_GRAPH] if (path / HIDDEN_GRAPH).is_file() else []),
+    ]
+    is_shared = _holds(path, graphs, kernels, lambda graph: attends(swap(graph), cache_parts))
 
     def open_beside(name: str, slots: AdapterLayout | None) -> ort.InferenceSession:
         found = open_graph(name, slots)
@@ -152,8 +162,7 @@ def _backend(
         backend = CopyingOrtBackend(open_beside, session, cache, *arguments)
     else:
         windows = [window for window in info.windows for _ in CACHE_PARTS]
-        shared = len(CACHE_PARTS) if _holds(path, kernels, attends) else 1
-        cache = SlotCache(names, shape, dtype, windows, shared=shared)
+        cache = SlotCache(names, shape, dtype, windows, shared=len(CACHE_PARTS) if is_shared else 1)
         return CopyingOrtBackend(open_beside, session, cache, *arguments)
     try:
         _check_attention(backend, device, options.max_num_seqs)
@@ -196,14 +205,25 @@ def _check_attention(backend: OrtBackend, device: Device, num_slots: int) -> Non
     )
 
 
-def _holds(path: Path, kernels: Path | None, question: Callable[[bytes], bool]) -> bool:
-    """Whether something holds of all graphs of a folder, computed by our kernels."""
+def _text_graphs(info: DecoderInfo, layout: AdapterLayout | None) -> list[str]:
+    """Those by which requests are computed."""
+    prefill = [PREFILL_GRAPH] if info.prefill_scheme is not None else []
+    return [GRAPH, *prefill, *([ADAPTED] if layout is not None else [])]
+
+
+def _holds(
+    path: Path, graphs: Sequence[str], kernels: Path | None, question: Callable[[bytes], bool]
+) -> bool:
+    """Whether something holds of some graphs of a folder, and they are computed by our kernels."""
     if kernels is None:
         return False
-    graphs = [path / name for name in (GRAPH, PREFILL_GRAPH, HIDDEN_GRAPH, ADAPTED)]
     try:
-        return all(question(graph.read_bytes()) for graph in graphs if graph.is_file())
-    except (ValueError, IndexError, KeyError, OSError):
+        for graph in graphs:
+            check_external_data(path / graph)
+            if not question((path / graph).read_bytes()):
+                return False
+        return True
+    except (EngineError, ValueError, IndexError, KeyError, OSError):
         # Whoever opens the graph says what is wrong with it.
         return False
 

@@ -20,7 +20,7 @@ import onnxruntime as ort
 from lifecycle.engines.adapters import PLACES, TOKENS, AdapterLayout
 from lifecycle.engines.decoder import DecoderInfo
 from lifecycle.engines.limits import usable_cores
-from lifecycle.engines.native.swap import LOGITS, TOPS, swap
+from lifecycle.engines.native.swap import LOGITS, TOPS, attends, swap
 from lifecycle.engines.onnx_file import check_external_data
 from lifecycle.engines.packed_weights import PROVIDERS, open_packed
 from lifecycle.engines.providers import PROVIDER_ENDING, Provider, is_provider, provider_names
@@ -74,7 +74,7 @@ def known_providers(providers: Sequence[Provider]) -> tuple[Provider, ...]:
     Raises:
         EngineError: this build of ONNX Runtime lacks one, one is named twice, or they have another form.
     """
-    if isinstance(providers, str) or not all(map(is_provider, providers)):
+    if not isinstance(providers, list | tuple) or not all(map(is_provider, providers)):
         raise EngineError(
             f"providers is {providers!r}; it must be a list of names or of pairs of a name and its options, as in "
             "[('cuda', {'device_id': '0'}), 'cpu']"
@@ -90,7 +90,7 @@ def known_providers(providers: Sequence[Provider]) -> tuple[Provider, ...]:
             )
         if name in found:
             raise EngineError(f"the provider {given!r} is named twice: leave one out")
-        found[name] = name if isinstance(each, str) else (name, each[1])
+        found[name] = name if isinstance(each, str) or not each[1] else (name, each[1])
     return tuple(found.values())
 
 
@@ -106,11 +106,13 @@ def open_session(
     *,
     whole_scores: bool = False,
     kernels: Path | None = None,
+    shared: Sequence[str] = (),
 ) -> ort.InferenceSession:
     """Load a graph; `threads` None takes one per core that the process may use. `packed_weights` is a
     folder that keeps weights as the kernels of the CPU want them; other providers make no use of it.
     With `whole_scores` attention takes memory for all its scores at once, and less time. `kernels` is a library of
-    our operators, which take the place of ONNX Runtime's where they can.
+    our operators, which take the place of ONNX Runtime's where they can; `shared` are inputs of a cache that only these
+    may read and write.
 
     Raises:
         EngineError: the file is missing, damaged or takes weights from outside its folder, this
@@ -126,7 +128,7 @@ def open_session(
     try:
         with _attention(whole_scores):
             if kernels is not None:
-                return _open_native(graph, providers, threads, kernels)
+                return _open_native(graph, providers, threads, kernels, shared)
             if packed_weights is not None and tuple(providers) == PROVIDERS:
                 return open_packed(graph, packed_weights, partial(_options, threads))
             # ONNX Runtime would take the CPU, and say nothing, where a device cannot be opened.
@@ -140,14 +142,24 @@ def open_session(
 
 
 def _open_native(
-    graph: Path, providers: Sequence[Provider], threads: int | None, kernels: Path
+    graph: Path,
+    providers: Sequence[Provider],
+    threads: int | None,
+    kernels: Path,
+    shared: Sequence[str],
 ) -> ort.InferenceSession:
     """Open a graph with our operators in it. It is given as bytes, so where its weights are has to be said."""
     options = _options(threads)
     options.register_custom_ops_library(str(kernels))
     folder = str(graph.parent.resolve())
     options.add_session_config_entry(_WEIGHTS_FOLDER, folder)
-    return ort.InferenceSession(swap(graph.read_bytes()), options, providers=list(providers))
+    swapped = swap(graph.read_bytes())
+    if shared and not attends(swapped, [(name, present_name(name)) for name in shared]):
+        raise EngineError(
+            f"{graph} reads its cache by other operators than those that the engine was opened with: open it with kernels: "
+            "onnxruntime"
+        )
+    return ort.InferenceSession(swapped, options, providers=list(providers))
 
 
 @contextmanager

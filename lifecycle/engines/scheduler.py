@@ -219,7 +219,7 @@ class Scheduler:
             self._add_prompts(batch, budget)
         self._fit(batch)
         if self._leaving is not None:
-            self._leaving.give_back(self.running.values())
+            self._leaving.give_back(self.running.values(), self._left)
         return batch
 
     def share(self, leader: RequestState) -> list[RequestState]:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pytest
 
+from lifecycle.engines import leaving as leaving_module
 from lifecycle.engines.leaving import Leaving
 from lifecycle.engines.requests import Request, SamplingParams
 from lifecycle.engines.slot_cache import SlotCache
+from tests.engines.texts import PROMPT, Texts
 from tests.engines.toy import ToyBackend, ToyEngine
 
 MEBI = 1 << 20
@@ -44,12 +47,14 @@ def leaving_of(cache: Cache, *texts: tuple[int, int]) -> Leaving:
     return leaving
 
 
-def parts(leaving: Leaving, cache: Cache, *running: Any) -> list[list[tuple[int, int]]]:
+def parts(
+    leaving: Leaving, cache: Cache, *running: Any, left: Mapping[int, int] | None = None
+) -> list[list[tuple[int, int]]]:
     """What each step gives back, until nothing is left."""
     found: list[list[tuple[int, int]]] = []
     for _ in range(100):
         cache.given.clear()
-        leaving.give_back(running)
+        leaving.give_back(running, left or {})
         if not cache.given:
             break
         found.append(list(cache.given))
@@ -76,6 +81,31 @@ def test_what_another_text_holds_by_then_stays() -> None:
     running = Running(0, [0] * 9, [0])
     assert parts(leaving_of(cache, (0, 20)), cache, running) == [[(0, 12)], [(0, 10)]]
     assert parts(leaving_of(cache, (0, 5)), cache, running) == [[(0, 10)]]
+    kept = parts(leaving_of(cache, (0, 20)), cache, left={0: 10})
+    assert kept == [[(0, 12)], [(0, 10)]]
+
+
+def test_what_twins_are_yet_to_copy_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The slot of the one that is copied from held a longer text before, which is given back meanwhile."""
+    monkeypatch.setattr(leaving_module, "_PART", 40 * ToyBackend.bytes_per_token)
+    texts = Texts(monkeypatch, slots=3)
+    texts.submit("decodes", [3, 2, 1], 200)
+    for _ in range(4):
+        texts.step()
+    texts.submit("long", [5] * 120, 1)
+    while not texts.found["long"]:
+        texts.step()
+    texts.submit("first", PROMPT, 1)
+    texts.submit("twin", PROMPT, 20)
+    given: list[tuple[int, int]] = []
+
+    def forget(slot: int, start: int = 0) -> None:
+        given.append((slot, start))
+        assert start >= texts.engine._scheduler._left.get(slot, 0)
+
+    monkeypatch.setattr(texts.backend, "forget", forget)
+    texts.finish()
+    assert (1, len(PROMPT) + 1) in given
 
 
 def test_a_slot_that_is_left_twice_is_given_back_to_its_farthest_end() -> None:

@@ -13,6 +13,10 @@ _GRAPH, _OPSET = 7, 8
 _NODE, _INITIALIZER, _INPUT, _OUTPUT = 1, 5, 11, 12
 """Fields of a graph."""
 _TENSOR_NAME = 8
+_GRAPHS = (6, 11)
+"""Fields of an attribute that are graphs."""
+_FOUR_BYTES = 5
+"""How a float is written."""
 _INTEGER = 2
 """The type of an attribute that is one."""
 
@@ -74,9 +78,18 @@ class Node:
         """An attribute's float, 0 where there is none."""
         message = memoryview(self.attributes.get(attribute, b""))
         for number, _, span in spans(message):
-            if number == 2:
-                return struct.unpack("<f", message[span][-4:])[0]
+            if number != 2:
+                continue
+            if message[span][0] & 7 != _FOUR_BYTES:
+                raise ValueError(f"the attribute '{attribute}' of '{self.name}' is no float")
+            return struct.unpack("<f", message[span][-4:])[0]
         return 0.0
+
+    @property
+    def has_graphs(self) -> bool:
+        """Whether it holds graphs of its own, which may read what is around it."""
+        values = [memoryview(value) for value in self.attributes.values()]
+        return any(_below(value, field) for value in values for field in _GRAPHS)
 
     def text(self, attribute: str) -> str:
         """An attribute's text, empty where there is none."""

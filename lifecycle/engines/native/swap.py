@@ -8,6 +8,7 @@ one. Whatever differs from what ours can do stays as it is.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from lifecycle.engines.adapters import FIRST, PLACES, TOKENS
@@ -106,13 +107,24 @@ def computes_by_token(model: bytes) -> bool:
     return all(node.domain == DOMAIN or node.operator in _BY_TOKEN for node in nodes)
 
 
-def attends(model: bytes) -> bool:
-    """Whether all attention of a model is ours.
+def attends(swapped: bytes, cache: Sequence[tuple[str, str]]) -> bool:
+    """Whether our attention is all that reads and writes the cache of a model with our operators. `cache` are its inputs,
+    each with its output: keys and values of one layer after the other.
 
     Raises:
         ValueError, IndexError: it is no ONNX model.
     """
-    return not any(node.is_a("GroupQueryAttention") for node in Graph(swap(model)).nodes)
+    graph = Graph(swapped)
+    if any(node.has_graphs for node in graph.nodes):
+        return False
+    for (key, new_key), (value, new_value) in zip(cache[::2], cache[1::2], strict=True):
+        readers = graph.readers(key)
+        if len(readers) != 1 or graph.readers(value) != readers or readers[0].domain != DOMAIN:
+            return False
+        node = readers[0]
+        if node.inputs[3:5] != [key, value] or node.outputs[1:3] != [new_key, new_value]:
+            return False
+    return True
 
 
 def _ask_for_tops(graph: Graph) -> None:
@@ -253,7 +265,10 @@ def _swap_update(graph: Graph, gather: Node) -> None:
     for pack, node in zip(packed, sums, strict=True):
         if pack is None or node is None or pack.inputs[1] != PLACES:
             return
-        bases.append(next(name for name in node.inputs if name != pack.outputs[0]))
+        others = [name for name in node.inputs if name != pack.outputs[0]]
+        if len(others) != 1:
+            return
+        bases += others
         old.append(pack)
     added = [node for node in sums if node is not None]
     x, name = gather.inputs[0], inner.name

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
+from onnx import helper
 
+from lifecycle.engines.adapters import PLACES, TOKENS
 from lifecycle.engines.native.swap import DOMAIN, swap
 from lifecycle.graph.blockwise import Blockwise
 from lifecycle.graph.int8 import Int8Rowwise
@@ -53,3 +56,36 @@ def test_a_graph_in_floats_keeps_its_products(random_model: Model) -> None:
     found = operators(random_model.graph / "model.onnx")
     layers = found[DOMAIN, "PackedAttention"]
     assert found["", "Gemm"] == 4 * layers + 1 and found[DOMAIN, "Gate"] == layers
+
+
+def bare(nodes: list[onnx.NodeProto]) -> onnx.ModelProto:
+    return helper.make_model(helper.make_graph(nodes, "bare", [], []))
+
+
+def test_a_sum_of_one_is_left_as_it_is() -> None:
+    nodes = [
+        helper.make_node("Gather", ["x", TOKENS], ["a"]),
+        helper.make_node("MatMul", ["a", "b"], ["c"]),
+        helper.make_node("MatMul", ["c", "d"], ["e"]),
+        helper.make_node("GatherND", ["e", PLACES], ["f"]),
+        helper.make_node("Add", ["f"], ["g"]),
+    ]
+    found = onnx.load_from_string(swap(bare(nodes).SerializeToString()))
+    assert [node.op_type for node in found.graph.node] == [node.op_type for node in nodes]
+
+
+def test_a_float_that_is_none_is_no_model() -> None:
+    alpha = onnx.AttributeProto(name="alpha", f=1.0)
+    node = helper.make_node("QuickGelu", ["g"], ["h"], domain="com.microsoft")
+    node.attribute.append(alpha)
+    nodes = [
+        helper.make_node("Split", ["x"], ["g", "u"], axis=-1),
+        node,
+        helper.make_node("Mul", ["h", "u"], ["y"]),
+    ]
+    model = bare(nodes).SerializeToString()
+    # A varint of one byte, and a field that means nothing.
+    written = b"\x15" + np.float32(1).tobytes()
+    assert model.count(written) == 1
+    with pytest.raises(ValueError, match="the attribute 'alpha' of '' is no float"):
+        swap(model.replace(written, b"\x10\x01\x48\x81\x00"))
