@@ -18,6 +18,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -46,6 +47,8 @@ SHAPES = {"135m": SMOLLM2_135M, "0.5b": QWEN_HALF_BILLION}
 OPENVINO = ["openvino-genai==2026.4.1.0", "optimum-intel[openvino]==2.2.0", "nncf==3.4.0"]
 CTRANSLATE2 = ["ctranslate2==4.8.5"]
 BITS = ("int8", "int4", "16 bits")
+PAUSE = 1.0
+"""Seconds before each run."""
 Requests = list[dict[str, Any]]
 Timer = Callable[[Requests], float]
 
@@ -170,6 +173,8 @@ def take_turns(timers: dict[str, Timer], counts: list[int], turns: int) -> Itera
         for turn in range(turns):
             requests = plan(count, turn)
             for name in list(timers)[:: -1 if turn % 2 else 1]:
+                # Threads of the one before wait for work on the same cores for a while.
+                time.sleep(PAUSE)
                 speeds[name].append(timers[name](requests))
         yield {"requests": count, "speeds": speeds}
 
