@@ -18,6 +18,19 @@ def steps_to_first_token(texts: Texts, id: str) -> int:
     return count
 
 
+def coming_back(monkeypatch: pytest.MonkeyPatch) -> Slots:
+    """A text of which the first part is back, with two slots free."""
+    texts = Slots(monkeypatch, slots=4)
+    for n, id in enumerate(("third", "fourth")):
+        texts.submit(id, [8, n], 200)
+    texts.urge()
+    while BACK[0] not in texts.moves:
+        texts.step()
+    for id in ("third", "fourth"):
+        texts.engine.cancel(id)
+    return texts
+
+
 def test_what_comes_back_costs_a_prompt_of_lower_rank_no_step(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -70,14 +83,7 @@ def test_it_is_copied_at_once_for_one_of_lower_rank_than_the_prompt(
 def test_a_twin_of_lower_rank_goes_before_a_text_that_comes_back(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    texts = Slots(monkeypatch, slots=4)
-    for n, id in enumerate(("third", "fourth")):
-        texts.submit(id, [8, n], 200)
-    texts.urge()
-    while BACK[0] not in texts.moves:
-        texts.step()
-    for id in ("third", "fourth"):
-        texts.engine.cancel(id)
+    texts = coming_back(monkeypatch)
     for id in ("t0", "t1"):
         texts.submit(id, PROMPT, 30)
     while not texts.found["t0"]:
@@ -116,14 +122,7 @@ def test_a_slot_that_twins_copy_from_is_another_ones_afterwards(
 def test_who_waits_for_it_comes_before_a_text_that_comes_back(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    texts = Slots(monkeypatch, slots=4)
-    for n, id in enumerate(("third", "fourth")):
-        texts.submit(id, [8, n], 200)
-    texts.urge()
-    while BACK[0] not in texts.moves:
-        texts.step()
-    for id in ("third", "fourth"):
-        texts.engine.cancel(id)
+    texts = coming_back(monkeypatch)
     for id in ("t0", "t1"):
         texts.submit(id, [6, 1, 6, 1], 30, priority=3)
     while not texts.found["t0"]:
@@ -148,16 +147,7 @@ def test_one_is_put_aside_while_the_last_one_is_yet_to_be_copied(
     texts.submit("other", [8, 8], 100, priority=2)
     for _ in range(4):
         texts.step()
-    texts.submit("first", prompt, 50)
-    texts.submit("late", prompt, 50, priority=3)
-    texts.step()
-    texts.submit("twin", prompt, 50, priority=1)
-    while not texts.found["first"]:
-        texts.step()
-    # "late" has its text first then, and "twin" is copied from it.
-    texts.engine.cancel("first")
-    for n in range(2):
-        texts.submit(f"urgent {n}", [5, 4, 6], 60)
+    texts.copy_from_late(prompt, priority=3)
     while not texts.found["urgent 1"]:
         texts.step()
     assert len(texts.backend.copies) == 20

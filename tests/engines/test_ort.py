@@ -1,11 +1,9 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,6 @@ from lifecycle.engines.backend import Row
 from lifecycle.engines.base import Engine, EngineOptions
 from lifecycle.engines.decoder import DecoderInfo
 from lifecycle.engines.ort import OnnxEngine
-from lifecycle.engines.providers import Provider, parse_provider
 from lifecycle.engines.pytorch import TorchEngine
 from lifecycle.engines.requests import FinishReason, Request, SamplingParams
 from lifecycle.engines.state import LONGEST_RUN
@@ -89,27 +86,6 @@ def test_what_an_earlier_text_left_in_a_slot_is_never_read(random_model: Model) 
     for cache in engine._backend.cache.rows(2).values():  # type: ignore[attr-defined]
         cache[:] = np.nan
     assert engine.generate(texts, FREE) == expected
-
-
-@pytest.mark.parametrize("kernels", ["native", "onnxruntime"])
-def test_keys_and_values_share_pages_where_our_kernels_read_them(
-    random_model: Model, kernels: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import lifecycle.engines.ort as module
-
-    texts, options = prompts(160, [30, 20]), EngineOptions(2, kernels=kernels)
-    engines = [OnnxEngine.open(random_model.graph, options)]
-    monkeypatch.setattr(module, "attends", lambda *_: False)
-    engines.append(OnnxEngine.open(random_model.graph, options))
-    told: list[Any] = []
-    for engine in engines:
-        keys, values = list(engine._backend.cache.rows(2).values())[:2]  # type: ignore[attr-defined]
-        gap = values.ctypes.data - keys.ctypes.data
-        is_shared = kernels == "native" and engine is engines[0]
-        assert (gap == keys.shape[-1] * keys.itemsize) == is_shared
-        told.append(engine.generate(texts, SamplingParams(20, logprobs=3, ignore_eos=True)))
-        told.append(engine.logits(texts[0]).tolist())
-    assert told[:2] == told[2:]
 
 
 def test_a_failure_of_the_runtime_ends_its_requests_and_the_engine_goes_on(
@@ -263,61 +239,6 @@ def test_weights_outside_the_folder_are_refused(copy: Path, tmp_path: Path) -> N
         OnnxEngine.open(copy)
 
 
-def test_a_provider_is_known_without_the_ending_of_its_name(random_model: Model) -> None:
-    names: list[Provider] = [
-        "cpu",
-        "CPUexecutionprovider",
-        ("cpu", {}),
-        ("cpu", {"use_arena": "0"}),
-    ]
-    for name in names:
-        engine = OnnxEngine.open(random_model.graph, EngineOptions(1, providers=[name]))
-        assert engine.providers == ["CPUExecutionProvider"]
-    for wrong, message in (
-        (["cpu", "nothing"], "the provider is 'nothing', which this onnxruntime .* it has .*CPU"),
-        ("cpu", "providers is 'cpu'; it must be a list"),
-        (
-            ("cpu", {"use_arena": "0"}),
-            r"it must be a list of names or of pairs .* as in \[\('cuda'",
-        ),
-        ([None], "it must be a list"),
-        (5, "it must be a list"),
-        ({"cpu": {"use_arena": "0"}}, "it must be a list"),
-        (["cpu", "CPU"], "the provider 'CPU' is named twice"),
-    ):
-        with pytest.raises(EngineError, match=message):
-            OnnxEngine.open(random_model.graph, EngineOptions(1, providers=wrong))  # pyright: ignore[reportArgumentType]
-    options = EngineOptions(1, providers=[("cpu", {"use_arena": "0"})], kernels="native")
-    with pytest.raises(
-        EngineError, match="native kernels cannot be used: the provider has options"
-    ):
-        OnnxEngine.open(random_model.graph, options)
-
-
-@pytest.mark.parametrize(
-    ("text", "provider"),
-    [
-        ("cuda", "cuda"),
-        ("cuda:device_id=1", ("cuda", {"device_id": "1"})),
-        ("x:a=1,b=c=d:e,f=", ("x", {"a": "1", "b": "c=d:e", "f": ""})),
-        ("x:shapes=a:1x2,b:1x2,c=3", ("x", {"shapes": "a:1x2,b:1x2", "c": "3"})),
-    ],
-)
-def test_a_provider_in_one_word(text: str, provider: Provider) -> None:
-    assert parse_provider(text) == provider
-
-
-@pytest.mark.parametrize("text", ["", ":a=1", "x:", "x:a", "x:a=1,", "x:=1"])
-def test_what_is_no_provider(text: str) -> None:
-    with pytest.raises(ValueError, match=re.escape(f"'{text}': give NAME or NAME:KEY=VALUE")):
-        parse_provider(text)
-
-
-def test_an_option_of_a_provider_is_given_once() -> None:
-    with pytest.raises(ValueError, match="'device_id' is given twice"):
-        parse_provider("cuda:device_id=0,device_id=1")
-
-
 def test_a_context_longer_than_the_models_is_refused(random_model: Model) -> None:
     with pytest.raises(EngineError, match="max_model_len is 257"):
         OnnxEngine.open(random_model.graph, EngineOptions(max_model_len=257))
@@ -395,82 +316,3 @@ def test_it_is_told_where_sums_can_overflow(
     monkeypatch.setattr("lifecycle.engines.ort.adds_bytes_exactly", lambda: is_exact)
     OnnxEngine.open(tmp_path, EngineOptions(1, kernels=kernels)).close()
     assert ("quantize the model with weight_bits: 7" in caplog.text) == is_told
-
-
-def in_function(model: onnx.ModelProto) -> None:
-    """Put each attention into a function of the model."""
-    for n, node in enumerate(model.graph.node):
-        if node.op_type != "GroupQueryAttention":
-            continue
-        names = [f"i{k}" if name else "" for k, name in enumerate(node.input)]
-        outputs = [f"o{k}" for k in range(len(node.output))]
-        body = onnx.NodeProto()
-        body.CopyFrom(node)
-        body.input[:], body.output[:] = names, outputs
-        given = [name for name in names if name]
-        imports = list(model.opset_import)
-        function = onnx.helper.make_function("other", f"F{n}", given, outputs, [body], imports)
-        model.functions.append(function)
-        node.op_type, node.domain = function.name, "other"
-        node.input[:] = [name for name in node.input if name]
-        del node.attribute[:]
-    model.opset_import.append(onnx.helper.make_opsetid("other", 1))
-
-
-def through_identity(model: onnx.ModelProto) -> None:
-    """Let an attention read what another node has passed on."""
-    node = next(node for node in model.graph.node if node.op_type == "GroupQueryAttention")
-    model.graph.node.insert(0, onnx.helper.make_node("Identity", [node.input[3]], ["passed"]))
-    node.input[3] = "passed"
-
-
-def unknown_attention(model: onnx.ModelProto) -> None:
-    """Give each attention an attribute that ours does not know."""
-    for node in model.graph.node:
-        if node.op_type == "GroupQueryAttention":
-            node.attribute.append(onnx.helper.make_attribute("smooth_softmax", 0))
-
-
-def changed(graph: Path, change: Callable[[onnx.ModelProto], None]) -> bytes:
-    model = onnx.load(graph, load_external_data=False)
-    change(model)
-    return model.SerializeToString()
-
-
-@pytest.mark.parametrize("change", [in_function, through_identity, unknown_attention])
-def test_a_cache_that_another_operator_reads_lies_as_that_one_reads_it(
-    random_model: Model, tmp_path: Path, change: Callable[[onnx.ModelProto], None]
-) -> None:
-    copy = shutil.copytree(random_model.graph, tmp_path / "copy")
-    (copy / "model.onnx").write_bytes(changed(copy / "model.onnx", change))
-    text = prompts(160, [30])[0]
-    options = EngineOptions(2, prefill_chunk=1, kernels="native")
-    expected = OnnxEngine.open(random_model.graph, options).logits(text)
-    found = OnnxEngine.open(copy, options).logits(text)
-    np.testing.assert_allclose(found, expected, atol=1e-4)
-
-
-def test_a_graph_that_comes_later_is_refused_if_it_reads_the_cache_otherwise(
-    random_model: Model, tmp_path: Path
-) -> None:
-    copy = shutil.copytree(random_model.graph, tmp_path / "copy")
-    (copy / "hidden.onnx").unlink(missing_ok=True)
-    engine = OnnxEngine.open(copy, EngineOptions(2, kernels="native"))
-    (copy / "hidden.onnx").write_bytes(changed(copy / "model.onnx", unknown_attention))
-    with pytest.raises(EngineError, match=r"hidden.onnx reads its cache by other operators"):
-        engine.embed([[1, 2, 3]])
-
-
-@pytest.mark.parametrize("size", [7, 1 << 40])
-def test_a_bad_graph_that_is_not_asked_for_keeps_none_from_opening(
-    random_model: Model, tmp_path: Path, size: int
-) -> None:
-    copy = shutil.copytree(random_model.graph, tmp_path / "copy")
-    with (copy / "hidden.onnx").open("wb") as file:
-        file.truncate(size)
-    text = prompts(160, [10])
-    engine = OnnxEngine.open(copy, EngineOptions(2, kernels="native"))
-    expected = OnnxEngine.open(random_model.graph, EngineOptions(2)).generate(text, FREE)
-    assert engine.generate(text, FREE) == expected
-    with pytest.raises(EngineError, match=r"hidden.onnx is (damaged|larger than 2 GiB)"):
-        engine.embed([[1, 2, 3]])

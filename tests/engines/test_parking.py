@@ -306,16 +306,7 @@ def test_those_that_copy_from_it_go_first(monkeypatch: pytest.MonkeyPatch) -> No
     texts.submit("decodes", [3, 2, 1], 100)
     for _ in range(4):
         texts.step()
-    texts.submit("first", prompt, 50)
-    texts.submit("late", prompt, 50, priority=2)
-    texts.step()
-    texts.submit("twin", prompt, 50, priority=1)
-    while not texts.found["first"]:
-        texts.step()
-    # Its slot is free once "late" has all; "twin" is copied from that one.
-    texts.engine.cancel("first")
-    for n in range(2):
-        texts.submit(f"urgent {n}", [5, 4, 6], 60)
+    texts.copy_from_late(prompt, priority=2)
     while not texts.found["urgent 1"]:
         assert len(texts.backend.copies) == 40 or not texts.backend.moves
         texts.step()

@@ -108,3 +108,16 @@ class Texts:
             self.submit(f"t{n}", PROMPT, count)
         while not self.found["t0"]:
             self.step()
+
+    def copy_from_late(self, prompt: list[int], priority: int) -> None:
+        """Three with one prompt, of which the first ends: its slot is free once "late", of this priority, has all, and
+        "twin" is copied from that one. And two urgent ones."""
+        self.submit("first", prompt, 50)
+        self.submit("late", prompt, 50, priority=priority)
+        self.step()
+        self.submit("twin", prompt, 50, priority=1)
+        while not self.found["first"]:
+            self.step()
+        self.engine.cancel("first")
+        for n in range(2):
+            self.submit(f"urgent {n}", [5, 4, 6], 60)
