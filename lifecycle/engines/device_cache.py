@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from lifecycle.engines.ort_session import HOST, bind_cache
+from lifecycle.engines.ort_session import HOST, present_name
 from lifecycle.errors import EngineError
 
 _DEVICES = {"Cuda": "cuda", "WebGPU_Buf": "webgpu", "DML": "dml", "Cann": "cann"}
@@ -75,7 +75,9 @@ class DeviceCache:
 
     def bind(self, binding: ort.IOBinding, count: int) -> None:
         """Let a graph read and write the arrays."""
-        bind_cache(binding, self._values)
+        for name, value in self._values.items():
+            binding.bind_ortvalue_input(name, value)
+            binding.bind_ortvalue_output(present_name(name), value)
 
     def clear(self) -> None:
         """Let go of all memory, once no graph is bound to it."""

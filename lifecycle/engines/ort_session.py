@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -242,13 +242,6 @@ def cache_names(info: DecoderInfo) -> list[str]:
 def present_name(past: str) -> str:
     """The output that belongs to an input of the cache."""
     return past.replace(PAST, "present.", 1)
-
-
-def bind_cache(binding: ort.IOBinding, values: Mapping[str, ort.OrtValue]) -> None:
-    """Let a graph read and write its cache in these values, by the names of their inputs."""
-    for name, value in values.items():
-        binding.bind_ortvalue_input(name, value)
-        binding.bind_ortvalue_output(present_name(name), value)
 
 
 def type_name(dtype: np.dtype[Any]) -> str:
