@@ -33,7 +33,7 @@ from lifecycle.engines.native.compiler import (
 from lifecycle.errors import EngineError
 
 _log = logging.getLogger(__name__)
-_FAST = frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni"})
+_FAST = frozenset({"avx2", "fma"})
 """Instructions without which ours are not known to be faster."""
 _LOCK = Lock()
 _OLD = 30 * 24 * 3600

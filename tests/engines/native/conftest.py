@@ -55,20 +55,33 @@ def in_matrices(request: pytest.FixtureRequest) -> Path:
     return _of_processor()
 
 
-@pytest.fixture(scope="session", params=["processor", "in_vectors", "emulated", "plain"])
+@pytest.fixture(
+    scope="session", params=["processor", "in_vectors", "emulated", "pairs", "avx2", "plain"]
+)
 def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The library as engines have it, and what other processors would make of it."""
     if request.param in ("in_vectors", "emulated"):
         return request.getfixturevalue(request.param)
-    if request.param == "plain":
-        return compiled(tmp_path_factory.mktemp("plain"), "-DLIFECYCLE_PLAIN")
-    return _of_processor()
+    if request.param == "processor":
+        return _of_processor()
+    if request.param == "avx2" and not library.instruction_sets() >= {"avx2", "fma"}:
+        pytest.skip("this processor has no avx2")
+    flags = {
+        "plain": ["-DLIFECYCLE_PLAIN"],
+        "pairs": ["-DLIFECYCLE_PAIRS", "-DLIFECYCLE_VECTORS", target_flag()],
+        "avx2": ["-mavx2", "-mfma"],
+    }
+    return compiled(tmp_path_factory.mktemp(request.param), *flags[request.param])
 
 
 def _of_processor() -> Path:
     found = library.kernels_for("native")
     assert found is not None
     return found
+
+
+MOST = 127 if library.adds_bytes_exactly() else 63
+"""What magnitudes of weights ONNX Runtime multiplies exactly here."""
 
 
 def build(

@@ -15,7 +15,7 @@ from onnx import helper
 from lifecycle.engines.native.sampling import native_passes
 from lifecycle.engines.native.swap import DOMAIN, LOGITS, swap
 from lifecycle.graph.rounding import Grid, least_squares, quantize
-from tests.engines.native.conftest import build, run
+from tests.engines.native.conftest import MOST, build, run
 
 Floats = NDArray[np.float32]
 SHAPES = [(1, 64, 48), (2, 576, 960), (3, 20, 5), (7, 130, 17), (16, 96, 200), (61, 256, 80)]
@@ -62,7 +62,7 @@ def test_a_rowwise_product_has_the_bits_of_the_nodes_it_replaces(
 ) -> None:
     rows, depth, columns = shape
     rng = np.random.default_rng(depth)
-    weight = rng.integers(-127, 128, (depth, columns)).astype(np.int8)
+    weight = rng.integers(-MOST, MOST + 1, (depth, columns)).astype(np.int8)
     scale = rng.uniform(1e-3, 1, columns).astype(np.float32)
     x = rng.standard_normal((rows, depth)).astype(np.float32)
     x[0, 0] = 300
@@ -75,12 +75,26 @@ def test_a_rowwise_product_has_the_bits_of_the_nodes_it_replaces(
     assert np.array_equal(found, expected)
 
 
+@pytest.mark.parametrize("most", [-128, -127, -64, 63, 64, 127])
+def test_the_largest_sums_of_a_rowwise_product_are_exact(kernels: Path, most: int) -> None:
+    """Of two products of bytes 16 bits may have no room."""
+    signs = np.where(np.random.default_rng(0).random((4, 200)) < 0.5, -1, 1)
+    signs[0] = 1
+    weight = np.full((200, 40), most, np.int8)
+    weight[:, 1::2] = np.clip(-weight[:, 1::2].astype(int), -128, 127)
+    weight[::3, 5] = 0
+    model = rowwise_model(weight, np.full(40, 127, np.float32), False)
+    (found,) = run(swap(model), kernels, {"x": signs.astype(np.float32)})
+    sums = 127 * signs @ weight.astype(int)
+    assert np.array_equal(found, (sums * (np.float32(1 / 127) * np.float32(127))).astype(np.float32))
+
+
 @pytest.mark.parametrize("shape", [(), (1,), (1, 40), (5, 1)])
 def test_what_is_added_in_another_shape_is_no_bias(kernels: Path, shape: tuple[int, ...]) -> None:
     rng = np.random.default_rng(0)
     added = rng.standard_normal(shape).astype(np.float32)
     scale = rng.uniform(1e-3, 1, 40).astype(np.float32)
-    weight = rng.integers(-127, 128, (64, 40)).astype(np.int8)
+    weight = rng.integers(-MOST, MOST + 1, (64, 40)).astype(np.int8)
     model = rowwise_model(weight, scale, False, added)
     x = rng.standard_normal((5, 64)).astype(np.float32)
     (expected,), (found,) = run(model, None, {"x": x}), run(swap(model), kernels, {"x": x})
@@ -169,6 +183,22 @@ def test_products_of_blocks(kernels: Path, block: int, bits: int, symmetric: boo
         # A value halfway between two steps may go either way.
         np.testing.assert_allclose(found, expected, atol=0.02 * np.abs(expected).max())
         assert np.abs(found - expected).mean() < 1e-4 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("block", [8, 16, 72, 128, 256])
+def test_the_largest_sums_of_blocks_are_exact(
+    kernels: Path, block: int, bits: int, symmetric: bool
+) -> None:
+    rng = np.random.default_rng(block)
+    weight = np.abs(rng.choice([0.0, 1.0], (40, 300))).astype(np.float32)
+    weight[1::2] *= -1
+    model, stored = blocks_model(Grid(block, bits, symmetric), weight)
+    x = np.ones((3, 300), np.float32)
+    x[1], x[2, ::2] = -1, -1
+    (found,) = run(swap(model), kernels, {"x": x})
+    np.testing.assert_allclose(found, x @ stored.T, atol=1e-3)
 
 
 @pytest.mark.parametrize("block", [16, 64, None])

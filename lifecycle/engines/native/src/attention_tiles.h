@@ -12,6 +12,8 @@ namespace lifecycle {
 constexpr size_t kTile = 64;
 constexpr int kVectors = kTile / kLanes;
 constexpr int kMostQueries = 6;
+// Vectors of keys or values that queries are multiplied with at once: so many that their sums stay in registers.
+constexpr int kWide = LIFECYCLE_AVX512 ? 4 : 1;
 // So many queries take columns of keys as they come.
 constexpr size_t kFewQueries = 8;
 // Below all scores, yet a number, so that differences to it are numbers.
@@ -20,18 +22,20 @@ constexpr float kLowest = -1e30f;
 // scores [MQ, kTile] = queries [MQ, depth] times keys [depth, kTile].
 template <int MQ>
 void score(const float* queries, size_t depth, const float* keys, float* scores) {
-  constexpr int NV = kVectors;
-  v16f acc[MQ][NV] = {};
-  for (size_t d = 0; d < depth; ++d) {
-    v16f k[NV];
-    LIFECYCLE_UNROLL for (int j = 0; j < NV; ++j) k[j] = load<v16f>(keys + d * kTile + j * kLanes);
-    LIFECYCLE_UNROLL for (int i = 0; i < MQ; ++i) {
-      const v16f q = spread(queries[i * depth + d]);
-      LIFECYCLE_UNROLL for (int j = 0; j < NV; ++j) acc[i][j] += q * k[j];
+  constexpr int NV = kWide;
+  for (size_t t = 0; t < kTile; t += NV * kLanes) {
+    v16f acc[MQ][NV] = {};
+    for (size_t d = 0; d < depth; ++d) {
+      v16f k[NV];
+      LIFECYCLE_UNROLL for (int j = 0; j < NV; ++j) k[j] = load<v16f>(keys + d * kTile + t + j * kLanes);
+      LIFECYCLE_UNROLL for (int i = 0; i < MQ; ++i) {
+        const v16f q = spread(queries[i * depth + d]);
+        LIFECYCLE_UNROLL for (int j = 0; j < NV; ++j) acc[i][j] += q * k[j];
+      }
     }
-  }
-  LIFECYCLE_UNROLL for (int i = 0; i < MQ; ++i) {
-    LIFECYCLE_UNROLL for (int j = 0; j < NV; ++j) store(scores + i * kTile + j * kLanes, acc[i][j]);
+    LIFECYCLE_UNROLL for (int i = 0; i < MQ; ++i) {
+      LIFECYCLE_UNROLL for (int j = 0; j < NV; ++j) store(scores + i * kTile + t + j * kLanes, acc[i][j]);
+    }
   }
 }
 
@@ -66,8 +70,8 @@ template <int MQ, typename T>
 void gather_all(const float* weights, const float* decay, const T* values, size_t count, size_t stride, size_t width,
                 float* sums) {
   size_t d = 0;
-  for (; d + 4 * kLanes <= width; d += 4 * kLanes)
-    gather<MQ, 4>(weights, decay, values + d, count, stride, width, sums + d);
+  for (; d + kWide * kLanes <= width; d += kWide * kLanes)
+    gather<MQ, kWide>(weights, decay, values + d, count, stride, width, sums + d);
   for (; d < width; d += kLanes) gather<MQ, 1>(weights, decay, values + d, count, stride, width, sums + d);
 }
 
@@ -220,7 +224,7 @@ inline void put(const float* from, const float* scales, size_t count, int8_t* to
     const v16f steps = rounded(some(from + i, here) / some(scales + i, here));
     const v16f low = select(steps > spread(-128.0f), steps, spread(-128.0f));
     const v16f bounded = select(low < spread(127.0f), low, spread(127.0f));
-    const v16c stored = narrowed(__builtin_convertvector(bounded, v16i));
+    const v16c stored = narrowed(to_integer(bounded));
     std::memcpy(to + i, &stored, here);
   }
 }

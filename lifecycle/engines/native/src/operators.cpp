@@ -125,6 +125,10 @@ class RowwiseMatMul : public Product {
     w.block = (w.depth + 7) / 8 * 8;
     w.allocate(false);
     const int8_t* from = given.as<int8_t>();
+    // Of 7 bits (`weight_bits`), none is above 127.
+    const auto [least, most] = std::minmax_element(from, from + given.size());
+    w.is_small = *least >= -64 && *most < 64;
+    w.zero = w.is_small ? 64 : 128;
     const size_t by_k = transposed ? 1 : w.columns, by_n = transposed ? w.depth : 1;
     uint8_t* to = w.packed.get();
     for (size_t tile = 0; tile < w.tiles(); ++tile) {
@@ -133,7 +137,7 @@ class RowwiseMatMul : public Product {
           const size_t column = tile * 16 + n;
           for (size_t i = 0; i < 4; ++i) {
             const bool is_there = column < w.columns && k + i < w.depth;
-            to[4 * n + i] = (uint8_t)((is_there ? from[column * by_n + (k + i) * by_k] : 0) + 128);
+            to[4 * n + i] = (uint8_t)((is_there ? from[column * by_n + (k + i) * by_k] : 0) + w.zero);
           }
         }
       }

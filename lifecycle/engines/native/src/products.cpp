@@ -17,7 +17,8 @@ namespace {
 
 // Rows at once: their sums, of which blocks have two kinds, fill three quarters of the registers. So many that they are
 // all there are have their second kind in memory in blocks, which takes less time than two shares of them.
-constexpr int kRowwiseRows = 8, kBlockRows = 6, kAllBlockRows = 8;
+constexpr int kRowwiseRows = LIFECYCLE_AVX512 ? 8 : 5, kBlockRows = LIFECYCLE_AVX512 ? 6 : 5;
+constexpr int kAllBlockRows = LIFECYCLE_AVX512 ? 8 : 5;
 constexpr size_t kMostTasks = 32;
 // Fewer rows take as long in vectors: both wait for the weights. In blocks, most of the time goes into what follows their
 // sums.
@@ -38,11 +39,36 @@ LIFECYCLE_INLINE int32_t four_of(const int8_t* row, size_t group) {
 // Weights of the tiles that come next, into the second cache.
 LIFECYCLE_INLINE void ahead(const uint8_t* weights) { __builtin_prefetch(weights, 0, 2); }
 
+// What weights are: of 4 bits, of 8, or of 8 of which none is above 127.
+enum class Bits { kFour, kEight, kSmallEight };
+// Fours of k of which pairs of products with weights of 4 bits have room in 16 bits: 8 * 2 * 15 * 127 < 2^15.
+constexpr size_t kMostPairs = 8;
+
+// use(i, j, w, four) for MR rows and NR tiles of weights of 4 bits, with one four of k after the other.
+template <int MR, int NR, typename Use>
+LIFECYCLE_INLINE void each_two(const uint8_t* weights, size_t tile_bytes, const int8_t* rows, size_t row_bytes,
+                               size_t from, size_t to, const Use& use) {
+  for (size_t g = from; g < to; g += 2) {
+    v16i low[NR], high[NR];
+    LIFECYCLE_UNROLL for (int j = 0; j < NR; ++j) {
+      const v16i both = load<v16i>(weights + j * tile_bytes + 32 * g);
+      ahead(weights + (j + NR) * tile_bytes + 32 * g);
+      low[j] = both & 0x0f0f0f0f;
+      high[j] = (both >> 4) & 0x0f0f0f0f;
+    }
+    LIFECYCLE_UNROLL for (int i = 0; i < MR; ++i) {
+      const int32_t first = four_of(rows + i * row_bytes, g), second = four_of(rows + i * row_bytes, g + 1);
+      LIFECYCLE_UNROLL for (int j = 0; j < NR; ++j) use(i, j, low[j], first);
+      LIFECYCLE_UNROLL for (int j = 0; j < NR; ++j) use(i, j, high[j], second);
+    }
+  }
+}
+
 // Sums of products over `groups` fours of k, of MR rows with NR tiles.
-template <int kBits, int MR, int NR>
+template <Bits kBits, int MR, int NR>
 LIFECYCLE_INLINE void multiply(v16i (&acc)[MR][NR], const uint8_t* weights, size_t tile_bytes,
                                const int8_t* rows, size_t row_bytes, size_t groups) {
-  if constexpr (kBits == 8) {
+  if constexpr (kBits != Bits::kFour) {
     for (size_t g = 0; g < groups; ++g) {
       v16i w[NR];
       LIFECYCLE_UNROLL for (int j = 0; j < NR; ++j) {
@@ -51,25 +77,28 @@ LIFECYCLE_INLINE void multiply(v16i (&acc)[MR][NR], const uint8_t* weights, size
       }
       LIFECYCLE_UNROLL for (int i = 0; i < MR; ++i) {
         const int32_t four = four_of(rows + i * row_bytes, g);
-        LIFECYCLE_UNROLL for (int j = 0; j < NR; ++j) acc[i][j] = dot(acc[i][j], w[j], four);
+        LIFECYCLE_UNROLL for (int j = 0; j < NR; ++j) {
+          acc[i][j] = kBits == Bits::kSmallEight ? add_pairs(acc[i][j], dot_pairs(v32s{}, w[j], four))
+                                                 : dot(acc[i][j], w[j], four);
+        }
+      }
+    }
+  } else if constexpr (kInPairs) {
+    for (size_t from = 0; from < groups; from += kMostPairs) {
+      v32s pairs[MR][NR] = {};
+      each_two<MR, NR>(weights, tile_bytes, rows, row_bytes, from, std::min(groups, from + kMostPairs),
+                       [&](int i, int j, v16i w, int32_t four) __attribute__((always_inline)) {
+                         pairs[i][j] = dot_pairs(pairs[i][j], w, four);
+                       });
+      LIFECYCLE_UNROLL for (int i = 0; i < MR; ++i) {
+        LIFECYCLE_UNROLL for (int j = 0; j < NR; ++j) acc[i][j] = add_pairs(acc[i][j], pairs[i][j]);
       }
     }
   } else {
-    for (size_t g = 0; g < groups; g += 2) {
-      v16i low[NR], high[NR];
-      LIFECYCLE_UNROLL for (int j = 0; j < NR; ++j) {
-        const v16i both = load<v16i>(weights + j * tile_bytes + 32 * g);
-        ahead(weights + (j + NR) * tile_bytes + 32 * g);
-        low[j] = both & 0x0f0f0f0f;
-        high[j] = (both >> 4) & 0x0f0f0f0f;
-      }
-      LIFECYCLE_UNROLL for (int i = 0; i < MR; ++i) {
-        const int32_t first = four_of(rows + i * row_bytes, g);
-        const int32_t second = four_of(rows + i * row_bytes, g + 1);
-        LIFECYCLE_UNROLL for (int j = 0; j < NR; ++j) acc[i][j] = dot(acc[i][j], low[j], first);
-        LIFECYCLE_UNROLL for (int j = 0; j < NR; ++j) acc[i][j] = dot(acc[i][j], high[j], second);
-      }
-    }
+    each_two<MR, NR>(weights, tile_bytes, rows, row_bytes, 0, groups,
+                     [&](int i, int j, v16i w, int32_t four) __attribute__((always_inline)) {
+                       acc[i][j] = dot(acc[i][j], w, four);
+                     });
   }
 }
 
@@ -112,10 +141,10 @@ void expect_adapters(const Weights& w, const Adapters& adapters, size_t row, siz
 enum class Kind { kRowwise, kBlocks, kBlocksWithZeros };
 
 // MR rows times NR tiles from tile `tile` on.
-template <int kBits, Kind kKind, int MR, int NR>
+template <Bits kBits, Kind kKind, int MR, int NR>
 void rows_by_tiles(const Weights& w, const Rows& rows, size_t row, size_t tile, float* y) {
   const size_t groups = w.block / 4, blocks = w.blocks();
-  const size_t tile_bytes = w.tile_bytes(), block_bytes = groups * 64 * kBits / 8;
+  const size_t tile_bytes = w.tile_bytes(), block_bytes = groups * 8 * (size_t)w.bits;
   const uint8_t* weights = w.packed.get() + tile * tile_bytes;
   const int8_t* values = rows.values + row * rows.width;
   if (rows.adapters != nullptr) {
@@ -166,7 +195,7 @@ void rows_by_tiles(const Weights& w, const Rows& rows, size_t row, size_t tile, 
   }
 }
 
-template <int kBits, Kind kKind>
+template <Bits kBits, Kind kKind>
 void some_rows(int count, const Weights& w, const Rows& rows, size_t row, size_t tile, float* y) {
   constexpr bool kIsRowwise = kKind == Kind::kRowwise;
   each<kIsRowwise ? kRowwiseRows : kAllBlockRows>([&](auto i) {
@@ -175,14 +204,19 @@ void some_rows(int count, const Weights& w, const Rows& rows, size_t row, size_t
   });
 }
 
+template <Bits kBits>
+void rows_in_blocks(int count, const Weights& w, const Rows& rows, size_t row, size_t tile, float* y) {
+  if (w.zeros.get() != nullptr) return some_rows<kBits, Kind::kBlocksWithZeros>(count, w, rows, row, tile, y);
+  some_rows<kBits, Kind::kBlocks>(count, w, rows, row, tile, y);
+}
+
 void some_rows(int count, const Weights& w, const Rows& rows, size_t row, size_t tile, float* y) {
-  if (w.is_rowwise) return some_rows<8, Kind::kRowwise>(count, w, rows, row, tile, y);
-  if (w.zeros.get() != nullptr) {
-    if (w.bits == 8) return some_rows<8, Kind::kBlocksWithZeros>(count, w, rows, row, tile, y);
-    return some_rows<4, Kind::kBlocksWithZeros>(count, w, rows, row, tile, y);
+  if (w.bits == 4) return rows_in_blocks<Bits::kFour>(count, w, rows, row, tile, y);
+  if (!w.is_rowwise) return rows_in_blocks<Bits::kEight>(count, w, rows, row, tile, y);
+  if constexpr (kInPairs) {
+    if (w.is_small) return some_rows<Bits::kSmallEight, Kind::kRowwise>(count, w, rows, row, tile, y);
   }
-  if (w.bits == 8) return some_rows<8, Kind::kBlocks>(count, w, rows, row, tile, y);
-  return some_rows<4, Kind::kBlocks>(count, w, rows, row, tile, y);
+  some_rows<Bits::kEight, Kind::kRowwise>(count, w, rows, row, tile, y);
 }
 
 // The rows of a product as integers, of which adapters may take their first product while they are at hand.

@@ -8,8 +8,8 @@
 
 namespace lifecycle {
 
-// Tiles of weights that are multiplied together.
-constexpr int kRowwiseTiles = 3, kBlockTiles = 2;
+// Tiles of weights that are multiplied together: as many as leave registers for sums of some rows.
+constexpr int kRowwiseTiles = LIFECYCLE_AVX512 ? 3 : 1, kBlockTiles = LIFECYCLE_AVX512 ? 2 : 1;
 
 // A matrix [depth, columns] in tiles; see products.cpp.
 struct Weights {
@@ -17,6 +17,7 @@ struct Weights {
   size_t block = 0;  // values of k that share a scale, a multiple of 8; all of them, rounded up, row-wise
   int bits = 8;
   bool is_rowwise = false;
+  bool is_small = false;       // row-wise, none is above 127: 16 bits hold two products with those of a row
   int32_t zero = 128;          // what stands for 0 where there are no `zeros`
   Lasting<uint8_t> packed;      // [tiles, block after block]
   Lasting<float> scales;        // [tiles, blocks, 16]

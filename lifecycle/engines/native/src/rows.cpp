@@ -39,7 +39,7 @@ float round_block(const float* x, size_t count, bool is_rowwise, int8_t* out, si
     return rounded((v / largest) / kStep);
   };
   for (k = 0; k + kLanes <= count; k += kLanes) {
-    const v16i q = __builtin_convertvector(steps(load<v16f>(x + k)), v16i);
+    const v16i q = to_integer(steps(load<v16f>(x + k)));
     sums += q;
     store(place(k), narrowed(q));
   }

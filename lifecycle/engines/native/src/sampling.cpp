@@ -14,8 +14,6 @@
 namespace lifecycle {
 namespace {
 
-typedef int32_t v8i __attribute__((vector_size(32), may_alias));
-typedef float v8f __attribute__((vector_size(32), may_alias));
 typedef double v8d __attribute__((vector_size(64), may_alias));
 
 // Tokens whose weights are added up before single ones are looked at, and how far ahead logits are asked for.
@@ -320,7 +318,8 @@ int64_t draw(const float* logits, size_t count, const float* columns, float temp
 }  // namespace
 
 bool scan_columns(const float* logits, size_t count, float* columns) {
-  v16i is_none{};
+  v16i are_none{};
+  bool is_none = false;
   for (size_t start = 0; start < count; start += kColumn) {
     const size_t end = std::min(start + kColumn, count);
     expect(logits + start + kAhead, kColumn * sizeof(float));
@@ -328,17 +327,17 @@ bool scan_columns(const float* logits, size_t count, float* columns) {
     size_t i = start;
     for (; i + kLanes <= end; i += kLanes) {
       const v16f value = load<v16f>(logits + i);
-      is_none |= value != value;
+      are_none |= value != value;
       top = larger(value, top);
     }
     float most = largest(top);
     for (; i < end; ++i) {
-      is_none[0] |= -(int32_t)(logits[i] != logits[i]);
+      is_none |= logits[i] != logits[i];
       most = std::max(most, logits[i]);
     }
     *columns++ = most;
   }
-  return !sum<int32_t>(is_none);
+  return !is_none && !sum<int32_t>(are_none);
 }
 
 }  // namespace lifecycle
