@@ -28,6 +28,7 @@ import numpy as np
 
 from benchmarks import engine_decode, llama_cpp
 from benchmarks.arguments import add_threads, parser_of
+from benchmarks.models import ROWWISE
 from benchmarks.peers import HERE, Worker, cache_dir, environment
 from benchmarks.random_llama import QWEN_HALF_BILLION, SMOLLM2_135M, kept_llama
 from lifecycle.benchmarking.measure import measure
@@ -39,7 +40,6 @@ from lifecycle.graph.blockwise import Blockwise
 from lifecycle.graph.cache import calibrate_cache
 from lifecycle.graph.calibration import Calibration
 from lifecycle.graph.export import export_decoder
-from lifecycle.graph.int8 import Int8Rowwise
 from lifecycle.graph.quantize import quantize_graph
 from lifecycle.graph.targets import Cpu
 
@@ -100,13 +100,12 @@ def our_models(folder: Path, checkpoint: Path) -> dict[str, Path]:
     export_decoder(checkpoint, source, Cpu())
     info = DecoderInfo.load(source)
     texts = np.random.default_rng(1).integers(3, info.vocab_size, (4, 128)).tolist()
-    int8 = Int8Rowwise(8)
     made: dict[str, Path] = {}
-    for bits, scheme in (("int8", int8), ("int4", Blockwise(64))):
+    for bits, scheme in (("int8", ROWWISE), ("int4", Blockwise(64))):
         made[bits] = folder / bits
         made[bits].mkdir()
         cache = calibrate_cache(Calibration(source, texts), info, "int8")
-        quantize_graph(source, made[bits], bits, scheme, {"lm_head": int8}, cache=cache)
+        quantize_graph(source, made[bits], bits, scheme, {"lm_head": ROWWISE}, cache=cache)
     return made
 
 

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
 from benchmarks.arguments import parser_of
+from benchmarks.models import ROWWISE
 from benchmarks.prompt_lookup import describe
 from benchmarks.random_llama import SMOLLM2_135M, write_llama
 from lifecycle.engines.base import EngineOptions
@@ -34,11 +35,10 @@ from lifecycle.graph.blockwise import Blockwise
 from lifecycle.graph.cache import calibrate_cache
 from lifecycle.graph.calibration import Calibration
 from lifecycle.graph.export import export_decoder
-from lifecycle.graph.int8 import Int8Rowwise
 from lifecycle.graph.quantize import quantize_graph
 from lifecycle.graph.targets import Cpu
 
-SCHEMES = {"int8-rowwise": Int8Rowwise(8), "int4": Blockwise(32)}
+SCHEMES = {"int8-rowwise": ROWWISE, "int4": Blockwise(32)}
 TASKS = {"likes": 0.0, "drawn": 1.0, "wrong": 0.0}
 HEAD = 64
 STEPS, PAUSE = 16, 0.005

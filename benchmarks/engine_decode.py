@@ -22,6 +22,7 @@ import numpy as np
 
 from benchmarks.arguments import add_threads, parser_of
 from benchmarks.batch import decoding
+from benchmarks.models import ROWWISE
 from benchmarks.peers import Worker, cache_dir, environment
 from benchmarks.random_llama import SMOLLM2_135M, kept_llama
 from lifecycle.engines.base import Engine, EngineOptions
@@ -29,7 +30,6 @@ from lifecycle.engines.ort import OnnxEngine
 from lifecycle.engines.requests import SamplingParams
 from lifecycle.graph.blockwise import Blockwise
 from lifecycle.graph.export import export_decoder
-from lifecycle.graph.int8 import Int8Rowwise
 from lifecycle.graph.quantize import Scheme, quantize_graph
 from lifecycle.graph.targets import Cpu
 from lifecycle.stages.quantize import Quantize
@@ -51,8 +51,7 @@ def our_models(folder: Path, checkpoint: Path) -> dict[str, Path]:
     """The checkpoint as int4, exported by the code that is measured: as the peer's builder stores
     it, and as the stage makes it by default where VNNI is."""
     default = {name: field.default for name, field in Quantize.model_fields.items()}
-    int8 = Int8Rowwise(8)
-    exceptions: dict[str, Scheme | None] = dict.fromkeys(default["int8"], int8)
+    exceptions: dict[str, Scheme | None] = dict.fromkeys(default["int8"], ROWWISE)
     full = folder / "fp32"
     made = {name: folder / name.replace(" ", "-") for name in ("int4 alike", "int4 by default")}
     for path in (full, *made.values()):

@@ -27,6 +27,7 @@ import numpy as np
 
 from benchmarks.arguments import parser_of
 from benchmarks.batch import decoding
+from benchmarks.models import ROWWISE
 from benchmarks.random_llama import SMOLLM2_135M, kept_llama
 from lifecycle.engines.backend import Row
 from lifecycle.engines.base import EngineOptions
@@ -38,11 +39,10 @@ from lifecycle.graph.blockwise import Blockwise
 from lifecycle.graph.cache import calibrate_cache
 from lifecycle.graph.calibration import Calibration
 from lifecycle.graph.export import export_decoder
-from lifecycle.graph.int8 import Int8Rowwise
 from lifecycle.graph.quantize import quantize_graph
 from lifecycle.graph.targets import Cpu
 
-SCHEMES = {"int8-rowwise": Int8Rowwise(8), "int4": Blockwise(64)}
+SCHEMES = {"int8-rowwise": ROWWISE, "int4": Blockwise(64)}
 WAYS: tuple[tuple[Kernels, str], ...] = (
     ("native", "1"),
     ("onnxruntime", "1"),

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from benchmarks.arguments import add_threads, parser_of
+from benchmarks.models import ROWWISE
 from benchmarks.peers import HERE, Worker, cache_dir, environment
 from benchmarks.random_llama import SMOLLM2_135M, kept_llama
 from lifecycle.engines.base import Engine, EngineOptions
@@ -29,7 +30,6 @@ from lifecycle.engines.ort import OnnxEngine
 from lifecycle.engines.requests import Request, SamplingParams
 from lifecycle.graph.blockwise import Blockwise
 from lifecycle.graph.export import export_decoder
-from lifecycle.graph.int8 import Int8Rowwise
 from lifecycle.graph.quantize import quantize_graph
 from lifecycle.graph.targets import Cpu
 from lifecycle.stages.quantize import Quantize
@@ -62,15 +62,14 @@ WORK = {
 def our_models(folder: Path, checkpoint: Path) -> dict[str, Path]:
     """The checkpoint as the stage `quantize` makes it by default, by the code that is measured."""
     default = {name: field.default for name, field in Quantize.model_fields.items()}
-    int8 = Int8Rowwise(8)
     int4 = Blockwise(default["block_size"])
     shutil.rmtree(folder, ignore_errors=True)
     source, made = folder / "fp32", {name: folder / name for name in ("int8-rowwise", "int4")}
     for path in (source, *made.values()):
         path.mkdir(parents=True)
     export_decoder(checkpoint, source, Cpu())
-    quantize_graph(source, made["int8-rowwise"], "int8-rowwise", int8)
-    quantize_graph(source, made["int4"], "int4", int4, dict.fromkeys(default["int8"], int8))
+    quantize_graph(source, made["int8-rowwise"], "int8-rowwise", ROWWISE)
+    quantize_graph(source, made["int4"], "int4", int4, dict.fromkeys(default["int8"], ROWWISE))
     return made
 
 

@@ -6,10 +6,14 @@ import shutil
 from pathlib import Path
 
 from lifecycle.engines import adapters
+from lifecycle.engines.native.library import adds_bytes_exactly
 from lifecycle.graph.export import export_decoder
 from lifecycle.graph.int8 import Int8Rowwise
 from lifecycle.graph.quantize import quantize_graph
 from lifecycle.graph.targets import Cpu
+
+ROWWISE = Int8Rowwise(8 if adds_bytes_exactly() else 7)
+"""The bits that `quantize` takes on this host."""
 
 
 def in_int8(checkpoint: Path, folder: Path, slots: tuple[int, int] | None = None) -> Path:
@@ -19,7 +23,7 @@ def in_int8(checkpoint: Path, folder: Path, slots: tuple[int, int] | None = None
     for path in (full, folder):
         path.mkdir(parents=True, exist_ok=True)
     export_decoder(checkpoint, full, Cpu(), slots=slots)
-    quantize_graph(full, folder, "int8-rowwise", Int8Rowwise(8))
+    quantize_graph(full, folder, "int8-rowwise", ROWWISE)
     if slots is not None:
         shutil.copy(full / adapters.FILE, folder)
     return folder

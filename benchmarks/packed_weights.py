@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.arguments import parser_of
+from benchmarks.models import ROWWISE
 from benchmarks.random_llama import SMOLLM2_135M, write_llama
 from lifecycle.engines import adapters
 from lifecycle.engines.adapters import AdapterLayout
@@ -31,11 +32,10 @@ from lifecycle.engines.ort import OnnxEngine
 from lifecycle.evaluation.random_adapter import write_random_adapter
 from lifecycle.graph.blockwise import Blockwise
 from lifecycle.graph.export import export_decoder
-from lifecycle.graph.int8 import Int8Rowwise
 from lifecycle.graph.quantize import quantize_graph
 from lifecycle.graph.targets import Cpu
 
-SCHEMES = {"int8-rowwise": Int8Rowwise(8), "int4": Blockwise(64)}
+SCHEMES = {"int8-rowwise": ROWWISE, "int4": Blockwise(64)}
 CONTEXT, CHUNK, SLOTS, RANK = 128, 128, 8, 16
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.models import ROWWISE
 from benchmarks.random_llama import SMOLLM2_135M, write_llama
 from lifecycle.engines.base import EngineOptions
 from lifecycle.engines.decoder import GRAPH, PREFILL_WEIGHTS, WEIGHTS, DecoderInfo
@@ -26,12 +27,11 @@ from lifecycle.engines.ort import OnnxEngine
 from lifecycle.engines.requests import Request, SamplingParams
 from lifecycle.graph.blockwise import Blockwise
 from lifecycle.graph.export import export_decoder
-from lifecycle.graph.int8 import Int8Rowwise
 from lifecycle.graph.prefill import write_prefill
 from lifecycle.graph.quantize import quantize_graph
 from lifecycle.graph.targets import Cpu
 
-SCHEMES = {"int4": Blockwise(64), "int8-rowwise": Int8Rowwise(8)}
+SCHEMES = {"int4": Blockwise(64), "int8-rowwise": ROWWISE}
 
 
 def main() -> None:
@@ -61,7 +61,7 @@ def make_models(root: Path) -> dict[str, Path]:
     made = {name: root / name for name in (*SCHEMES, "both")}
     for name, scheme in SCHEMES.items():
         made[name].mkdir()
-        quantize_graph(full, made[name], name, scheme, {"lm_head": Int8Rowwise(8)})
+        quantize_graph(full, made[name], name, scheme, {"lm_head": ROWWISE})
     decode, prompts, both = made["int4"], made["int8-rowwise"], made["both"]
     both.mkdir()
     for name in (GRAPH, WEIGHTS):

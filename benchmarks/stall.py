@@ -20,18 +20,18 @@ from typing import Any
 import numpy as np
 
 from benchmarks.arguments import parser_of
+from benchmarks.models import ROWWISE
 from benchmarks.random_llama import SMOLLM2_135M, kept_llama
 from lifecycle.engines.base import EngineOptions
 from lifecycle.engines.ort import OnnxEngine
 from lifecycle.engines.requests import Request, SamplingParams
 from lifecycle.graph.blockwise import Blockwise
 from lifecycle.graph.export import export_decoder
-from lifecycle.graph.int8 import Int8Rowwise
 from lifecycle.graph.quantize import quantize_graph
 from lifecycle.graph.targets import Cpu
 
 CHUNK, BEFORE = 128, 60
-SCHEMES = {"int8-rowwise": Int8Rowwise(8), "int4": Blockwise(64)}
+SCHEMES = {"int8-rowwise": ROWWISE, "int4": Blockwise(64)}
 
 
 def main() -> None:

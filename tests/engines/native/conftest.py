@@ -56,7 +56,8 @@ def in_matrices(request: pytest.FixtureRequest) -> Path:
 
 
 @pytest.fixture(
-    scope="session", params=["processor", "in_vectors", "emulated", "pairs", "avx2", "plain"]
+    scope="session",
+    params=["processor", "in_vectors", "emulated", "pairs", "avx2", "avx_vnni", "plain"],
 )
 def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The library as engines have it, and what other processors would make of it."""
@@ -64,12 +65,14 @@ def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         return request.getfixturevalue(request.param)
     if request.param == "processor":
         return _of_processor()
-    if request.param == "avx2" and not library.instruction_sets() >= {"avx2", "fma"}:
-        pytest.skip("this processor has no avx2")
+    needed = {"avx2": {"avx2", "fma"}, "avx_vnni": {"avx_vnni"}}.get(request.param, set[str]())
+    if missing := needed - library.instruction_sets():
+        pytest.skip(f"this processor has no {', '.join(missing)}")
     flags = {
         "plain": ["-DLIFECYCLE_PLAIN"],
         "pairs": ["-DLIFECYCLE_PAIRS", "-DLIFECYCLE_VECTORS", target_flag()],
         "avx2": ["-mavx2", "-mfma"],
+        "avx_vnni": ["-mavx2", "-mfma", "-mavxvnni"],
     }
     return compiled(tmp_path_factory.mktemp(request.param), *flags[request.param])
 

@@ -130,7 +130,7 @@ LIFECYCLE_INLINE v16f rounded(v16f x) {
 }
 
 // Whether products of bytes are added in pairs first, which 16 bits may have room for.
-constexpr bool kInPairs = (LIFECYCLE_AVX512 || LIFECYCLE_AVX2) && !LIFECYCLE_FOURS;
+constexpr bool kInPairs = (LIFECYCLE_AVX512 || LIFECYCLE_AVX2) && !LIFECYCLE_VNNI;
 
 #if LIFECYCLE_AVX512 || LIFECYCLE_AVX2
 // The sums of two products each of integers of 16 bits.
@@ -165,8 +165,12 @@ v16i add_pairs(v16i acc, v32s pairs);
 
 // acc + the sums of four products each, of the unsigned bytes of weights with 4 signed ones that all lanes share.
 LIFECYCLE_INLINE v16i dot(v16i acc, v16i weights, int32_t four) {
-#if LIFECYCLE_FOURS
+#if LIFECYCLE_VNNI && LIFECYCLE_AVX512
   return (v16i)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)weights, _mm512_set1_epi32(four));
+#elif LIFECYCLE_VNNI
+  const __m256i x = _mm256_set1_epi32(four);
+  return {(v8i)_mm256_dpbusd_avx_epi32((__m256i)acc.low, (__m256i)weights.low, x),
+          (v8i)_mm256_dpbusd_avx_epi32((__m256i)acc.high, (__m256i)weights.high, x)};
 #elif LIFECYCLE_AVX512 || LIFECYCLE_AVX2
   // 16 bits have no room for two of them: every other one at a time.
   const v32s w = (v32s)weights, x = (v32s)spread(four);

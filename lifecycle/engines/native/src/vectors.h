@@ -14,15 +14,16 @@
 #else
 #define LIFECYCLE_AVX512 0
 #endif
-#if LIFECYCLE_AVX512 && defined(__AVX512VNNI__) && !defined(LIFECYCLE_PAIRS)
-#define LIFECYCLE_FOURS 1
-#else
-#define LIFECYCLE_FOURS 0
-#endif
 #if defined(__AVX2__) && defined(__FMA__) && !LIFECYCLE_AVX512 && !defined(LIFECYCLE_PLAIN)
 #define LIFECYCLE_AVX2 1
 #else
 #define LIFECYCLE_AVX2 0
+#endif
+#if ((LIFECYCLE_AVX512 && defined(__AVX512VNNI__)) || (LIFECYCLE_AVX2 && defined(__AVXVNNI__))) && \
+    !defined(LIFECYCLE_PAIRS)
+#define LIFECYCLE_VNNI 1
+#else
+#define LIFECYCLE_VNNI 0
 #endif
 #if LIFECYCLE_AVX512 || LIFECYCLE_AVX2
 #include <immintrin.h>
