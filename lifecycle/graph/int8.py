@@ -20,7 +20,8 @@ class Int8Rowwise:
     """Weights in int8 with one scale per output channel, activations in uint8 by row.
 
     `weight_bits` 7 keeps weights within ±63. Processors without VNNI instructions (AVX2) add
-    two products in 16 bits, which 8-bit weights can overflow; 7 bits never do.
+    two products in 16 bits, which 8-bit weights can overflow; 7 bits never do. (This project's own
+    kernels add 8-bit weights otherwise there, which takes longer.)
     """
 
     def __init__(self, weight_bits: int) -> None:

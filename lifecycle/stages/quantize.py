@@ -109,9 +109,9 @@ class Quantize(Stage):
     ones are faster and take less memory."""
     weight_bits: Literal[7, 8] | None = None
     """For `int8-rowwise`, also of parts of `int4` and `mixed`, and `int8-static`: bits used of each
-    weight. 7 is right on every processor; 8 is a little finer, but overflows on x86 without VNNI
-    instructions (`lifecycle doctor` shows them). Null takes 8 where this host has them, and 7 elsewhere: set 7 for
-    models that other hosts run too."""
+    weight. 7 is right on every processor; 8 is a little finer, but on x86 without VNNI instructions
+    (`lifecycle doctor` shows them) overflows in ONNX Runtime's kernels and takes longer in an engine's own. Null takes 8
+    where this host has them, and 7 elsewhere: set 7 for models that other hosts run too."""
     method: Literal["rtn", "hqq", "awq", "gptq"] = "rtn"
     """For `int4`, `int8` and `mixed`: how weights are rounded. `rtn`: each block by itself, to the least
     squared error. `hqq`: each block by itself, its zero by half-quadratic steps. `awq`: as `rtn`,

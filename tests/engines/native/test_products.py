@@ -86,7 +86,9 @@ def test_the_largest_sums_of_a_rowwise_product_are_exact(kernels: Path, most: in
     model = rowwise_model(weight, np.full(40, 127, np.float32), False)
     (found,) = run(swap(model), kernels, {"x": signs.astype(np.float32)})
     sums = 127 * signs @ weight.astype(int)
-    assert np.array_equal(found, (sums * (np.float32(1 / 127) * np.float32(127))).astype(np.float32))
+    assert np.array_equal(
+        found, (sums * (np.float32(1 / 127) * np.float32(127))).astype(np.float32)
+    )
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (1, 40), (5, 1)])

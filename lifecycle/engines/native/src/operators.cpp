@@ -125,19 +125,20 @@ class RowwiseMatMul : public Product {
     w.block = (w.depth + 7) / 8 * 8;
     w.allocate(false);
     const int8_t* from = given.as<int8_t>();
-    // Of 7 bits (`weight_bits`), none is above 127.
-    const auto [least, most] = std::minmax_element(from, from + given.size());
-    w.is_small = *least >= -64 && *most < 64;
+    // Of 7 bits (`weight_bits`), none is above 127 with 64 for 0.
+    uint8_t bits = 0;
+    for (int64_t i = 0; i < given.size(); ++i) bits |= (uint8_t)(from[i] + 64);
+    w.is_small = bits < 128;
     w.zero = w.is_small ? 64 : 128;
     const size_t by_k = transposed ? 1 : w.columns, by_n = transposed ? w.depth : 1;
     uint8_t* to = w.packed.get();
     for (size_t tile = 0; tile < w.tiles(); ++tile) {
       for (size_t k = 0; k < w.block; k += 4, to += 64) {
-        for (size_t n = 0; n < 16; ++n) {
-          const size_t column = tile * 16 + n;
-          for (size_t i = 0; i < 4; ++i) {
-            const bool is_there = column < w.columns && k + i < w.depth;
-            to[4 * n + i] = (uint8_t)((is_there ? from[column * by_n + (k + i) * by_k] : 0) + w.zero);
+        std::memset(to, w.zero, 64);
+        for (size_t i = 0; i < 4 && k + i < w.depth; ++i) {
+          const size_t first = (k + i) * by_k + tile * 16 * by_n;
+          for (size_t n = 0; n < 16 && tile * 16 + n < w.columns; ++n) {
+            to[4 * n + i] = (uint8_t)(from[first + n * by_n] + w.zero);
           }
         }
       }
