@@ -6,7 +6,7 @@ namespace lifecycle {
 namespace {
 
 // Vectors of columns at once: with a few rows their sums fill three quarters of the registers.
-constexpr int kMostVectors = 3;
+constexpr int kMostVectors = LIFECYCLE_AVX512 ? 3 : 1;
 
 // A few rows, by their addresses: y = base + x [rows, depth] times w [depth, `stride` columns]. No base is zeros.
 struct FewRows {
@@ -140,7 +140,7 @@ void AdapterUpdate::run(const Run& run) {
     for (size_t f = task; f < owners.count(); f += shares) step.first(owners.few(f));
   });
   const size_t vectors = (width + kLanes - 1) / kLanes;
-  const size_t tasks = is_small ? 1 : std::min(kMostTasks, (vectors + 2) / kMostVectors);
+  const size_t tasks = is_small ? 1 : std::min(kMostTasks, (vectors + kMostVectors - 1) / kMostVectors);
   run.parallel(tasks, [&](size_t task) {
     const size_t from = vectors * task / tasks * kLanes, to = std::min(width, vectors * (task + 1) / tasks * kLanes);
     for (size_t f = 0; f < owners.count(); ++f) step.second(owners.few(f), from, to);

@@ -35,7 +35,7 @@ size_t adapters_of(const Tensor& bank, const AdapterShape& shape) {
 }
 
 // Tiles of A that are multiplied together.
-constexpr int kMostTiles = 3;
+constexpr int kMostTiles = LIFECYCLE_AVX512 ? 3 : 1;
 // Bytes of A that are asked for ahead of those that are multiplied. A step that decodes reads A once for each adapter; what
 // lies behind its end is asked for in vain.
 constexpr size_t kAhead = 2048;

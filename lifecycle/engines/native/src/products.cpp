@@ -16,7 +16,8 @@ namespace lifecycle {
 namespace {
 
 // Rows at once: their sums, of which blocks have two kinds, fill three quarters of the registers. So many that they are
-// all there are have their second kind in memory in blocks, which takes less time than two shares of them.
+// all there are have their second kind in memory in blocks, which takes less time than two shares of them. With AVX2 there
+// are half as many registers, of half the length.
 constexpr int kRowwiseRows = LIFECYCLE_AVX512 ? 8 : 5, kBlockRows = LIFECYCLE_AVX512 ? 6 : 5;
 constexpr int kAllBlockRows = LIFECYCLE_AVX512 ? 8 : 5;
 constexpr size_t kMostTasks = 32;
@@ -78,8 +79,11 @@ LIFECYCLE_INLINE void multiply(v16i (&acc)[MR][NR], const uint8_t* weights, size
       LIFECYCLE_UNROLL for (int i = 0; i < MR; ++i) {
         const int32_t four = four_of(rows + i * row_bytes, g);
         LIFECYCLE_UNROLL for (int j = 0; j < NR; ++j) {
-          acc[i][j] = kBits == Bits::kSmallEight ? add_pairs(acc[i][j], dot_pairs(v32s{}, w[j], four))
-                                                 : dot(acc[i][j], w[j], four);
+          if constexpr (kBits == Bits::kSmallEight) {
+            acc[i][j] = add_pairs(acc[i][j], dot_pairs(v32s{}, w[j], four));
+          } else {
+            acc[i][j] = dot(acc[i][j], w[j], four);
+          }
         }
       }
     }

@@ -201,12 +201,12 @@ LIFECYCLE_INLINE v16f multiply_add(v16f a, v16f b, v16f c) {
 #endif
 }
 
-// x * 2^n of whole numbers n from -127 on.
+// x * 2^n of whole numbers n from -127 on; some number of those below.
 LIFECYCLE_INLINE v16f scaled(v16f x, v16f n) {
 #if LIFECYCLE_AVX512
   return (v16f)_mm512_scalef_ps((__m512)x, (__m512)n);
 #else
-  const v16f bounded = select(n < spread(128.0f), n, spread(128.0f));
+  const v16f above = larger(n, spread(-127.0f)), bounded = select(above < spread(128.0f), above, spread(128.0f));
   return x * (v16f)((to_integer(bounded) + 127) << 23);
 #endif
 }
