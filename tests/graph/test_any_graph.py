@@ -21,6 +21,7 @@ from lifecycle.graph.reading import find_graph, import_graph
 from lifecycle.graph.rounding import Grid, least_squares, quantize
 from lifecycle.graph.static import Int8Static
 from lifecycle.pipeline.artifact import hash_tree
+from tests.exact import WEIGHT_BITS
 from tests.graph import graphs
 
 IDS = np.random.default_rng(2).integers(0, 1024, (2, 7))
@@ -100,7 +101,9 @@ def test_weights_in_4_bits_are_those_of_the_rounding(encoder: Path) -> None:
     assert np.linalg.norm(run(out, ids=IDS) - wanted) < 0.02 * np.linalg.norm(wanted)
 
 
-@pytest.mark.parametrize(("scheme", "bound"), [(Int8Rowwise(8), 0.03), (Blockwise(32, 4), 0.2)])
+@pytest.mark.parametrize(
+    ("scheme", "bound"), [(Int8Rowwise(WEIGHT_BITS), 0.03), (Blockwise(32, 4), 0.2)]
+)
 def test_quantised_graphs_stay_close(scheme: Scheme, bound: float, encoder: Path) -> None:
     wanted = graphs.run_encoder(graphs.encoder_weights(), IDS)
     one, two = quantized(encoder, scheme), quantized(encoder, scheme)
@@ -187,7 +190,7 @@ def _square(nodes: list[onnx.NodeProto], constants: list[onnx.TensorProto]) -> o
 
 SCHEMES = {
     "fp16": Half("fp16"),
-    "int8": Int8Rowwise(8),
+    "int8": Int8Rowwise(WEIGHT_BITS),
     "blocks": Blockwise(16, 8),
 }
 
@@ -218,7 +221,7 @@ def test_a_bias_of_any_form(scheme: str, shape: tuple[int, ...], tmp_path: Path)
     model = _import(tmp_path, _square(nodes, stored))
     x = random.standard_normal((8, 8)).astype(np.float32)
     wanted = x @ weights["w"] + weights["b"]
-    static = Int8Static(8, {"x": Range.covering(float(x.min()), float(x.max()))})
+    static = Int8Static(WEIGHT_BITS, {"x": Range.covering(float(x.min()), float(x.max()))})
     found = run(quantized(model, SCHEMES.get(scheme, static)), x=x)
     assert np.abs(found - wanted).max() < 0.05 * np.abs(wanted).max()
 

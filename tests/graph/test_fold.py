@@ -20,6 +20,7 @@ from lifecycle.graph.fold import Smoothing, smoothing_factors
 from lifecycle.graph.int8 import Int8Rowwise
 from lifecycle.graph.quantize import quantize_graph
 from lifecycle.graph.targets import Cpu
+from tests.exact import WEIGHT_BITS
 from tests.graph.models import VOCAB, save_model, torch_logits
 from tests.graph.running import GraphRunner
 
@@ -90,7 +91,9 @@ def test_a_model_with_loud_channels_keeps_its_logits(tmp_path: Path) -> None:
         out = tmp_path / str(strength)
         out.mkdir()
         smoothing = strength and Smoothing(Calibration(export, TEXTS), strength)
-        quantize_graph(export, out, "int8-rowwise", Int8Rowwise(8), changes=smoothing or None)
+        quantize_graph(
+            export, out, "int8-rowwise", Int8Rowwise(WEIGHT_BITS), changes=smoothing or None
+        )
         found = GraphRunner(out).prefill(IDS)
         errors.append(float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted)))
     assert errors[1] < 0.05 < 4 * errors[1] < errors[0]

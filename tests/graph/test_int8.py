@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from lifecycle.graph.int8 import Int8Rowwise
 from lifecycle.graph.quantize import quantize_graph
+from tests.exact import WEIGHT_BITS
 from tests.graph.models import (
     VOCAB,
     export_quantized,
@@ -51,7 +52,7 @@ def test_an_outlier_leaves_its_neighbours_alone(tmp_path: Path) -> None:
     weights["model.embed_tokens.weight"][loud] *= 1e4
     weights["model.embed_tokens.weight"][silent] = 0
     save_file(weights, file)
-    out = export_quantized(tmp_path, Int8Rowwise(8))
+    out = export_quantized(tmp_path, Int8Rowwise(WEIGHT_BITS))
     ids = [7, 8, 9]
     alone = GraphRunner(out, 3).step({0: ids})[0]
     among = GraphRunner(out, 3).step({0: ids, 1: [loud] * 3, 2: [silent] * 3})
@@ -60,7 +61,7 @@ def test_an_outlier_leaves_its_neighbours_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama-tied", "llama-biases", "mistral-window", "qwen2", "qwen3"])
-@pytest.mark.parametrize("bits", [7, 8])
+@pytest.mark.parametrize("bits", sorted({7, WEIGHT_BITS}))
 def test_logits_follow_the_dequantized_weights(name: str, bits: int, tmp_path: Path) -> None:
     model = save_model(name, tmp_path)
     scheme = Int8Rowwise(bits)

@@ -19,6 +19,7 @@ from lifecycle.graph.ranges import Calibrate, Histogram, Range
 from lifecycle.graph.reading import import_graph
 from lifecycle.graph.static import Int8Static, observed
 from lifecycle.pipeline.artifact import hash_tree
+from tests.exact import WEIGHT_BITS
 from tests.graph import graphs
 from tests.graph.models import VOCAB
 from tests.graph.running import GraphRunner
@@ -28,7 +29,9 @@ IMAGES = np.random.default_rng(4).standard_normal((24, 3, 12, 12)).astype(np.flo
 IDS = np.random.default_rng(5).integers(0, 1024, (24, 9))
 
 
-def calibrated(source: Path, samples, calibrate: Calibrate = "minmax", bits: int = 8) -> Int8Static:
+def calibrated(
+    source: Path, samples, calibrate: Calibrate = "minmax", bits: int = WEIGHT_BITS
+) -> Int8Static:
     found = histograms(source, observed(source), samples, lambda done, total: None)
     return Int8Static(bits, {k: v.range(calibrate, 99.9) for k, v in found.items()})
 

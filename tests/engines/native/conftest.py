@@ -84,10 +84,6 @@ def _of_processor() -> Path:
     return found
 
 
-MOST = 127 if library.adds_bytes_exactly() else 63
-"""What magnitudes of weights ONNX Runtime multiplies exactly here."""
-
-
 def build(
     nodes: Sequence[onnx.NodeProto],
     inputs: Arrays,

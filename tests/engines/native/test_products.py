@@ -15,7 +15,8 @@ from onnx import helper
 from lifecycle.engines.native.sampling import native_passes
 from lifecycle.engines.native.swap import DOMAIN, LOGITS, swap
 from lifecycle.graph.rounding import Grid, least_squares, quantize
-from tests.engines.native.conftest import MOST, build, run
+from tests.engines.native.conftest import build, run
+from tests.exact import MOST
 
 Floats = NDArray[np.float32]
 SHAPES = [(1, 64, 48), (2, 576, 960), (3, 20, 5), (7, 130, 17), (16, 96, 200), (61, 256, 80)]
