@@ -45,7 +45,7 @@ enum class Bits { kFour, kEight, kSmallEight };
 // Fours of k of which pairs of products with weights of 4 bits have room in 16 bits: 8 * 2 * 15 * 127 < 2^15.
 constexpr size_t kMostPairs = 8;
 
-// use(i, j, w, four) for MR rows and NR tiles of weights of 4 bits, with one four of k after the other.
+// use(i, j, w, four) for MR rows and NR tiles of weights of 4 bits: two fours of k, which share bytes, after two others.
 template <int MR, int NR, typename Use>
 LIFECYCLE_INLINE void each_two(const uint8_t* weights, size_t tile_bytes, const int8_t* rows, size_t row_bytes,
                                size_t from, size_t to, const Use& use) {

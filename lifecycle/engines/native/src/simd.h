@@ -113,7 +113,8 @@ inline void expect(const void* from, size_t bytes) {
   for (size_t at = 0; at < bytes; at += 64) __builtin_prefetch(static_cast<const char*>(from) + at);
 }
 
-// A product that stays one where a sum follows: with such instructions the compiler must not make both one operation, rounded once.
+// A product that stays one where a sum follows: where there are instructions for both at once, rounded once, the compiler
+// must not use them.
 LIFECYCLE_INLINE v16f rounded_product(v16f x) {
 #if LIFECYCLE_AVX512
   asm("" : "+v"(x));
@@ -158,7 +159,7 @@ LIFECYCLE_INLINE v32s dot_pairs(v32s acc, v16i weights, int32_t four) {
 // acc + the sums of two pairs each.
 LIFECYCLE_INLINE v16i add_pairs(v16i acc, v32s pairs) { return acc + pair_products(pairs, (v32s)spread(0x00010001)); }
 #else
-// Not called.
+// For code that is never made there (kInPairs).
 v32s dot_pairs(v32s acc, v16i weights, int32_t four);
 v16i add_pairs(v16i acc, v32s pairs);
 #endif
