@@ -14,6 +14,7 @@ from lifecycle.engines.backend import Row
 from lifecycle.engines.base import EngineOptions
 from lifecycle.engines.decoder import DecoderInfo
 from lifecycle.engines.native import Kernels
+from lifecycle.engines.native.library import instruction_sets
 from lifecycle.engines.ort import OnnxEngine
 from lifecycle.engines.pace import Pace
 from lifecycle.graph.blockwise import Blockwise
@@ -78,7 +79,12 @@ def test_no_neighbour_changes_a_quantised_request(
     quantize_graph(random_model.graph, tmp_path, "test", scheme)
     options = EngineOptions(4, prefill_chunk=16, max_stall=max_stall, kernels=kernels)
     identical, total = measure(OnnxEngine.open(tmp_path, options), mixes=6, seed=2)
-    assert identical == total > 20
+    assert total > 20
+    # Without AVX-512, ONNX Runtime has a kernel for the last of an odd number of tokens for these blocks too.
+    is_exact = (
+        kernels == "native" or isinstance(scheme, Int8Rowwise) or "avx512f" in instruction_sets()
+    )
+    assert identical >= (total if is_exact else 0.95 * total)
 
 
 def test_blocks_of_64_change_the_last_bits_of_few_requests(

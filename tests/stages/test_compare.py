@@ -133,7 +133,8 @@ def test_a_decoder_is_compared_on_texts(
     found = run_stage(compare(), s=static, m=learnt_onnx, i=chats).metrics
     assert found["samples"] == 7
     assert found["cosine"] > 0.99
-    assert found["top1_agreement"] > 0.9
+    # Of eight tokens; what training ends with depends on the processor, and two may be as likely as each other.
+    assert found["top1_agreement"] >= 7 / 8
 
 
 @pytest.mark.parametrize("kv_cache", ["int8", "int4"])

@@ -24,6 +24,8 @@ LOGITS, TOPS = "logits", "logits.tops"
 """Outputs of a graph: the second is what a product adds to the first, see `sampling.Scan.columns`."""
 _FLOAT, _UINT8, _INT8 = 1, 2, 3
 """Types of elements, as protobuf numbers."""
+_BITS = {_INT8: 8, _UINT8: 4}
+"""Of a value in a cache of such elements."""
 _PAST_KEY, _SCALES, _COUNTS = 3, (12, 13), 16
 _ATTENTION_INPUTS = {0, 3, 4, 5, 6, 7, 8, *_SCALES, _COUNTS}
 """Those of attention's inputs that our operator reads, or may pass over."""
@@ -197,11 +199,12 @@ def _is_known_product(graph: Graph, node: Node) -> bool:
 def _is_known_attention(graph: Graph, node: Node) -> bool:
     given = {i for i, name in enumerate(node.inputs) if name}
     cache_type, dims = graph.inputs.get(node.inputs[_PAST_KEY], (0, []))
-    width = dims[-1] if dims else 0
+    width = (dims[-1] if dims else 0) * (2 if cache_type == _UINT8 else 1)
     scales = given & set(_SCALES)
-    if cache_type == _INT8:
+    if cache_type in _BITS:
         kinds = {node.text("k_quant_type"), node.text("v_quant_type")}
         is_known = len(scales) == 2 and kinds == {"PER_CHANNEL"}
+        is_known = is_known and node.integer("kv_cache_bit_width") == _BITS[cache_type]
     else:
         is_known = cache_type == _FLOAT and not scales
     return (
@@ -224,7 +227,7 @@ def _swap_attention(graph: Graph, node: Node) -> None:
         return
     unpad = readers[0]
     cache_type, _ = graph.inputs[node.inputs[_PAST_KEY]]
-    operator = ATTENTION + ("Int8" if cache_type == _INT8 else "")
+    operator = ATTENTION + (f"Int{_BITS[cache_type]}" if cache_type in _BITS else "")
     inputs = [pad.inputs[0], *node.inputs[1:], unpad.inputs[1]]
     outputs = [unpad.outputs[0], *node.outputs[1:]]
     new = Node(inputs, outputs, node.name, operator, DOMAIN, node.attributes)

@@ -34,7 +34,8 @@ class Sizes:
     window: int = -1
     softcap: float = 0.0
     scale: float | None = None
-    integers: bool = False
+    bits: int = 32
+    """Of a value in the cache: floats, or integers of 8 or 4."""
 
 
 KINDS = {
@@ -44,12 +45,16 @@ KINDS = {
     "wide": Sizes(heads=2, kv_heads=1, depth=256, scale=0.05),
     "narrow": Sizes(depth=16, rotary=False),
     "odd": Sizes(heads=4, kv_heads=2, depth=8, rotary=False),
-    "odd integers": Sizes(heads=4, kv_heads=4, depth=40, rotary=False, window=30, integers=True),
+    "odd integers": Sizes(heads=4, kv_heads=4, depth=40, rotary=False, window=30, bits=8),
     "interleaved": Sizes(interleaved=True),
     "window": Sizes(window=70),
     "soft cap": Sizes(softcap=5.0),
-    "integers": Sizes(heads=9, kv_heads=3, depth=64, integers=True),
-    "wide integers": Sizes(heads=2, kv_heads=2, depth=96, window=100, integers=True),
+    "integers": Sizes(heads=9, kv_heads=3, depth=64, bits=8),
+    "wide integers": Sizes(heads=2, kv_heads=2, depth=96, window=100, bits=8),
+    "4 bits": Sizes(heads=9, kv_heads=3, depth=64, bits=4),
+    "odd 4 bits": Sizes(heads=4, kv_heads=4, depth=40, rotary=False, window=30, bits=4),
+    "narrow 4 bits": Sizes(heads=6, kv_heads=1, depth=16, bits=4),
+    "wide 4 bits": Sizes(heads=2, kv_heads=2, depth=208, bits=4),
 }
 
 
@@ -58,9 +63,12 @@ class Case:
 
     def __init__(self, sizes: Sizes, rows: int = 4, seed: int = 0) -> None:
         self.sizes, rng = sizes, np.random.default_rng(seed)
+        self.last = 2 ** (sizes.bits - 1) - 1
+        """The largest integer."""
         shape = (rows, sizes.kv_heads, CAPACITY, sizes.depth)
         self.past = [self._stored(rng.standard_normal(shape)) for _ in range(2)]
-        scale = rng.uniform(0.01, 0.03, (2, 1, sizes.kv_heads, 1, sizes.depth))
+        step = {8: 0.01, 4: 0.2}.get(sizes.bits, 1.0)
+        scale = rng.uniform(step, 3 * step, (2, 1, sizes.kv_heads, 1, sizes.depth))
         self.scales = scale.astype(np.float32)
         angles = np.outer(np.arange(CAPACITY), 10 ** -np.linspace(0, 3, sizes.depth // 2))
         self.cos, self.sin = np.cos(angles, dtype=np.float32), np.sin(angles, dtype=np.float32)
@@ -68,9 +76,23 @@ class Case:
         self.texts = rng.standard_normal((rows, CAPACITY, width)).astype(np.float32)
 
     def _stored(self, values: NDArray[np.float64]) -> NDArray[Any]:
-        if self.sizes.integers:
-            return np.clip(values * 50, -128, 127).astype(np.int8)
-        return values.astype(np.float32)
+        if self.sizes.bits == 32:
+            return values.astype(np.float32)
+        integers = np.clip(values * self.last * 0.4, -self.last - 1, self.last).astype(np.int8)
+        if self.sizes.bits == 8:
+            return integers
+        first, second = np.moveaxis(integers.reshape(*integers.shape[:-1], -1, 2) + 8, -1, 0)
+        return (first | second << 4).astype(np.uint8)
+
+    def _past(self, part: int, row: int) -> NDArray[np.float64]:
+        """A row's keys or values, as they are meant."""
+        stored = self.past[part][row]
+        if self.sizes.bits == 32:
+            return stored.astype(np.float64)
+        if self.sizes.bits == 4:
+            pairs = np.stack([stored & 15, stored >> 4], axis=-1).astype(np.int8) - 8
+            stored = pairs.reshape(*stored.shape[:-1], -1)
+        return stored * self.scales[part, 0].astype(np.float64)
 
     @property
     def model(self) -> bytes:
@@ -78,7 +100,7 @@ class Case:
         sizes = self.sizes
         names = ["padded", "", "", "key", "value", "last", "total"]
         names += ["cos", "sin"] if sizes.rotary else ["", ""]
-        names += ["", "", "", *(["k_scale", "v_scale"] if sizes.integers else ["", ""])]
+        names += ["", "", "", *(["k_scale", "v_scale"] if sizes.bits < 32 else ["", ""])]
         names += ["", "", "counts"]
         attributes: dict[str, Any] = {
             "num_heads": sizes.heads,
@@ -90,9 +112,9 @@ class Case:
         }
         if sizes.scale is not None:
             attributes["scale"] = sizes.scale
-        if sizes.integers:
+        if sizes.bits < 32:
             attributes |= {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL"}
-            attributes["kv_cache_bit_width"] = 8
+            attributes["kv_cache_bit_width"] = sizes.bits
         outputs = ["attended", "new_key", "new_value"]
         nodes = [
             helper.make_node("Gather", ["qkv", "pad_index"], ["padded"]),
@@ -106,7 +128,8 @@ class Case:
             name: whole.pop(name) for name in ("cos", "sin", "k_scale", "v_scale") if name in whole
         }
         made = {"y": whole["qkv"], "new_key": whole["key"], "new_value": whole["value"]}
-        return build(nodes, whole, constants, made, {"key": sizes.depth, "value": sizes.depth})
+        stored = self.past[0].shape[-1]
+        return build(nodes, whole, constants, made, {"key": stored, "value": stored})
 
     def inputs(self, pieces: list[tuple[int, int]]) -> dict[str, NDArray[Any]]:
         """A step that computes tokens `start` to `stop` of each row."""
@@ -127,7 +150,7 @@ class Case:
         }
         if self.sizes.rotary:
             found |= {"cos": self.cos, "sin": self.sin}
-        if self.sizes.integers:
+        if self.sizes.bits < 32:
             found |= {"k_scale": self.scales[0], "v_scale": self.scales[1]}
         return found
 
@@ -145,19 +168,17 @@ class Case:
         """The same in float64, one token and head after the other."""
         sizes = self.sizes
         parts = self.texts[row].reshape(CAPACITY, -1, sizes.depth).astype(np.float64)
-        scales = self.scales[:, 0] if sizes.integers else np.ones((2, sizes.kv_heads, 1, 1))
-        keys, values = (past[row] * scale for past, scale in zip(self.past, scales, strict=True))
+        keys, values = (self._past(part, row) for part in (0, 1))
         for t in range(start, stop):
             for head in range(sizes.kv_heads):
                 new = (
                     self._turned(parts[t, sizes.heads + head], t),
                     parts[t, sizes.heads + sizes.kv_heads + head],
                 )
-                for cache, value, scale in zip(
-                    (keys, values), new, scales[:, head, 0], strict=True
-                ):
-                    if sizes.integers:
-                        value = np.clip(np.rint(value / scale), -128, 127) * scale
+                scales = self.scales[:, 0, head, 0].astype(np.float64)
+                for cache, value, scale in zip((keys, values), new, scales, strict=True):
+                    if sizes.bits < 32:
+                        value = np.clip(np.rint(value / scale), -self.last - 1, self.last) * scale
                     cache[head, t] = value
         found = np.zeros((stop - start, sizes.heads, sizes.depth))
         for t in range(start, stop):
@@ -281,7 +302,7 @@ def run_shared(
     binding = ort.IOBinding(session)
     for name, array in given.items():
         binding.bind_cpu_input(name, array)
-    for name, begin in (("key", 0), ("value", case.sizes.depth)):
+    for name, begin in (("key", 0), ("value", keys.shape[-1])):
         place = both.dtype.type, keys.shape, both.ctypes.data + begin * both.itemsize
         binding.bind_input(name, "cpu", 0, *place)
         if in_place:

@@ -28,7 +28,7 @@ struct Attention<T>::Step {
   size_t rotary_rows;
   const int32_t *last, *counts;    // of each row: its last position, and its new tokens
   const float *k_scale, *v_scale;  // [kv_heads, depth], for integers
-  T *keys, *values;                // [rows, kv_heads, capacity, depth], tokens `stride` apart
+  T *keys, *values;                // [rows, kv_heads, capacity, depth / kValues], tokens `stride` apart
   float* queries;                  // [kv_heads, tokens * group, depth]
   float* out;                      // [tokens, heads * depth]
   const size_t* firsts;            // of each row that has new tokens, the first of them
@@ -84,7 +84,7 @@ typename Attention<T>::Step Attention<T>::read(const Run& run) const {
   step.rows = (size_t)keys.dims[0];
   step.tokens = (size_t)qkv.dims[0];
   step.capacity = (size_t)keys.dims[2];
-  step.depth = (size_t)keys.dims[3];
+  step.depth = (size_t)keys.dims[3] * kValues<T>;
   step.group = heads_ / kv_heads_;
   require(step.depth % kHeadStep == 0, "attention heads have to be a multiple of 8 wide");
   require((size_t)qkv.dims[1] == (heads_ + 2 * kv_heads_) * step.depth, "queries of another width");
@@ -102,7 +102,7 @@ typename Attention<T>::Step Attention<T>::read(const Run& run) const {
     step.sin = sin.as<float>();
     step.rotary_rows = (size_t)cos.dims[0];
   }
-  if (sizeof(T) == 1) {
+  if (kIsInteger<T>) {
     require((size_t)k_scale.size() == kv_heads_ * step.depth && v_scale.size() == k_scale.size(),
             "a cache of integers without a scale for each channel");
     step.k_scale = k_scale.as<float>();
@@ -160,8 +160,9 @@ void Attention<T>::run(const Run& run) {
   step.keys = static_cast<T*>(run.output(1, keys.dims));
   step.values = static_cast<T*>(run.output(2, values.dims));
   // Values that begin right behind the first key stand behind each: both fill the same pages.
-  const bool alternate = values.as<T>() == keys.as<T>() + step.depth;
-  step.stride = alternate ? 2 * step.depth : step.depth;
+  const size_t each = step.depth / kValues<T>;
+  const bool alternate = values.as<T>() == keys.as<T>() + each;
+  step.stride = alternate ? 2 * each : each;
   require(!alternate || (step.keys == keys.data && step.values == values.data),
           "keys and values that alternate have to be written in place");
   if (step.keys != keys.data) std::memcpy(step.keys, keys.data, (size_t)keys.size() * sizeof(T));
@@ -210,7 +211,7 @@ void Attention<T>::rotate(const Step& step, size_t token) const {
     turn(from + head * depth);
     float* to = step.queries_of(token, kv_head) + head % step.group * depth;
     // Keys are stored by their scale, which queries make up for.
-    const float* k_scale = sizeof(T) == 1 ? step.k_scale + kv_head * depth : nullptr;
+    const float* k_scale = kIsInteger<T> ? step.k_scale + kv_head * depth : nullptr;
     for (size_t d = 0; d < depth; ++d) to[d] = turned[d] * scale * (k_scale != nullptr ? k_scale[d] : 1);
   }
   for (size_t kv_head = 0; kv_head < kv_heads_; ++kv_head) {
@@ -297,7 +298,7 @@ void Attention<T>::attend(const Step& step, size_t row, size_t kv_head, size_t f
     const size_t of_head = (kv_head * group + i % group) * depth;
     float* to = step.out + (token + i / group) * heads_ * depth + of_head;
     const float total = sum<float>(load<v16f>(totals + i * kLanes));
-    const float* v_scale = sizeof(T) == 1 ? step.v_scale + kv_head * depth : nullptr;
+    const float* v_scale = kIsInteger<T> ? step.v_scale + kv_head * depth : nullptr;
     for (size_t d = 0; d < depth; ++d) {
       to[d] = sums[i * width + d] / total * (v_scale != nullptr ? v_scale[d] : 1);
     }
@@ -306,5 +307,6 @@ void Attention<T>::attend(const Step& step, size_t row, size_t kv_head, size_t f
 
 template class Attention<float>;
 template class Attention<int8_t>;
+template class Attention<Fours>;
 
 }  // namespace lifecycle

@@ -5,7 +5,7 @@
 #include <cmath>
 #include <cstring>
 
-#include "simd.h"
+#include "stored.h"
 
 namespace lifecycle {
 
@@ -39,9 +39,6 @@ void score(const float* queries, size_t depth, const float* keys, float* scores)
   }
 }
 
-LIFECYCLE_INLINE v16f floats(const float* from) { return load<v16f>(from); }
-LIFECYCLE_INLINE v16f floats(const int8_t* from) { return to_float(widened(load<v16c>(from))); }
-
 // sums [MQ, width], 16 * NV of them from `sums` on, = sums * decay + weights [MQ, kTile] times values [count, width], which
 // are `stride` apart.
 template <int MQ, int NV, typename T>
@@ -55,7 +52,7 @@ void gather(const float* weights, const float* decay, const T* values, size_t co
   }
   for (size_t t = 0; t < count; ++t) {
     v16f v[NV];
-    LIFECYCLE_UNROLL for (int j = 0; j < NV; ++j) v[j] = floats(values + t * stride + j * kLanes);
+    LIFECYCLE_UNROLL for (int j = 0; j < NV; ++j) v[j] = floats(values + t * stride + j * kLanes / kValues<T>);
     LIFECYCLE_UNROLL for (int i = 0; i < MQ; ++i) {
       const v16f w = spread(weights[i * kTile + t]);
       LIFECYCLE_UNROLL for (int j = 0; j < NV; ++j) acc[i][j] += w * v[j];
@@ -71,8 +68,9 @@ void gather_all(const float* weights, const float* decay, const T* values, size_
                 float* sums) {
   size_t d = 0;
   for (; d + kWide * kLanes <= width; d += kWide * kLanes)
-    gather<MQ, kWide>(weights, decay, values + d, count, stride, width, sums + d);
-  for (; d < width; d += kLanes) gather<MQ, 1>(weights, decay, values + d, count, stride, width, sums + d);
+    gather<MQ, kWide>(weights, decay, values + d / kValues<T>, count, stride, width, sums + d);
+  for (; d < width; d += kLanes)
+    gather<MQ, 1>(weights, decay, values + d / kValues<T>, count, stride, width, sums + d);
 }
 
 // The largest of a query's scores with the keys from `tile` on, of which it sees those at `from` to `position`; the
@@ -116,71 +114,7 @@ LIFECYCLE_INLINE void few_at_a_time(size_t count, const F& f) {
   }
 }
 
-// Rows [count, depth] of a cache, `stride` apart, as rows of floats [count, width]: its own memory, or `room`.
-inline const float* as_floats(const float* from, size_t count, size_t depth, size_t stride, size_t width, float* room) {
-  if (width == depth) return from;
-  for (size_t t = 0; t < count; ++t) {
-    for (size_t d = 0; d < width; d += kLanes) store(room + t * width + d, some(from + t * stride + d, depth - d));
-  }
-  return room;
-}
-inline const float* as_floats(const int8_t* from, size_t count, size_t depth, size_t stride, size_t width, float* room) {
-  for (size_t t = 0; t < count; ++t) {
-    for (size_t d = 0; d < width; d += kLanes) {
-      v16c bytes{};
-      std::memcpy(&bytes, from + t * stride + d, std::min<size_t>(kLanes, depth - d));
-      store(room + t * width + d, to_float(widened(bytes)));
-    }
-  }
-  return room;
-}
-
-// Up to 16 rows of 64 bytes, `stride` bytes apart, as columns of four bytes, zeros behind them.
-LIFECYCLE_INLINE void columns_of(const void* from, size_t count, size_t stride, size_t bytes, v16f (&rows)[16]) {
-  const char* at = static_cast<const char*>(from);
-  if (count == kLanes && bytes == 64) {
-    LIFECYCLE_UNROLL for (size_t i = 0; i < kLanes; ++i) rows[i] = load<v16f>(at + i * stride);
-  } else {
-    for (size_t i = 0; i < kLanes; ++i) {
-      rows[i] = v16f{};
-      if (i < count) std::memcpy(&rows[i], at + i * stride, bytes);
-    }
-  }
-  transpose16(rows);
-}
-
-// Calls use(d, column) with dimension after dimension of up to 16 keys [count, depth], `stride` apart.
-template <typename Use>
-LIFECYCLE_INLINE void each_column(const float* keys, size_t count, size_t depth, size_t stride, const Use& use) {
-  v16f rows[kLanes];
-  for (size_t d = 0; d < depth; d += kLanes) {
-    const size_t left = std::min<size_t>(kLanes, depth - d);
-    columns_of(keys + d, count, stride * sizeof(float), left * sizeof(float), rows);
-    LIFECYCLE_UNROLL for (size_t j = 0; j < kLanes; ++j) {
-      if (j < left) use(d + j, rows[j]);
-    }
-  }
-}
-
-// Four bytes are transposed as one value.
-template <typename Use>
-LIFECYCLE_INLINE void each_column(const int8_t* keys, size_t count, size_t depth, size_t stride, const Use& use) {
-  v16f rows[kLanes];
-  auto four = [&](size_t d, v16f column) {
-    LIFECYCLE_UNROLL for (int k = 0; k < 4; ++k) use(d + k, to_float((v16i)column << (24 - 8 * k) >> 24));
-  };
-  size_t d = 0;
-  for (; d + 64 <= depth; d += 64) {
-    columns_of(keys + d, count, stride, 64, rows);
-    LIFECYCLE_UNROLL for (size_t j = 0; j < kLanes; ++j) four(d + 4 * j, rows[j]);
-  }
-  if (d < depth) {
-    columns_of(keys + d, count, stride, depth - d, rows);
-    for (size_t j = 0; d + 4 * j < depth; ++j) four(d + 4 * j, rows[j]);
-  }
-}
-
-// Keys [count, depth], `stride` apart and up to kTile, as columns of floats [depth, kTile], with zeros behind them.
+// Keys [count, depth], `stride` apart and up to kTile, as columns of floats [depth, kTile], with some numbers behind them.
 template <typename T>
 void transpose(const T* keys, size_t count, size_t depth, size_t stride, float* columns) {
   for (size_t t = 0; t < kTile; t += kLanes) {
@@ -214,18 +148,6 @@ void score_few(size_t queries_count, const float* queries, size_t depth, const T
     case 3: return score_columns<3>(queries, depth, keys, count, stride, scores);
     case 4: return score_columns<4>(queries, depth, keys, count, stride, scores);
     default: return score_columns<kFewQueries>(queries, depth, keys, count, stride, scores);
-  }
-}
-
-inline void put(const float* from, const float*, size_t count, float* to) { std::memcpy(to, from, count * sizeof(float)); }
-inline void put(const float* from, const float* scales, size_t count, int8_t* to) {
-  for (size_t i = 0; i < count; i += kLanes) {
-    const size_t here = std::min<size_t>(kLanes, count - i);
-    const v16f steps = rounded(some(from + i, here) / some(scales + i, here));
-    const v16f low = select(steps > spread(-128.0f), steps, spread(-128.0f));
-    const v16f bounded = select(low < spread(127.0f), low, spread(127.0f));
-    const v16c stored = narrowed(to_integer(bounded));
-    std::memcpy(to + i, &stored, here);
   }
 }
 

@@ -284,6 +284,7 @@ extern "C" __attribute__((visibility("default"))) ort::Status* RegisterCustomOps
   static const Operator<AdapterUpdate> update;
   static const Operator<Attention<float>> attention;
   static const Operator<Attention<int8_t>> attention_int8;
+  static const Operator<Attention<Fours>> attention_int4;
   const ort::Api* api = base->get(ort::kVersion);
   if (api == nullptr) return base->get(1)->fail("the kernels of lifecycle need ONNX Runtime 1.24 or newer");
   // One domain serves all sessions; what holds it is never unloaded.
@@ -293,7 +294,8 @@ extern "C" __attribute__((visibility("default"))) ort::Status* RegisterCustomOps
   if (domain == nullptr) {
     ort::Domain* made = nullptr;
     if (ort::Status* status = api->domain("lifecycle", &made)) return status;
-    const ort::Op* const all[] = {&rowwise, &blocks, &gate, &norm, &update, &attention, &attention_int8};
+    const ort::Op* const all[] = {&rowwise, &blocks,    &gate,           &norm,
+                                  &update,  &attention, &attention_int8, &attention_int4};
     for (const ort::Op* op : all) {
       if (ort::Status* status = api->add(made, op)) return status;
     }

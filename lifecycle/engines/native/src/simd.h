@@ -17,6 +17,17 @@ LIFECYCLE_INLINE V some(const void* from, size_t count) {
   return found;
 }
 
+// 8 floats, zeros behind them.
+LIFECYCLE_INLINE v16f half(const void* from) {
+#if LIFECYCLE_AVX512
+  return (v16f)_mm512_zextps256_ps512(_mm256_loadu_ps(static_cast<const float*>(from)));
+#elif LIFECYCLE_AVX2
+  return {load<v8f>(from), v8f{}};
+#else
+  return some(from, kLanes / 2);
+#endif
+}
+
 template <typename V>
 LIFECYCLE_INLINE void put(void* to, V values, size_t count) {
   if (count >= kLanes) return store(to, values);
