@@ -3,7 +3,7 @@
     python -m benchmarks.kernels [--rounds 16] [--rows 1 8 16] [--context 100 300 900]
         [--scheme int8-rowwise int4] [--json]
 
-Random weights of the 135M shape in row-wise int8 and int4, each with a cache in float32 and in int8. Three engines take
+Random weights of the 135M shape in row-wise int8 and int4, each with a cache in float32, int8 and int4. Three engines take
 turns of 6 steps: ours, ONNX Runtime's with all scores of a layer at once, and with scores in blocks. Figures are median
 ratios of their times in a round: `ours` is above 1 where our kernels are faster than ONNX Runtime's with all scores at
 once, `whole` where those are faster than blocks. A prompt is one of 1,920 tokens, a chunk 128 of it behind 128 others.
@@ -36,7 +36,7 @@ from lifecycle.engines.native import Kernels
 from lifecycle.engines.ort import OnnxEngine
 from lifecycle.engines.requests import SamplingParams
 from lifecycle.graph.blockwise import Blockwise
-from lifecycle.graph.cache import calibrate_cache
+from lifecycle.graph.cache import KvType, calibrate_cache
 from lifecycle.graph.calibration import Calibration
 from lifecycle.graph.export import export_decoder
 from lifecycle.graph.quantize import quantize_graph
@@ -78,9 +78,11 @@ def make_models(root: Path, schemes: Iterable[str]) -> Iterator[tuple[str, Path]
     full.mkdir()
     export_decoder(kept_llama(root, SMOLLM2_135M), full, Cpu())
     texts = np.random.default_rng(1).integers(3, 1000, (2, 128)).tolist()
-    int8 = calibrate_cache(Calibration(full, texts), DecoderInfo.load(full), "int8")
+    calibration, info = Calibration(full, texts), DecoderInfo.load(full)
+    kinds: tuple[KvType, ...] = ("int8", "int4")
+    caches = {kind: calibrate_cache(calibration, info, kind) for kind in kinds}
     for scheme in schemes:
-        for kind, cache in (("float32", None), ("int8", int8)):
+        for kind, cache in (("float32", None), *caches.items()):
             folder = root / f"{scheme}-{kind}"
             folder.mkdir()
             quantize_graph(full, folder, scheme, SCHEMES[scheme], cache=cache)

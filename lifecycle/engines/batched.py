@@ -342,13 +342,11 @@ class BatchedEngine(Engine):
 
     def _account(self, batch: Batch, seconds: float) -> None:
         """Take note of what a step has computed."""
-        num_decode = num_prompt = 0
+        num_prompt = num_all = 0
         for state, row in batch:
             count = len(row.tokens)
-            if state.is_prefilling:
-                num_prompt += count
-            else:
-                num_decode += count
+            num_all += count
+            num_prompt += count if state.is_prefilling else 0
             state.num_computed += count - len(state.draft)
             self._scheduler.waiting.serve(state.request.tenant, count)
             if self._prefixes is not None:
@@ -356,7 +354,9 @@ class BatchedEngine(Engine):
             self._scheduler.forget_old(state)
         self._steps += 1
         self._prompt_tokens += num_prompt
-        self._speculation.note(self._pace, num_decode, num_prompt, seconds)
+        # Of the step before: prompts that are scored come in pieces that are alike.
+        seconds += self._progress.take_score_seconds() * (num_prompt > 0)
+        self._speculation.note(self._pace, num_all - num_prompt, num_prompt, seconds)
 
     def _tell_all(self, batch: Batch, rows: Scan) -> list[Event]:
         """What the requests of a step get from its logits."""

@@ -32,7 +32,7 @@ from lifecycle.engines.tensor_cache import TensorCache
 from lifecycle.errors import EngineError
 
 _MAX_BINDINGS = 64
-"""Kept for each graph; each has room for the logits of its rows."""
+"""Kept for each graph."""
 OpenGraph = Callable[[str, AdapterLayout | None], ort.InferenceSession]
 """Opens a graph of a folder by its name, with slots for adapters or without."""
 

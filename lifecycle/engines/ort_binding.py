@@ -30,6 +30,16 @@ class BoundGraph:
         """Those that a device reads: they are copied when they are bound, so what changes must be bound anew."""
         self.tells_tops = any(o.name == TOPS for o in session.get_outputs())
         self.bindings: dict[tuple[int, range | None], Binding] = {}
+        self._values = np.empty((0, width), np.float32)
+        self._tops = np.empty((0, num_columns(width)), np.float32)
+
+    def room(self, count: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Where rows of the output and their columns are written: `count` of them or more. All steps share it, for only
+        the last one's are read; it doubles, so that what was bound before keeps little of what it was."""
+        if count > len(self._values):
+            self._values = np.empty((max(count, 2 * len(self._values)), self.width), np.float32)
+            self._tops = np.empty((len(self._values), self._tops.shape[1]), np.float32)
+        return self._values, self._tops
 
 
 class Output(NamedTuple):
@@ -46,12 +56,10 @@ class Binding:
     def __init__(self, graph: BoundGraph) -> None:
         """The cache is bound by whoever has it."""
         self.binding = ort.IOBinding(graph.session)
-        self._name, self._tells_tops = graph.output, graph.tells_tops
+        self._graph = graph
         self._output: Output | None = None
         self.bound_adapters = 0
         """The state of the adapters whose weights are bound, if any are."""
-        self._found = np.empty((0, graph.width), np.float32)
-        self._tops = np.empty((0, num_columns(graph.width)), np.float32)
 
     def bind(self, weights: AdapterWeights, state: int) -> None:
         """Bind the weights of adapters in some state of theirs."""
@@ -61,17 +69,15 @@ class Binding:
 
     def fetch(self, count: int) -> Output:
         """Where the next run writes `count` rows of its output."""
-        if self._output is not None and count == len(self._output.values):
-            return self._output
-        self._output = None
-        if count > len(self._found):
-            found = np.empty((count, self._found.shape[1]), np.float32)
-            self._tops = np.empty((count, self._tops.shape[1]), np.float32)
-            self._found = found
-        values, tops = self._found[:count], self._tops[:count]
+        found, columns = self._graph.room(count)
+        output = self._output
+        if output is not None and count == len(output.values) and output.values.base is found:
+            return output
+        values, tops = found[:count], columns[:count]
         places = values.ctypes.data, tops.ctypes.data
-        self.binding.bind_output(self._name, "cpu", 0, np.float32, values.shape, places[0])
-        if self._tells_tops:
+        name, tells_tops = self._graph.output, self._graph.tells_tops
+        self.binding.bind_output(name, "cpu", 0, np.float32, values.shape, places[0])
+        if tells_tops:
             self.binding.bind_output(TOPS, "cpu", 0, np.float32, tops.shape, places[1])
-        self._output = Output(values, (tops, places) if self._tells_tops else None)
+        self._output = Output(values, (tops, places) if tells_tops else None)
         return self._output

@@ -25,7 +25,7 @@ _FAR = 4.0
 """How many times as long or short other texts may make a step at most, whatever measurements say."""
 _OLD, _LOOK_EVERY = 512, 64
 """Measured steps after which what none of them has confirmed is forgotten, and between two looks for such."""
-_PLANNED, _LEAST_PLANNED, _MOST_PLANNED = 0.6, 0.4, 0.8
+_PLANNED, _LEAST_PLANNED, _MOST_PLANNED = 0.5, 0.35, 0.8
 """Of the time by which prompts may make a step longer, what is planned for at first, and between which parts that moves
 with the machine:"""
 _COPIES = 2.0

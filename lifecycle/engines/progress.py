@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 from numpy.typing import NDArray
 
 from lifecycle.engines.requests import Event, FinishReason, PromptLogprob
 from lifecycle.engines.sampling import Choice, Floats, Scan, choose, log_softmax, ranked
-from lifecycle.engines.state import RequestState
+from lifecycle.engines.state import LONGEST_RUN, RequestState
 from lifecycle.errors import RequestError
 
 _NOT_FINITE = "the model's output is not a finite number"
@@ -22,6 +24,12 @@ class Progress:
         self._eos_token_ids = eos_token_ids
         self._max_model_len = max_model_len
         self._long_context = long_context
+        self._score_seconds = 0.0
+
+    def take_score_seconds(self) -> float:
+        """What scoring prompts has taken since this was asked last."""
+        seconds, self._score_seconds = self._score_seconds, 0.0
+        return seconds
 
     def is_long(self, num_tokens: int) -> bool:
         """What `Row.is_long` must be for the rows of a text of so many tokens."""
@@ -39,7 +47,9 @@ class Progress:
             What there is to tell; the last event has a `finish_reason` if the request has ended.
         """
         if (count := state.request.params.prompt_logprobs) is not None:
+            begun = time.perf_counter()
             start += _score(state, rows.logits[start:end], count)
+            self._score_seconds += time.perf_counter() - begun
         if start == end:
             return []
         is_first = len(state.tokens) == state.num_prompt
@@ -94,7 +104,8 @@ class Progress:
                 return events
 
     def _append(self, state: RequestState, choice: Choice | None) -> list[Event]:
-        """Give a request a token, and those that its constraint leaves no choice about."""
+        """Give a request a token, and those that its constraint leaves no choice about, as many as the next step computes:
+        all of a long text would be told at once, and others wait meanwhile."""
         if choice is None:
             return [failed(state, _NOT_FINITE)]
         events = [self._event(state, choice)]
@@ -106,7 +117,7 @@ class Progress:
             or events[-1].finish_reason is not None
         ):
             return events
-        for token in constraint.forced():
+        for token in constraint.forced()[: LONGEST_RUN - 1]:
             if token in params.banned_token_ids:
                 break
             state.sampler.note(token)

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from itertools import chain
 from math import inf
+from operator import attrgetter
 
 from lifecycle.engines.backend import CacheBackend, Row
 from lifecycle.engines.leaving import Leaving
@@ -33,6 +34,7 @@ _MOMENT = 1e-9
 Batch = list[tuple[RequestState, Row]]
 Rank = tuple[int, int]
 Reuse = Callable[[RequestState, float | None], bool]
+_rank: Callable[[RequestState], Rank] = attrgetter("rank")
 
 
 class Scheduler:
@@ -194,7 +196,7 @@ class Scheduler:
             elif not self._make_room(state):
                 break
         going = self._parking.going
-        if going is not None and (state is None or not _yields(going, state)):
+        if going is not None and (state is None or not going.yields_to(state)):
             self._parking.turn_back()
 
     def schedule(
@@ -206,20 +208,29 @@ class Scheduler:
         `seconds` for what is taken of other prompts, of which `left` are left, in the order of their ranks. The step
         stays short for those that decode in it, and larger products would be no faster per token.
         """
-        batch: Batch = []
-        for state in self.active():
-            if not state.is_prefilling and (row := state.next_row(self._prefill_chunk)) is not None:
-                batch.append((state, row))
-        budget = self._prefill_chunk
+        batch, budget = self._decoding(room), self._prefill_chunk
         if batch and room is not None:
-            budget = min(budget, max(room, GRAIN))
-        if batch:
-            self._add_prompts(batch, budget, seconds, left)
-        else:
-            self._add_prompts(batch, budget)
+            runs = sum(len(row.tokens) - len(state.draft) - 1 for state, row in batch)
+            budget = min(budget, max(room - runs, GRAIN))
+        self._add_prompts(batch, budget, *((seconds, left) if batch else (None, None)))
         self._fit(batch)
         if self._leaving is not None:
             self._leaving.give_back(self.running.values(), self._left)
+        return batch
+
+    def _decoding(self, room: int | None) -> Batch:
+        """The rows of requests that decode. Where some wait for one token, what constraints have forced upon others has
+        to go into `room`, into half of it where there are prompts."""
+        active = self.active()
+        states = [state for state in active if not state.is_prefilling]
+        spare = sum(state.num_left for state in states)
+        if room is not None and any(state.num_left == 1 for state in states):
+            spare = max(room, GRAIN) // (1 if len(states) == len(active) else 2)
+        batch: Batch = []
+        for state in states:
+            row = state.decoding_row(spare)
+            spare -= len(row.tokens) - len(state.draft) - 1
+            batch.append((state, row))
         return batch
 
     def share(self, leader: RequestState) -> list[RequestState]:
@@ -274,7 +285,7 @@ class Scheduler:
                 if not is_whole:
                     # It goes on in the next step.
                     continue
-            row = state.next_row(self._prefill_chunk, budget)
+            row = state.prompt_row(self._prefill_chunk, budget)
             if row is None:
                 # What does not fit ends the filling: a shorter prompt must not overtake.
                 return
@@ -284,7 +295,7 @@ class Scheduler:
     def _make_room(self, state: RequestState) -> bool:
         """Let one that yields to a waiting request leave its slot; whether it has. It takes some steps where its text is
         put aside, or where a slot is yet to be copied."""
-        others = [other for other in self.running.values() if _yields(other, state)]
+        others = [other for other in self.running.values() if other.yields_to(state)]
         if not others or self._left:
             return False
         if self._free:
@@ -341,12 +352,9 @@ class Scheduler:
         while self._surplus(batch) > 0:
             if self._parking.drop_last():
                 continue
-            last = self._last_running()
+            last = max(self.running.values(), key=_rank)
             self._preempt(last)
             batch[:] = [pair for pair in batch if pair[0] is not last]
-
-    def _last_running(self) -> RequestState:
-        return max(self.running.values(), key=_rank)
 
     def _surplus(self, batch: Batch) -> float:
         added = sum(len(row.tokens) for _, row in batch)
@@ -389,12 +397,3 @@ class Scheduler:
         elif self._cache is not None:
             self._cache.forget(slot)
         heapq.heappush(self._free, slot)
-
-
-def _rank(state: RequestState) -> Rank:
-    return state.rank
-
-
-def _yields(state: RequestState, other: RequestState) -> bool:
-    """Whether a request gives its slot to another one."""
-    return state.request.priority > other.request.priority

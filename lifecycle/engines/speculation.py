@@ -54,7 +54,7 @@ class Speculation:
         if not self._most or (asking is None and self._is_resting()):
             return
         states = list(states)
-        decoding = [state for state in states if not (state.is_prefilling or state.is_behind)]
+        decoding = [state for state in states if not state.is_prefilling]
         if not decoding:
             return
         num_decode = sum(len(state.tokens) - state.num_computed for state in decoding)

@@ -15,8 +15,8 @@ GRAIN = 2
 gives is the same to the last bit wherever it is cut, unless a single token is left: ONNX Runtime computes
 products of one row by another kernel."""
 LONGEST_RUN = 16
-"""Tokens that a request which decodes brings to a step, drafts aside. A constraint may force hundreds at once;
-computed together they would hold up all others, and be wider than the cache has room for."""
+"""Tokens that a request which decodes gets in a step, drafts aside, and brings to the next. A constraint may force
+hundreds at once; together they would hold up all others, and be wider than the cache has room for."""
 
 
 @dataclass(slots=True, eq=False)
@@ -76,9 +76,9 @@ class RequestState:
         return self.num_computed < self.num_prefill
 
     @property
-    def is_behind(self) -> bool:
-        """Whether more was forced upon a request that decodes than the next step computes."""
-        return len(self.tokens) - self.num_computed > LONGEST_RUN
+    def num_left(self) -> int:
+        """Tokens that are not computed yet."""
+        return len(self.tokens) - self.num_computed
 
     @property
     def rank(self) -> tuple[int, int]:
@@ -95,6 +95,10 @@ class RequestState:
                 return scored - 1
         return len(self.tokens) - 1
 
+    def yields_to(self, other: RequestState) -> bool:
+        """Whether it gives its slot to another request."""
+        return self.request.priority > other.request.priority
+
     def recompute(self) -> None:
         """Begin again with all tokens so far."""
         self.num_restarts += 1
@@ -105,31 +109,32 @@ class RequestState:
         self.draft.clear()
         self.parked.clear()
 
-    def next_row(self, prefill_chunk: int, room: int | None = None) -> Row | None:
-        """The tokens that the next step computes: of a prompt what is left of its chunk, or as much as
-        goes into `room` tokens; None if that is nothing."""
-        start, end = self.num_computed, len(self.tokens)
-        if start == end - 1 and self.num_prompt <= start and not self.is_prefilling:
+    def decoding_row(self, room: int) -> Row:
+        """Of the tokens that a request which decodes has left the first, as many more as go into `room`, and its draft."""
+        start = self.num_computed
+        if start == len(self.tokens) - 1 and self.num_prompt <= start:
             # As below, without the time that it takes: this is what most rows are.
             tokens = [self.tokens[start], *self.draft]
             return Row(self.slot, start, tokens, len(tokens), self.is_long, self.adapter, 0)
-        tokens = self.tokens[start:end]
-        if self.is_prefilling:
-            boundary = (start // prefill_chunk + 1) * prefill_chunk
-            last = stop = min(boundary, self.num_prefill)
-            if room is not None and last - start > room:
-                stop = (start + room) // GRAIN * GRAIN
-                if stop <= start:
-                    return None
-                stop += last - stop == 1
-            tokens = tokens[: stop - start]
-        else:
-            tokens = tokens[:LONGEST_RUN]
+        stop = start + 1 + room
         # A draft stands behind the newest token only.
-        stop = start + len(tokens)
-        if stop == end:
-            tokens += self.draft
-        first = max(self.first_logit, start)
+        if stop < len(self.tokens):
+            self.draft.clear()
+        return self._row([*self.tokens[start:stop], *self.draft])
+
+    def prompt_row(self, prefill_chunk: int, room: int) -> Row | None:
+        """What is left of a prompt's chunk, or as much as goes into `room` tokens; None if that is nothing."""
+        start = self.num_computed
+        last = stop = min((start // prefill_chunk + 1) * prefill_chunk, self.num_prefill)
+        if last - start > room:
+            stop = (start + room) // GRAIN * GRAIN
+            if stop <= start:
+                return None
+            stop += last - stop == 1
+        return self._row(self.tokens[start:stop])
+
+    def _row(self, tokens: list[int]) -> Row:
+        start, first = self.num_computed, max(self.first_logit, self.num_computed)
         count = max(start + len(tokens) - first, 0)
         num_prompt = min(max(self.num_prompt - start, 0), len(tokens))
         return Row(self.slot, start, tokens, count, self.is_long, self.adapter, num_prompt)

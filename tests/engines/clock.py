@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from lifecycle.engines import batched, draft_model, prefix_cache, scheduler, speculation
+from lifecycle.engines import (
+    batched,
+    draft_model,
+    prefix_cache,
+    progress,
+    scheduler,
+    speculation,
+)
 from lifecycle.engines.backend import Row
 
 
@@ -18,7 +25,7 @@ class StepClock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 0.0
-        for module in (batched, draft_model, prefix_cache, scheduler, speculation):
+        for module in (batched, draft_model, prefix_cache, progress, scheduler, speculation):
             monkeypatch.setattr(module, "time", self)
 
     def perf_counter(self) -> float:

@@ -90,11 +90,53 @@ def test_a_long_run_is_computed_piece_by_piece(draft_tokens: int) -> None:
     )
     assert tokens_of(found["a"]) == text and len(tokens_of(found["b"])) == 100
     rows = [row for rows in engine.backend.steps for row in rows if row.slot == 0]
-    assert max(len(row.tokens) for row in rows[: len(text) // LONGEST_RUN]) == LONGEST_RUN
-    assert max(len(row.tokens) for row in rows) <= LONGEST_RUN + draft_tokens
+    assert LONGEST_RUN <= max(len(row.tokens) for row in rows) <= LONGEST_RUN + draft_tokens
     if not draft_tokens:
-        first = [token for row in rows for token in row.tokens][: len(text)]
-        assert first[:92] == [7, *text[:91]], "each is computed once"
+        computed = [token for row in rows for token in row.tokens]
+        assert computed == [7, *text[:-LONGEST_RUN]], (
+            "each is computed once, but for those that nothing follows"
+        )
+
+
+def test_what_is_forced_is_told_as_it_is_computed() -> None:
+    text = [3, 1, 4, 1, 5, 9, 2, 6] * 12
+    engine = ToyEngine.make(max_model_len=120)
+    engine.submit(Request("a", [7], constraint=Recital(text, run=90)))
+    told: list[int] = []
+    while engine.num_running or engine.num_waiting:
+        told.append(len(engine.step()))
+    assert sum(told) == len(text) and max(told) == LONGEST_RUN
+
+
+@pytest.mark.parametrize("has_prompt", [False, True])
+def test_runs_hold_nobody_up(monkeypatch: pytest.MonkeyPatch, has_prompt: bool) -> None:
+    engine = ToyEngine.make(4, 400, 8, max_stall=2.0)
+    StepClock(monkeypatch).times(engine.backend, 1.0, 0.1)
+    neighbour = SamplingParams(max_tokens=300, ignore_eos=True)
+    engine.submit(Request("b", [8], neighbour))
+    for _ in range(3):
+        engine.step()
+    # What a token of a prompt costs is learnt from one.
+    engine.submit(Request("c", [5] * 80, SamplingParams(max_tokens=1)))
+    while "c" in engine._scheduler:
+        engine.step()
+    texts = {name: [k, 1, 4, 1, 5, 9, 2, 6] * 12 for k, name in enumerate("de", 3)}
+    for name, text in texts.items():
+        engine.submit(Request(name, [7], constraint=Recital(text, run=90)))
+    for _ in range(2):
+        engine.step()
+    if has_prompt:
+        engine.submit(Request("f", [5] * 300, SamplingParams(max_tokens=1)))
+    begun = len(engine.backend.steps)
+    while len(engine._scheduler.running) > 1:
+        engine.step()
+    steps = engine.backend.steps[begun:]
+    # Half of what one may wait is planned for at first, at 0.1 each, and more later.
+    assert all(sum(len(row.tokens) for row in rows) <= 3 + 8 for rows in steps)
+    assert max(len(row.tokens) for rows in steps for row in rows if row.slot in (1, 2)) > 1
+    if has_prompt:
+        prompt = [len(row.tokens) for rows in steps for row in rows if row.slot == 3]
+        assert sum(prompt) == 300 and min(prompt) >= 2, "it goes on in each step"
 
 
 def test_forced_tokens_end_where_the_request_does() -> None:

@@ -7,7 +7,7 @@ import json
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,7 +27,7 @@ from lifecycle.engines.requests import Generation, Request, SamplingParams
 from lifecycle.engines.windows import Windows
 from lifecycle.errors import EngineError
 from lifecycle.graph.blockwise import Blockwise
-from lifecycle.graph.cache import calibrate_cache
+from lifecycle.graph.cache import KvType, calibrate_cache
 from lifecycle.graph.calibration import Calibration
 from lifecycle.graph.int8 import Int8Rowwise
 from lifecycle.graph.quantize import Scheme, quantize_graph
@@ -154,10 +154,10 @@ def test_no_guess_changes_a_bit_with_a_cache_of_integers(
     check_guesses_change_nothing(tmp_path, stories.graph, "onnxruntime")
 
 
-@pytest.mark.parametrize("kv_dtype", [None, "int8"])
+@pytest.mark.parametrize("kv_dtype", [None, "int8", "int4"])
 @pytest.mark.parametrize("scheme", [Int8Rowwise(8), Blockwise(32), Blockwise(64), Blockwise(128)])
 def test_no_guess_changes_a_bit_with_our_kernels(
-    always: None, stories: Model, tmp_path: Path, scheme: Scheme, kv_dtype: Literal["int8"] | None
+    always: None, stories: Model, tmp_path: Path, scheme: Scheme, kv_dtype: KvType | None
 ) -> None:
     info = DecoderInfo.load(stories.graph)
     cache = kv_dtype and calibrate_cache(Calibration(stories.graph, TEXTS[:4]), info, kv_dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import tracemalloc
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -17,6 +18,7 @@ import pytest
 
 from benchmarks.json_schema import run
 from lifecycle.engines.grammar.compiler import GrammarCompiler
+from lifecycle.engines.grammar.schema import check_schema
 from lifecycle.engines.grammar.spec import GrammarSpec
 from lifecycle.errors import MissingExtraError, RequestError
 from tests.engines.grammars import HOSTILE, PERSON, accepts, compiler_of, draw, encode
@@ -345,3 +347,14 @@ def test_the_official_suite(data_dir: Path) -> None:
     required = [what for what in report.not_accepted if not what.startswith("optional/")]
     # Where a format is wrong the suite, which takes it for a comment, has the instance valid.
     assert [what for what in required if not what.startswith("format: ")] == []
+
+
+def test_schemas_below_a_long_name_take_no_memory_for_each() -> None:
+    name = "\U0001f600" * 20_000
+    schema: dict[str, Any] = {"properties": {name: {"anyOf": [True] * 20_000 + [1]}}}
+    tracemalloc.start()
+    with pytest.raises(RequestError, match=r"at '/properties/.{40,80}…/anyOf/20000' is no object"):
+        check_schema(schema)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 20e6

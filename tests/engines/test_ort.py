@@ -149,6 +149,19 @@ def test_a_full_text_runs_beside_the_widest_row(
     np.testing.assert_allclose(beside, alone, atol=1e-4)
 
 
+def test_all_steps_write_their_logits_into_the_same_memory(random_model: Model) -> None:
+    """Each number of slots is bound by itself: long prompts that are scored would take it for each."""
+    engine = OnnxEngine.open(random_model.graph, EngineOptions(8))
+    rng, found = np.random.default_rng(0), list[Any]()
+    texts = rng.integers(3, 160, (8, 40)).tolist()
+    for turn in range(2):
+        for slot, text in enumerate(texts):
+            logits = engine.forward([Row(slot, 0, text, 40 if turn else 1 + slot)])
+            found.append(logits.base)
+            np.testing.assert_array_equal(logits[-1], engine.forward([Row(0, 0, text, 1)])[0])
+    assert len({id(base) for base in found[8:]}) == 1 and len(found[-1]) < 100
+
+
 def test_the_model_says_where_texts_end(engine: Engine, stories: Model) -> None:
     assert engine.eos_token_ids == frozenset({2})
     assert engine.vocab_size == 160 and engine.max_model_len == 256

@@ -34,7 +34,7 @@ def test_a_prompt_gets_what_a_step_has_room_for(base: float, warm: bool) -> None
         assert room is not None
         pace.note(2, max(room, 2), step_seconds(2, max(room, 2), base, token))
     taken = step_seconds(2, max(room, 2), base, token)
-    assert 2.3 < taken / step_seconds(2, 0, base, token) < 2.56
+    assert 2.05 < taken / step_seconds(2, 0, base, token) < 2.31
 
 
 def test_what_first_tokens_cost_follows_the_prompt_and_is_forgotten() -> None:
@@ -43,13 +43,13 @@ def test_what_first_tokens_cost_follows_the_prompt_and_is_forgotten() -> None:
         base = 0.0001 * length
         room = max(pace.prompt_room(1) or 0, 2)
         seconds = step_seconds(1, room, base, 0.0005)
-        assert seconds < 2.6 * 0.009
+        assert seconds < 2.35 * 0.009
         pace.note(1, room, seconds)
     assert room < 10
     for _ in range(20):
         room = pace.prompt_room(1) or 2
         pace.note(1, room, step_seconds(1, room, 0.0, 0.0005))
-    assert room > 24
+    assert room > 19
 
 
 def test_a_first_token_that_costs_too_much_leaves_no_room() -> None:
@@ -82,10 +82,10 @@ def test_steps_that_prompts_do_not_make_longer_are_noted_too() -> None:
     pace = told()
     for _ in range(10):
         pace.note(1, 2, step_seconds(1, 2, 0.008, 0.0005))
-    assert (pace.prompt_room(1) or 0) < 14
+    assert (pace.prompt_room(1) or 0) < 11
     for _ in range(20):
         pace.note(1, 2, 0.008)
-    assert (pace.prompt_room(1) or 0) > 24
+    assert (pace.prompt_room(1) or 0) > 19
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.05])
@@ -191,15 +191,15 @@ def test_texts_that_grow_no_more_say_nothing() -> None:
     assert pace.decode_seconds(8) == pytest.approx(0.005, rel=0.1)
 
 
-def long_prompts(pace: Pace, slow: float, count: int) -> list[int]:
-    """Tokens of prompts in steps of which one in `slow` takes 1.6 times what is expected."""
+def long_prompts(pace: Pace, slow: float, count: int, factor: float = 1.9) -> list[int]:
+    """Tokens of prompts in steps of which a share of `slow` take `factor` times what is expected."""
     rng = np.random.default_rng(0)
     rooms: list[int] = []
     for _ in range(count):
         room = pace.prompt_room(1) or 0
         rooms.append(room)
-        factor = 1.6 if rng.random() < slow else 1.0
-        pace.note(1, max(room, 2), factor * (0.009 + 0.0005 * max(room, 2)))
+        times = factor if rng.random() < slow else 1.0
+        pace.note(1, max(room, 2), times * (0.009 + 0.0005 * max(room, 2)))
     return rooms
 
 
@@ -209,7 +209,7 @@ def test_prompts_get_less_where_steps_often_take_longer_and_more_where_they_do_n
     often, never = long_prompts(told(), 0.05, 2000), long_prompts(told(), 0.0, 4000)
     assert np.mean(often[-500:]) < 0.8 * first < 1.2 * first < never[-1]
     # However bad or good it is, there are bounds.
-    assert min(long_prompts(told(), 1.0, 500)) > 0.2 * first
+    assert min(long_prompts(told(), 1.0, 500, 1.6)) > 0.2 * first
     bound = (3.5 - 1) * 0.009 / 0.0005
     assert never[-1] < 0.85 * bound
 

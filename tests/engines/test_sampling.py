@@ -224,3 +224,12 @@ def test_masked_logits_are_never_drawn() -> None:
         params = SamplingParams(temperature=0.5, repetition_penalty=1.3, logprobs=2, seed=9)
         choices = {pick(logits, params, prompt=[1]).token_id for _ in range(20)}
         assert choices <= {3, 8}
+
+
+def test_a_tie_at_the_edge_of_the_typical_goes_to_the_first() -> None:
+    # The most typical is the fifth; of the four behind it, which are equal, the share leaves room for two.
+    logits = np.log(np.array([0.2, 0.2, 0.2, 0.2, 0.199, 0.001], np.float32))
+    weights = token_weights(logits, SamplingParams(temperature=1.0, typical_p=0.55))
+    assert np.flatnonzero(weights).tolist() == [0, 1, 4]
+    whole = token_weights(logits, SamplingParams(temperature=1.0, typical_p=1 - 1e-12))
+    assert np.count_nonzero(whole) == 6

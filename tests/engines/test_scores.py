@@ -6,13 +6,18 @@ import numpy as np
 import pytest
 import torch
 
+from lifecycle.engines import progress
 from lifecycle.engines.base import EngineOptions
 from lifecycle.engines.batched import BatchedEngine
 from lifecycle.engines.ort import OnnxEngine
 from lifecycle.engines.pytorch import TorchEngine
 from lifecycle.engines.requests import PromptLogprob, Request, SamplingParams
+from lifecycle.engines.sampling import Floats
+from lifecycle.engines.state import RequestState
 from lifecycle.training.models import load_model
+from tests.engines.clock import StepClock
 from tests.engines.conftest import Model
+from tests.engines.toy import ToyEngine
 
 LENGTHS = ((1, 1), (3, 40), (40, 3), (31, 33), (64, 1), (1, 90))
 """Of contexts and continuations, around chunks of 32."""
@@ -84,3 +89,25 @@ def test_logprobs_of_a_prompt_are_those_of_transformers(
         best = np.sort(row)[::-1]
         assert best[part.rank - 1] == pytest.approx(row[token], abs=1e-4)
         assert [value for _, value in part.top_logprobs] == pytest.approx(best[:3], abs=1e-3)
+
+
+def test_what_scoring_takes_counts_as_time_of_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, clock = ToyEngine.make(2, 200, 8, max_stall=2.0), StepClock(monkeypatch)
+    clock.times(engine.backend, 1.0, 0.01)
+    real = progress._score
+
+    def slow(state: RequestState, logits: Floats, count: int) -> int:
+        clock.now += 0.1 * len(logits)
+        return real(state, logits, count)
+
+    monkeypatch.setattr(progress, "_score", slow)
+    engine.submit(Request("a", [8], SamplingParams(max_tokens=190, ignore_eos=True)))
+    engine.step()
+    engine.step()
+    engine.submit(Request("b", [5] * 150, SamplingParams(max_tokens=1, prompt_logprobs=0)))
+    while "b" in engine._scheduler:
+        engine.step()
+    rows = [row for rows in engine.backend.steps for row in rows if row.slot == 1]
+    # A chunk before that is known; later what goes into the time that others may wait.
+    assert len(rows[0].tokens) == 8 and max(len(row.tokens) for row in rows[8:]) <= 8 // 2 + 3
+    assert engine._pace.prompt_token_seconds > 0.05

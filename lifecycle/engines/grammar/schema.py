@@ -34,6 +34,20 @@ MAPS = frozenset({"properties", "patternProperties", "$defs", "definitions"})
 SINGLE = frozenset({"items", "additionalProperties"})
 
 Schema = Mapping[str, Any]
+Way = tuple["Way", str] | None
+"""Where a schema is in another one: the way to what holds it, and its place there. Written out for each of many that
+have a long name above them, ways would take gigabytes."""
+_LONGEST_PART = 60
+"""Characters of a part of a way that are told."""
+
+
+def _told(way: Way) -> str:
+    """A way as a JSON pointer, its long names cut."""
+    parts: list[str] = []
+    while way is not None:
+        way, part = way
+        parts.append(part if len(part) <= _LONGEST_PART else f"{part[:_LONGEST_PART]}…")
+    return "/" + "/".join(reversed(parts))
 
 
 def check_schema(schema: object) -> None:
@@ -44,53 +58,56 @@ def check_schema(schema: object) -> None:
     """
     if schema is False:
         raise RequestError("the JSON schema is false, which nothing is valid by")
-    pending: list[tuple[str, object, int]] = [("", schema, 0)]
+    pending: list[tuple[Way, object, int]] = [(None, schema, 0)]
     while pending:
-        place, found, depth = pending.pop()
+        way, found, depth = pending.pop()
         if isinstance(found, bool):
             continue
         if not isinstance(found, Mapping):
-            raise RequestError(f"the JSON schema at '{place or '/'}' is no object: schemas are")
+            raise RequestError(f"the JSON schema at '{_told(way)}' is no object: schemas are")
         if depth > MAX_DEPTH:
             raise RequestError(
                 f"the JSON schema has more than {MAX_DEPTH} schemas inside each other; name parts of it "
                 "in $defs and refer to them"
             )
         fields = cast("Schema", found)
-        _check_keywords(fields, place)
-        pending += [(f"{place}/{key}", inner, depth + 1) for key, inner in _inside(fields, place)]
+        _check_keywords(fields, way)
+        pending += [((way, key), inner, depth + 1) for key, inner in _inside(fields, way)]
 
 
-def _check_keywords(schema: Schema, place: str) -> None:
+def _check_keywords(schema: Schema, way: Way) -> None:
     for keyword, value in schema.items():
-        where = f"'{keyword}' at '{place or '/'}'"
         if keyword not in _KNOWN:
             raise RequestError(
-                f"the JSON schema has {where}, which cannot be followed while an answer is written; "
+                f"the JSON schema has {_place(keyword, way)}, which cannot be followed while an answer is written; "
                 "leave it out, and check it when the answer is there"
             )
         match keyword, value:
             case "$ref", str(target) if not target.startswith("#"):
                 raise RequestError(
-                    f"the JSON schema has {where}, which is somewhere else: nothing is fetched; put it "
+                    f"the JSON schema has {_place(keyword, way)}, which is somewhere else: nothing is fetched; put it "
                     "into $defs"
                 )
             case "multipleOf", int() | float() if not isinstance(value, bool):
-                _check_divisor(value, where)
+                _check_divisor(value, way)
             case _:
                 pass
 
 
-def _check_divisor(value: float, where: str) -> None:
+def _place(keyword: str, way: Way) -> str:
+    return f"'{keyword[:_LONGEST_PART]}' at '{_told(way)}'"
+
+
+def _check_divisor(value: float, way: Way) -> None:
     digits = str(value).replace(".", "").lstrip("0")
     if not digits.isdecimal() or int(digits) > MAX_DIVISOR:
         raise RequestError(
-            f"the JSON schema has {where}, which is {value}: at most {MAX_DIVISOR} is taken, and as few "
+            f"the JSON schema has {_place('multipleOf', way)}, which is {value}: at most {MAX_DIVISOR} is taken, and as few "
             "digits behind the point"
         )
 
 
-def _inside(schema: Schema, place: str) -> Iterator[tuple[str, object]]:
+def _inside(schema: Schema, way: Way) -> Iterator[tuple[str, object]]:
     """The schemas that stand in a schema, with the way to each."""
     for keyword, value in schema.items():
         if keyword in SINGLE:
@@ -102,6 +119,4 @@ def _inside(schema: Schema, place: str) -> Iterator[tuple[str, object]]:
             for name, each in cast("Mapping[str, object]", value).items():
                 yield f"{keyword}/{name}", each
         elif keyword in LISTS | MAPS:
-            raise RequestError(
-                f"the JSON schema has a '{keyword}' at '{place or '/'}' of a wrong type"
-            )
+            raise RequestError(f"the JSON schema has a {_place(keyword, way)} of a wrong type")

@@ -55,6 +55,7 @@ KINDS = {
     "odd 4 bits": Sizes(heads=4, kv_heads=4, depth=40, rotary=False, window=30, bits=4),
     "narrow 4 bits": Sizes(heads=6, kv_heads=1, depth=16, bits=4),
     "wide 4 bits": Sizes(heads=2, kv_heads=2, depth=208, bits=4),
+    "least 4 bits": Sizes(depth=8, rotary=False, bits=4),
 }
 
 

@@ -11,8 +11,11 @@ import pytest
 from onnx import helper
 
 from lifecycle.engines.adapters import PLACES, TOKENS
+from lifecycle.engines.decoder import DecoderInfo
 from lifecycle.engines.native.swap import DOMAIN, swap
 from lifecycle.graph.blockwise import Blockwise
+from lifecycle.graph.cache import KvType, calibrate_cache
+from lifecycle.graph.calibration import Calibration
 from lifecycle.graph.int8 import Int8Rowwise
 from lifecycle.graph.quantize import Scheme, quantize_graph
 from tests.engines.conftest import Model
@@ -50,6 +53,26 @@ def test_all_that_takes_time_is_ours(
     assert ("", "Abs") not in found or scheme == Blockwise(64), (
         "but for scales, which are constants"
     )
+
+
+@pytest.mark.parametrize("kv_dtype", ["int8", "int4"])
+def test_attention_over_a_cache_of_integers_is_ours(
+    random_model: Model, tmp_path: Path, kv_dtype: KvType
+) -> None:
+    info = DecoderInfo.load(random_model.graph)
+    cache = calibrate_cache(Calibration(random_model.graph, [[3, 4, 5]]), info, kv_dtype)
+    quantize_graph(random_model.graph, tmp_path, "test", None, cache=cache)
+    attention = DOMAIN, f"PackedAttention{kv_dtype.capitalize()}"
+    assert operators(tmp_path / "model.onnx")[attention] == info.num_layers
+    model = onnx.load_model(tmp_path / "model.onnx", load_external_data=False)
+    others = (tmp_path / "other.onnx", tmp_path / "none.onnx")
+    for path in others:
+        for node in model.graph.node:
+            bits = [one for one in node.attribute if one.name == "kv_cache_bit_width"]
+            for one in bits:
+                one.i = {8: 4, 4: 8}[one.i] if path is others[0] else 2
+        onnx.save_model(model, path)
+        assert operators(path)[attention] == 0
 
 
 def test_a_graph_in_floats_keeps_its_products(random_model: Model) -> None:

@@ -85,10 +85,11 @@ LIFECYCLE_INLINE void each_column(const float* keys, size_t count, size_t depth,
   }
 }
 
-// Four bytes of integers are transposed as one value.
+// Four bytes of integers are transposed as one value, 64 integers of each key at a time.
 template <typename T, typename Use>
 LIFECYCLE_INLINE void each_column(const T* keys, size_t count, size_t depth, size_t stride, const Use& use) {
   constexpr int kBits = 8 / kValues<T>, kEach = 32 / kBits;
+  constexpr size_t kAtOnce = 64, kBytes = kAtOnce / kValues<T>;
   v16f rows[kLanes];
   auto columns = [&](size_t d, v16f column) __attribute__((always_inline)) {
     // 8 above a value of 4 bits is the value itself, with its highest bit turned.
@@ -98,19 +99,13 @@ LIFECYCLE_INLINE void each_column(const T* keys, size_t count, size_t depth, siz
     }
   };
   size_t d = 0;
-  for (; d + kEach * kLanes <= depth; d += kEach * kLanes) {
-    columns_of(keys + d / kValues<T>, count, stride, 64, rows);
-    // Of 4 bits there are so many that compilers would take minutes.
-    if constexpr (kBits == 8) {
-      LIFECYCLE_UNROLL for (size_t j = 0; j < kLanes; ++j) columns(d + kEach * j, rows[j]);
-    } else {
-      for (size_t j = 0; j < kLanes; ++j) columns(d + kEach * j, rows[j]);
-    }
+  for (; d + kAtOnce <= depth; d += kAtOnce) {
+    columns_of(keys + d / kValues<T>, count, stride, kBytes, rows);
+    LIFECYCLE_UNROLL for (size_t j = 0; j < kBytes / 4; ++j) columns(d + kEach * j, rows[j]);
   }
   if (d < depth) {
-    const size_t bytes = (depth - d) / kValues<T>;
-    columns_of(keys + d / kValues<T>, count, stride, bytes, rows);
-    for (size_t j = 0; 4 * j < bytes; ++j) columns(d + kEach * j, rows[j]);
+    columns_of(keys + d / kValues<T>, count, stride, (depth - d) / kValues<T>, rows);
+    for (size_t j = 0; d + kEach * j < depth; ++j) columns(d + kEach * j, rows[j]);
   }
 }
 
