@@ -62,6 +62,8 @@ class Passes(NamedTuple):
     """As `scan`."""
     draw: Callable[[Floats, SamplingParams, float, Place | None], int]
     """As `draw_token`; the last argument is the row's place in a `Scan`, if its logits are as they were."""
+    mask: Callable[[Floats, NDArray[np.bool_]], tuple[Floats, int]]
+    """`masked`, whose memory the next one may take, and the first of the largest."""
 
 
 class Choice(NamedTuple):
@@ -86,7 +88,7 @@ class Sampler:
     ) -> None:
         """`ends` are the tokens that would end the request, `passes` are `NUMPY` if None."""
         self.params = params
-        self._draw = (passes or NUMPY).draw
+        self._passes = passes or NUMPY
         self._constraint = constraint
         self.is_greedy = params.temperature < _GREEDY_BELOW
         is_adjusted = Adjustments.asked_for(params)
@@ -102,15 +104,19 @@ class Sampler:
         adjustments leave none that can come. `place` is that of a `Scan`."""
         if self._adjust is not None:
             logits = self._adjust.apply(logits)
+        is_changed, best = self._adjust is not None or self._constraint is not None, 0
         if self._constraint is not None:
-            logits = masked(logits, self._constraint.mask())
-        is_changed = self._adjust is not None or self._constraint is not None
-        if is_changed and not isfinite(logits.max()):
+            logits, best = self._passes.mask(logits, self._constraint.mask())
+        elif is_changed or self.is_greedy:
+            best = int(logits.argmax())
+        if is_changed and not isfinite(logits[best]):
             return None
         if self.is_greedy:
-            token = int(logits.argmax())
+            token = best
         else:
-            token = self._draw(logits, self.params, self._uniform(), None if is_changed else place)
+            token = self._passes.draw(
+                logits, self.params, self._uniform(), None if is_changed else place
+            )
             self._drawn.popleft()
         if self._constraint is not None:
             self._constraint.accept(token)
@@ -129,7 +135,7 @@ class Sampler:
                 return None
             if self.is_greedy:
                 return best
-            return self._draw(logits, self.params, self._uniform(ahead), None)
+            return self._passes.draw(logits, self.params, self._uniform(ahead), None)
 
     def _uniform(self, ahead: int = 0) -> float:
         """The random number in [0, 1) of the token `ahead` places after the next one."""
@@ -186,6 +192,11 @@ def masked(logits: Floats, mask: NDArray[np.bool_]) -> Floats:
     found *= _HUGE
     found += logits
     return found
+
+
+def _mask(logits: Floats, mask: NDArray[np.bool_]) -> tuple[Floats, int]:
+    found = masked(logits, mask)
+    return found, int(found.argmax())
 
 
 def scan(logits: Floats) -> Scan:
@@ -375,4 +386,4 @@ def _first_above(shares: NDArray[np.float64], target: float) -> int:
     return int(np.searchsorted(shares, min(target, below_end), side="right"))
 
 
-NUMPY = Passes(scan, draw_token)
+NUMPY = Passes(scan, draw_token, _mask)

@@ -225,7 +225,7 @@ class Scheduler:
         states = [state for state in active if not state.is_prefilling]
         spare = sum(state.num_left for state in states)
         if room is not None and any(state.num_left == 1 for state in states):
-            spare = max(room, GRAIN) // (1 if len(states) == len(active) else 2)
+            spare = max(room, GRAIN) * (2 if len(states) == len(active) else 1)
         batch: Batch = []
         for state in states:
             row = state.decoding_row(spare)

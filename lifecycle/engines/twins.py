@@ -127,10 +127,12 @@ class TwinCopies:
 
 
 def follows(state: RequestState, leader: RequestState) -> bool:
-    """Whether all that is computed for the prompt of `leader` is what `state` needs."""
+    """Whether all that is computed for the prompt of `leader` is what `state` needs. One that is begun anew goes on behind
+    its prompt, so nothing is shared of it."""
     return (
         state is not leader
         and state.is_prefilling
+        and leader.num_prefill == leader.num_prompt
         and state.twin_key == leader.twin_key
         and state.num_prefill == state.num_prompt == leader.num_prompt
         and state.adapter == leader.adapter

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from lifecycle.engines.requests import SamplingParams
+from lifecycle.engines.requests import Request, SamplingParams
+from lifecycle.engines.sampling import Sampler
+from lifecycle.engines.state import RequestState
+from lifecycle.engines.twins import follows
 from lifecycle.engines.windows import Windows
 from tests.engines.texts import PARTS, PROMPT, Texts
+from tests.engines.toy import VOCAB
 
 
 def test_others_go_on_between_the_parts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,3 +147,15 @@ def test_texts_that_become_long_while_they_wait(monkeypatch: pytest.MonkeyPatch)
     texts.finish()
     whole = [f"t{n}" for n in range(3)] + ["u1", "u2"]
     assert [len(texts.found[id]) for id in whole] == [30] * 5
+
+
+def test_nobody_follows_one_that_is_begun_anew() -> None:
+    def made(name: str) -> RequestState:
+        sampler = Sampler(SamplingParams(), [1, 2], VOCAB)
+        return RequestState(Request(name, [1, 2]), sampler, [1, 2], 2, 2)
+
+    leader, other = made("leader"), made("other")
+    assert follows(other, leader)
+    leader.tokens.append(3)
+    leader.recompute()
+    assert not follows(other, leader)

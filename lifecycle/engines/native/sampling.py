@@ -37,6 +37,8 @@ def native_passes(
     """
     functions = ctypes.CDLL(str(library))
     scan_rows, draw_row = functions.lifecycle_scan, functions.lifecycle_draw
+    mask_row = functions.lifecycle_mask
+    mask_row.argtypes, mask_row.restype = [_POINTER, _POINTER, _SIZE, _POINTER], ctypes.c_int64
     scan_rows.argtypes = [_POINTER, _SIZE, _SIZE, _POINTER, _POINTER, _POINTER, ctypes.c_int]
     scan_rows.restype = None
     doubles = [ctypes.c_double] * 3
@@ -45,6 +47,7 @@ def native_passes(
 
     best, tops = np.empty(0, np.int64), np.empty(0, np.float32)
     places = 0, 0
+    allowed, allowed_place = np.empty(0, np.float32), 0
 
     def scan(logits: Floats) -> Scan:
         nonlocal best, tops, places
@@ -78,7 +81,16 @@ def native_passes(
             raise MemoryError("no memory to choose a token")
         return token
 
-    return Passes(scan, draw)
+    def mask(logits: Floats, mask: NDArray[np.bool_]) -> tuple[Floats, int]:
+        nonlocal allowed, allowed_place
+        logits, size = np.ascontiguousarray(logits, np.float32), len(logits)
+        if size != len(allowed):
+            # One for all: pages of new memory take as long as what is written into them.
+            allowed = np.empty(size, np.float32)
+            allowed_place = _at(allowed)
+        return allowed, mask_row(_at(logits), _at(np.ascontiguousarray(mask)), size, allowed_place)
+
+    return Passes(scan, draw, mask)
 
 
 def _at(array: NDArray[np.generic]) -> int:

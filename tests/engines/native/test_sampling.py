@@ -175,3 +175,17 @@ def test_an_engine_draws_what_numpy_draws(
     monkeypatch.setattr(engine, "_passes", NUMPY)
     assert found == engine.generate(prompts, params)
     assert len({tuple(each.token_ids) for each in found}) == len(prompts)
+
+
+@pytest.mark.parametrize("size", [1, 2, 15, 16, 17, 63, 64, 65, 200, 4099])
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.5, 1.0])
+def test_masks_leave_what_is_allowed_and_find_the_largest(
+    kernels: Path, size: int, share: float
+) -> None:
+    mask_row, rng = native_passes(kernels).mask, np.random.default_rng(size)
+    for kind in ("plain", "equals", "negative"):
+        for seed in range(5):
+            logits, mask = make_logits(seed, size, kind), rng.random(size) < share
+            found, best = mask_row(logits, mask)
+            assert np.array_equal(found, np.where(mask, logits, -np.inf))
+            assert best == found.argmax()
