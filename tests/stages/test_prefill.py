@@ -205,7 +205,7 @@ def test_a_step_carries_enough_of_a_prompt_to_read_its_graph_for() -> None:
     pace.note(1, 0, 0.010)
     assert pace.prompt_room(1) == 16
     pace.note(8, 0, 0.050)
-    assert pace.prompt_room(8) == 75
+    assert pace.prompt_room(8) == 62
     for _ in range(20):
         pace.note(8, 20, 0.050 + 0.020 + 0.010)
-    assert pace.prompt_room(8) == 65
+    assert pace.prompt_room(8) == 52
