@@ -78,9 +78,11 @@ def make_models(root: Path, schemes: Iterable[str]) -> Iterator[tuple[str, Path]
     full.mkdir()
     export_decoder(kept_llama(root, SMOLLM2_135M), full, Cpu())
     texts = np.random.default_rng(1).integers(3, 1000, (2, 128)).tolist()
-    calibration, info = Calibration(full, texts), DecoderInfo.load(full)
     kinds: tuple[KvType, ...] = ("int8", "int4")
-    caches = {kind: calibrate_cache(calibration, info, kind) for kind in kinds}
+    caches = {
+        kind: calibrate_cache(Calibration(full, texts), DecoderInfo.load(full), kind)
+        for kind in kinds
+    }
     for scheme in schemes:
         for kind, cache in (("float32", None), *caches.items()):
             folder = root / f"{scheme}-{kind}"
