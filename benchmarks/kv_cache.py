@@ -1,6 +1,6 @@
 """Speed, memory and quality of caches in float32, int8 and int4.
 
-    python -m benchmarks.kv_cache --turns 9 --quality ../shared/data/stories260K/hf --json
+    python -m benchmarks.kv_cache --turns 9 --quality STORIES260K --json
 
 Speed: steps in which 8 rows decode, at several contexts, on a 135M-parameter Llama with random weights
 in row-wise int8. The caches take turns, step by step, in one process; a ratio is the median over the
