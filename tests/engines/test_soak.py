@@ -12,12 +12,9 @@ from tests.engines.clock import StepClock
 from tests.engines.conftest import Model
 
 
-@pytest.mark.parametrize("is_bounded", [True, False])
-def test_no_request_is_lost_and_nothing_is_kept(
-    stories: Model, monkeypatch: pytest.MonkeyPatch, is_bounded: bool
-) -> None:
-    # Texts are short here: their memory would go at once.
-    monkeypatch.setattr("lifecycle.engines.leaving._PART", 10_000)
+@pytest.fixture
+def steady(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps take what a clock of their own says, whatever else a machine does: the same is copied every time."""
     clock, watch = StepClock(monkeypatch), WatchedEngine.watch
 
     def timed(self: WatchedEngine, backend: CacheBackend) -> Watched:
@@ -26,6 +23,14 @@ def test_no_request_is_lost_and_nothing_is_kept(
         return watched
 
     monkeypatch.setattr(WatchedEngine, "watch", timed)
+
+
+@pytest.mark.parametrize("is_bounded", [True, False])
+def test_no_request_is_lost_and_nothing_is_kept(
+    stories: Model, monkeypatch: pytest.MonkeyPatch, steady: None, is_bounded: bool
+) -> None:
+    # Texts are short here: their memory would go at once.
+    monkeypatch.setattr("lifecycle.engines.leaving._PART", 10_000)
     found = soak(stories.graph, 300, seed=1, is_bounded=is_bounded)
     assert sum(found["ends"].values()) == 300
     assert set(found["ends"]) == {"stop", "length", "cancelled", "timeout"}
@@ -35,7 +40,9 @@ def test_no_request_is_lost_and_nothing_is_kept(
         assert found[name] > 10, name
 
 
-def test_what_is_not_given_alone_is_seen(stories: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_not_given_alone_is_seen(
+    stories: Model, monkeypatch: pytest.MonkeyPatch, steady: None
+) -> None:
     honest = Watched.copy_cache
 
     def another(self: Watched, source: int, target: int, stop: int, start: int = 0) -> None:
