@@ -220,7 +220,7 @@ class Scheduler:
 
     def _decoding(self, room: int | None) -> Batch:
         """The rows of requests that decode. Where some wait for one token, what constraints have forced upon others has
-        to go into `room`, into half of it where there are prompts."""
+        to go into twice `room`, which plans for half of what may be, and into `room` where there are prompts."""
         active = self.active()
         states = [state for state in active if not state.is_prefilling]
         spare = sum(state.num_left for state in states)

@@ -132,8 +132,9 @@ def test_a_decoder_is_compared_on_texts(
     assert static.kind == "onnx-model"
     found = run_stage(compare(), s=static, m=learnt_onnx, i=chats).metrics
     assert found["samples"] == 7
-    assert found["cosine"] > 0.99
-    # Of eight tokens; what training ends with depends on the processor, and two may be as likely as each other.
+    assert found["cosine"] > 0.999
+    # Of eight tokens; what training ends with depends on the processor, and two may be as likely as each other: what
+    # all logits say is held to more above.
     assert found["top1_agreement"] >= 7 / 8
 
 
